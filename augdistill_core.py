@@ -1,0 +1,722 @@
+"""Learn a stochastic augmentation phi(x) by matching training trajectories.
+
+An expert classifier's weights move along a path while it trains on all the data. phi is trained so that a student,
+started on that path and trained for a few steps on phi(x) from a handful of real images, lands where the expert did:
+
+    theta_0 = theta*_t,   theta_(n+1) = theta_n - alpha * grad loss(phi(x_n); theta_n),   n = 0 .. N-1
+    minimise  || theta_N - theta*_(t+M) ||^2 / || theta*_t - theta*_(t+M) ||^2   over phi and alpha
+
+This is Algorithm 1 of "Dataset distillation by matching training trajectories" (MTT; Cazenavette et al., 2022) with phi
+in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student report's
+networks and ours are rows of one table. Five sections, each readable alone:
+
+    1 Student    2 Experts    3 The differentiable unroll    4 Phi models    5 Distillation
+
+Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
+trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a seed, or a CPU `torch.Generator`).
+"""
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from augdistill_config import Config, knob
+
+# ======================================================================================================================
+# 0. Randomness: a seed or a generator, which every section takes as an argument
+# ======================================================================================================================
+
+
+def seeded(*path) -> torch.Generator:
+    """A CPU generator that depends on the whole `path` (a seed, then names and numbers), e.g. `seeded(0, "expert", 3)`.
+
+    Streams with different paths are independent, so that adding a draw in one place moves no number elsewhere.
+    """
+    digest = hashlib.sha256(repr(path).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
+    """Standard normal noise of `like`'s shape (or `shape`), type and device, drawn from a generator on any device."""
+    return torch.randn(shape or like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
+        like.device
+    )
+
+
+def minibatches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches without end: a new permutation of `count` images each epoch, the last batch of it may be short.
+
+    `batch` 0 or above `count` means all of them, in their own order (no draw: a full batch has no order to draw).
+    """
+    if batch <= 0 or batch >= count:
+        yield from itertools.repeat(torch.arange(count))
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch)
+
+
+# ======================================================================================================================
+# 1. Student
+# ======================================================================================================================
+
+
+class ConvNet(nn.Module):
+    """The field's ConvNet (Gidaris & Komodakis 2018; MTT): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
+
+    Takes `[B, channels, size, size]`, returns logits `[B, classes]`. 320,010 parameters on CIFAR-10 at width 128.
+    """
+
+    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
+        super().__init__()
+        if size >> depth < 1:
+            raise ValueError(
+                f"depth={depth}: {depth} poolings leave nothing of {size}x{size} images; use a smaller depth"
+            )
+        self.shape, self.classes = (channels, size, size), classes
+        blocks = []
+        for i in range(depth):
+            blocks += [
+                nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
+                nn.GroupNorm(width, width),  # one channel a group = instance norm without running statistics
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+        self.features = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(width * (size >> depth) ** 2, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != self.shape:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}: this student takes {self.shape} (C, H, W)")
+        return self.classifier(self.features(images).flatten(1))
+
+
+def flatten(parameters: Iterable[Tensor]) -> Tensor:
+    """Parameters as one flat vector `[P]`: a copy, never an alias of live weights; differentiable."""
+    return torch.cat([p.reshape(-1) for p in parameters])
+
+
+def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
+    """The pieces of `theta` `[P]` as views in the shapes of `student`'s parameters (a shared one counts once)."""
+    parameters = list(student.parameters())
+    sizes = [p.numel() for p in parameters]
+    if theta.shape != (sum(sizes),):
+        raise ValueError(f"parameters of shape {tuple(theta.shape)}: this student has ({sum(sizes)},)")
+    return [piece.view_as(p) for piece, p in zip(theta.split(sizes), parameters, strict=True)]
+
+
+def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
+    """A fresh random initialisation `[P]` of `student`, by every layer's own `reset_parameters`."""
+    model = copy.deepcopy(student)
+    seed = seed if isinstance(seed, int) else int(torch.randint(2**62, (), generator=seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise ValueError(
+                    f"student's {name or type(module).__name__} holds parameters but has no reset_parameters()"
+                )
+    return flatten(model.parameters()).detach()
+
+
+def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """The number of classes `student` tells apart; a `ValueError` if images or labels are not ones it can take."""
+    if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"images {tuple(images.shape)} and labels {tuple(labels.shape)}: must be [B, C, H, W] and [B], B at least 1"
+        )
+    with torch.no_grad():
+        classes = student(images[:1]).shape[1]
+    if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels from {labels.min().item()} to {labels.max().item()}: must be integers in [0, {classes - 1}]"
+        )
+    return classes
+
+
+def sgd(
+    student: nn.Module,
+    start: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    lr: float | Callable[[int], float],
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Train a copy of `student` from `start` `[P]` by torch's SGD; after each step yield the live model and its loss.
+
+    Ordinary, non-differentiable training: experts are made by it, and fresh students are evaluated by it.
+    `lr` may be a function of the step number. Copy what you keep: the model goes on changing.
+    """
+    model = copy.deepcopy(student)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), unflatten(student, start), strict=True):
+            p.copy_(value)
+    rate = lr if callable(lr) else lambda step: lr
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=momentum, weight_decay=weight_decay)
+    for step, (images, labels) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield model, loss.detach()
+
+
+# ======================================================================================================================
+# 2. Experts
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig(Config):
+    """How experts are trained. The official recipe on CIFAR-10: 100 x 50 epochs, lr .01, batch 256, nothing else."""
+
+    experts: int = knob(8, "number of expert trajectories", low=1)
+    epochs: int = knob(15, "epochs each expert trains for", low=1)
+    expert_lr: float = knob(0.02, "SGD step size of the experts", low=1e-12)
+    expert_batch: int = knob(64, "images a step", low=1)
+    expert_momentum: float = knob(0.0, "SGD momentum", low=0, high=1)
+    expert_decay: float = knob(0.0, "weight decay", low=0)
+    snapshot_steps: int = knob(0, "steps between two snapshots; 0 = one epoch", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectories:
+    """Experts' ways through weight space: `theta` `[experts, snapshots, P]`, snapshot 0 at initialisation."""
+
+    student: nn.Module
+    theta: Tensor
+
+    def segment(self, expert: int, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """The parameters `[P]` where a segment starts, and those `length` snapshots later."""
+        last = self.theta.shape[1] - 1
+        if not (length >= 1 and 0 <= start <= last - length):
+            raise ValueError(
+                f"start {start} plus {length} snapshots: this trajectory ends at snapshot {last}, "
+                f"so the start must be in [0, {last - length}]"
+            )
+        return self.theta[expert, start], self.theta[expert, start + length]
+
+
+def snapshots_every(count: int, config: ExpertConfig) -> tuple[int, int]:
+    """For `count` training images: the steps between two snapshots, and how many snapshots follow the first."""
+    epoch = -(-count // config.expert_batch)
+    every = config.snapshot_steps or epoch
+    if every > config.epochs * epoch:
+        raise ValueError(f"snapshot_steps={every}: must be at most the {config.epochs * epoch} steps that are trained")
+    return every, config.epochs * epoch // every
+
+
+def train_expert(
+    student: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: ExpertConfig,
+    seed: int,
+    expert: int,
+    *,
+    augment: Callable | None = None,
+    on_snapshot: Callable[[int, float], None] | None = None,
+) -> Tensor:
+    """One expert's way `[snapshots, P]`, the first at its initialisation; it depends on (seed, expert) alone.
+
+    `augment` is called like a phi on every batch; `on_snapshot(snapshot, mean loss since the last)` may report
+    progress, and may stop the training by raising. One snapshot an epoch, or every `snapshot_steps` steps.
+    """
+    check_images(student, images, labels)
+    every, snapshots = snapshots_every(len(images), config)
+    generator = seeded(seed, "expert", expert)
+    start = initial_parameters(student, generator).to(images)
+    batches = (
+        (augmented(augment, images[i], labels[i], i, generator), labels[i])
+        for i in minibatches(len(images), config.expert_batch, generator)
+    )
+    steps = sgd(student, start, batches, config.expert_lr, config.expert_momentum, config.expert_decay)
+    way, losses = [start], []
+    for step, (model, loss) in enumerate(itertools.islice(steps, snapshots * every), 1):
+        losses.append(loss)
+        if step % every == 0:
+            way.append(flatten(model.parameters()).detach())
+            if on_snapshot is not None:
+                on_snapshot(step // every, float(torch.stack(losses).mean()))
+            losses.clear()
+    return torch.stack(way)
+
+
+def train_experts(student: nn.Module, images: Tensor, labels: Tensor, config: ExpertConfig, seed: int, **options):
+    """`Trajectories` of `config.experts` experts, one after the other; the options are those of `train_expert`."""
+    ways = [train_expert(student, images, labels, config, seed, k, **options) for k in range(config.experts)]
+    return Trajectories(student, torch.stack(ways))
+
+
+# ======================================================================================================================
+# 3. The differentiable unroll
+# ======================================================================================================================
+
+
+def student_loss(student: nn.Module, theta: Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of `student` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
+    names = (name for name, _ in student.named_parameters())
+    return F.cross_entropy(functional_call(student, dict(zip(names, theta, strict=True)), (images,)), labels)
+
+
+def unroll(
+    student: nn.Module,
+    start: Tensor,
+    batches: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    alpha: Tensor | float,
+) -> Tensor:
+    """The parameters `[P]` after N plain SGD steps of size `alpha` from `start` `[P]`, differentiable in all inputs.
+
+    `batches` are N tensors `[B, C, H, W]` with `labels` `[B]`; step n is taken on batch n (Algorithm 1, line 12).
+    Exact: the whole graph is kept, so memory grows with N. Under `torch.no_grad()` nothing is kept.
+    """
+    if len(batches) != len(labels):
+        raise ValueError(f"{len(batches)} batches and {len(labels)} label vectors: must be as many")
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        theta = unflatten(student, start if start.requires_grad else start.detach().requires_grad_())
+        for images, targets in zip(batches, labels, strict=True):
+            loss = student_loss(student, theta, images, targets)
+            # a parameter that the loss does not use has a gradient of zero and stands still
+            grads = torch.autograd.grad(
+                loss, theta, create_graph=differentiable, allow_unused=True, materialize_grads=True
+            )
+            theta = [p - alpha * g for p, g in zip(theta, grads, strict=True)]
+            if not differentiable:
+                theta = [p.detach().requires_grad_() for p in theta]
+        end = flatten(theta)
+    return end if differentiable else end.detach()
+
+
+def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
+    """||end - target||^2 / ||start - target||^2 for one end `[P]` (MTT, equation 2).
+
+    With ends `[K, P]` of K independent draws: the mean over their pairs of <end_i - target, end_j - target>, over the
+    same. Its expectation is ||E end - target||^2 alone; the ordinary loss adds the variance of `end` to it and so
+    punishes a stochastic phi for being stochastic.
+    """
+    miss = end - target
+    distance = (start - target).square().sum()
+    if end.ndim == 1:
+        return miss.square().sum() / distance
+    draws = len(miss)
+    if draws < 2:
+        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must hold at least 2 draws; pass [P] for one")
+    pairs = miss.sum(0).square().sum() - miss.square().sum()  # the sum over ordered pairs i != j
+    return pairs / (draws * (draws - 1)) / distance
+
+
+# ======================================================================================================================
+# 4. Phi models
+# ======================================================================================================================
+
+
+class Phi(nn.Module):
+    """An augmentation: maps images `[B, C, H, W]` to images of the same shape. Subclass, write `forward`, register.
+
+    `forward(images, *, labels, index, generator)` may use `labels` `[B]`, `index` `[B]` (each image's position in the
+    base set) and `generator` (the only source of noise); take `**_` for those that you ignore. The class attributes
+    below say what a phi does; the table of phis and the tests read them.
+    """
+
+    stochastic = False  # draws noise from the generator
+    conditional = False  # reads the labels
+    bound = False  # holds something for each base image, so it cannot take others
+    starts_as_identity = False  # returns its input before it is trained
+
+    def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
+PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
+
+
+def register_phi(name: str):
+    """Decorator: make `build(images, classes) -> Phi` (a class will do) available to everything as `PHIS[name]`.
+
+    `images` `[n, C, H, W]` is the base set: read the shape from it (and, for a bound phi, the initial values).
+    """
+
+    def register(build):
+        if name in PHIS:
+            raise ValueError(f"phi {name!r} is registered already; choose another name")
+        _REGISTRY[name] = build
+        return build
+
+    return register
+
+
+def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
+    """A fresh `PHIS[name]` for base images `[n, C, H, W]`, initialised from `seed`."""
+    if name not in PHIS:
+        raise ValueError(f"unknown phi {name!r}: must be one of {', '.join(PHIS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PHIS[name](images, classes).to(images)
+
+
+def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    """`augment` applied to a batch, its output's shape checked; None leaves the images as they are."""
+    if augment is None:
+        return images
+    out = augment(images, labels=labels, index=index, generator=generator)
+    if out.shape != images.shape:
+        raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
+    return out
+
+
+@register_phi("identity")
+class Identity(Phi):
+    """phi(x) = x: the control that every claim about phi is held against (alpha is still learned)."""
+
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+
+    def forward(self, images, **_):
+        return images
+
+
+@register_phi("pixels")
+class Pixels(Phi):
+    """The baseline: one free image for every base image, initialised there (MTT's synthetic set, real init)."""
+
+    bound = True
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+        self.pixels = nn.Parameter(images.detach().clone())
+
+    def forward(self, images, *, index, **_):
+        return self.pixels[index]
+
+
+class DistNet(Phi):
+    """The student report's family: valid convolutions, noise on the hidden layer, transposed convolutions back.
+
+    Args:
+        widths: channels of the hidden layers; the way back mirrors them.
+        kernel: 3, or 1 (then the way back is one 1x1 convolution from the hidden layer).
+        noise: "blind" is h + s1 Normal(h, 1) without a path for the gradient through the draw, "scaled" is
+            s1 (h + eps), "none" is h.
+        scales: the initial (s1, s2); `learned` tells which of them are parameters.
+        skip: the output is s2 out + x if true, else s2 out.
+        relu: whether ReLU stands between the layers.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        classes: int,
+        *,
+        widths: Sequence[int],
+        kernel: int = 3,
+        noise: str = "scaled",
+        scales: tuple[float, float] = (0.1, 0.1),
+        learned: tuple[bool, bool] = (True, True),
+        skip: bool = True,
+        relu: bool = True,
+    ):
+        super().__init__()
+        channels = [images.shape[1], *widths]
+        there = list(itertools.pairwise(channels))
+        back = [(b, a) for a, b in reversed(there)] if kernel == 3 else [(channels[-1], channels[0])]
+        self.there = nn.ModuleList(nn.Conv2d(a, b, kernel) for a, b in there)
+        self.back = nn.ModuleList((nn.ConvTranspose2d if kernel == 3 else nn.Conv2d)(a, b, kernel) for a, b in back)
+        for name, scale, is_learned in zip(("s1", "s2"), scales, learned, strict=True):
+            value = torch.tensor([scale])
+            self.register_parameter(name, nn.Parameter(value)) if is_learned else self.register_buffer(name, value)
+        self.noise, self.skip, self.stochastic = noise, skip, noise != "none"
+        self.activation = F.relu if relu else nn.Identity()
+
+    def forward(self, images, *, generator, **_):
+        h = images
+        for layer in self.there:
+            h = self.activation(layer(h))
+        if self.noise == "blind":
+            h = h + self.s1 * (h.detach() + randn(h, generator))
+        elif self.noise == "scaled":
+            h = self.s1 * (h + randn(h, generator))
+        for layer in self.back[:-1]:
+            h = self.activation(layer(h))
+        out = self.s2 * self.back[-1](h)
+        return out + images if self.skip else out
+
+
+# Exactly as the student report ran them, flaws included; c = image channels.
+_DISTNETS: dict[str, Callable[[int], dict]] = {
+    "distnet": lambda c: dict(widths=[6], noise="blind", scales=(1.0, 0.001), learned=(False, False)),
+    "distnet2": lambda c: dict(widths=[6, 12]),
+}
+for _name, _options in _DISTNETS.items():
+    register_phi(_name)(lambda images, classes, o=_options: DistNet(images, classes, **o(images.shape[1])))
+
+
+class UNet(Phi):
+    """A small U-Net (two halvings) as a residual: x + out, the last layer zero, so that it starts as the identity.
+
+    With `noise` > 0 that many channels of fresh standard normal noise stand beside the image at the input.
+    """
+
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int, *, width: int = 16, noise: int = 0):
+        super().__init__()
+        channels, size = images.shape[1], images.shape[-1]
+        if size < 4:
+            raise ValueError(f"images of {size}x{size} pixels: a U-Net of two halvings takes at least 4x4")
+        self.noise, self.stochastic = noise, noise > 0
+
+        def block(a, b):
+            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1), nn.SiLU())
+
+        self.down1, self.down2 = block(channels + noise, width), block(width, 2 * width)
+        self.middle = block(2 * width, 2 * width)
+        self.up2, self.up1 = block(4 * width, width), block(2 * width, width)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, images, *, generator, **_):
+        x = images
+        if self.noise:
+            batch, _, height, width = images.shape
+            x = torch.cat([x, randn(x, generator, (batch, self.noise, height, width))], 1)
+        fine = self.down1(x)
+        middle = self.down2(F.avg_pool2d(fine, 2))
+        coarse = self.middle(F.avg_pool2d(middle, 2))
+        up = self.up2(torch.cat([F.interpolate(coarse, size=middle.shape[-2:]), middle], 1))
+        up = self.up1(torch.cat([F.interpolate(up, size=fine.shape[-2:]), fine], 1))
+        return images + self.last(up)
+
+
+register_phi("unet")(UNet)
+register_phi("unet_noise")(lambda images, classes: UNet(images, classes, noise=1))
+
+
+# ======================================================================================================================
+# 5. Distillation
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(Config):
+    """Algorithm 1's constants, named as in MTT's official code where it has a name for them."""
+
+    objective: str = knob(
+        "trajectory",
+        "trajectory = land where the expert did (MTT 2022); real_loss = do well on real data after the unroll (2018)",
+        choices=("trajectory", "real_loss"),
+    )
+    iterations: int = knob(300, "outer steps", low=1)
+    syn_steps: int = knob(15, "N: student steps in one unroll", low=1)
+    expert_epochs: int = knob(2, "M: snapshots from the start to the target", low=1)
+    max_start_epoch: int = knob(6, "T+: the last snapshot that a segment may start at", low=0)
+    batch_syn: int = knob(0, "images a student step; 0 = the whole base set", low=0)
+    episode: int = knob(0, "images a class drawn afresh each iteration as its base set; 0 = all, always", low=0)
+    noise: str = knob("step", "when phi is drawn: afresh in every student step, or once", choices=("step", "once"))
+    draws: int = knob(1, "independent unrolls an iteration; 2 or more leave the variance out of the loss", low=1)
+    phi_optimizer: str = knob("Adam", "any of torch.optim")
+    phi_lr: float = knob(1e-3, "its step size", low=0)
+    phi_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
+    alpha: float = knob(0.02, "the student's step size, or where it starts", low=1e-12)
+    alpha_mode: str = knob("log", "learn its logarithm, learn it raw, or fix it", choices=("log", "raw", "fixed"))
+    alpha_optimizer: str = knob("Adam", "any of torch.optim")
+    alpha_lr: float = knob(0.01, "its step size", low=0)
+    alpha_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
+    real_batch: int = knob(256, "real images on which real_loss is taken", low=1)
+
+
+@dataclasses.dataclass
+class Distilled:
+    """What `distill` returns: the trained phi, alpha, one record an iteration, and why it stopped early ("" if not)."""
+
+    phi: Phi
+    alpha: float
+    history: list[dict]
+    stopped: str = ""
+
+
+def make_optimizer(kind: str, parameters: list[Tensor], lr: float, momentum: float) -> torch.optim.Optimizer:
+    """The optimiser of `torch.optim` of that name; a `ValueError` if there is none, or it knows no momentum."""
+    build = getattr(torch.optim, kind, None)
+    if not (isinstance(build, type) and issubclass(build, torch.optim.Optimizer)) or kind == "Optimizer":
+        raise ValueError(f"optimizer {kind!r}: must be the name of one in torch.optim, such as SGD or Adam")
+    try:
+        return build(parameters, lr=lr, **({"momentum": momentum} if momentum else {}))
+    except TypeError:
+        raise ValueError(f"momentum={momentum}: {kind} takes none; use 0, or another optimizer such as SGD") from None
+
+
+class StepSize(nn.Module):
+    """alpha, the student's step size: learned in its logarithm (so it stays positive), learned raw, or fixed."""
+
+    def __init__(self, alpha: float, mode: str):
+        super().__init__()
+        self.mode = mode
+        value = torch.tensor(alpha)
+        self.value = nn.Parameter(value.log() if mode == "log" else value, requires_grad=mode != "fixed")
+
+    def forward(self) -> Tensor:
+        return self.value.exp() if self.mode == "log" else self.value
+
+
+def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectories, config: DistillConfig, real) -> None:
+    """Everything about `distill`'s arguments that can be refused before work starts, as a `ValueError`."""
+    classes = check_images(experts.student, images, labels)
+    if config.objective == "trajectory":
+        try:
+            experts.segment(0, config.max_start_epoch, config.expert_epochs)
+        except ValueError as error:
+            raise ValueError(f"max_start_epoch={config.max_start_epoch}: {error}") from None
+    elif real is None:
+        raise ValueError("objective='real_loss': pass real=(images, labels), the data on which the loss is taken")
+    if config.episode:
+        if getattr(phi, "bound", False):
+            raise ValueError(f"episode={config.episode}: {type(phi).__name__} is bound to its base images; use 0")
+        fewest = int(torch.bincount(labels, minlength=classes).min())
+        if config.episode > fewest:
+            raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
+
+
+def distill(
+    phi: Phi,
+    images: Tensor,
+    labels: Tensor,
+    experts: Trajectories,
+    config: DistillConfig,
+    *,
+    seed: int,
+    augment: Callable | None = None,
+    real: tuple[Tensor, Tensor] | None = None,
+    on_iteration: Callable[[dict], None] | None = None,
+) -> Distilled:
+    """Algorithm 1: train `phi` (in place) and alpha on base images `[n, C, H, W]` with labels `[n]`.
+
+    Args:
+        experts: the trajectories to match; their student is the student.
+        augment: the differentiable augmentation A of line 12, applied after phi in every student step.
+        real: images and labels for the objective "real_loss" (Wang et al. 2018), which starts from a new random
+            initialisation in each iteration.
+        on_iteration: called with each record (iteration, loss, alpha, start_epoch, grad_norm: the norm of phi's
+            gradient); may stop the run by raising.
+
+    A loss or a gradient that is not finite stops the run: `stopped` says so, and phi and alpha are the last that gave
+    finite ones. A phi with parameters of which none receives a gradient is a `ValueError`.
+    """
+    check_distill(phi, images, labels, experts, config, real)
+    student, generator = experts.student, seeded(seed, "distill")
+    step_size = StepSize(config.alpha, config.alpha_mode).to(images)
+    of_phi = [p for p in phi.parameters() if p.requires_grad]
+    of_alpha = [p for p in step_size.parameters() if p.requires_grad]
+    optimizers = []
+    if of_phi:
+        optimizers.append(make_optimizer(config.phi_optimizer, of_phi, config.phi_lr, config.phi_momentum))
+    if of_alpha:
+        optimizers.append(make_optimizer(config.alpha_optimizer, of_alpha, config.alpha_lr, config.alpha_momentum))
+    learned = of_phi + of_alpha
+    good = [p.detach().clone() for p in learned]
+    history, stopped = [], ""
+
+    for iteration in range(config.iterations):
+        start_epoch, start, target = draw_segment(experts, config, generator)
+        start, target, alpha = start.to(images), target.to(images), step_size()
+        base = draw_base(labels, config.episode, generator)
+        steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
+        batches = [base[batch] for batch in steps]
+        ends = []
+        for _ in range(config.draws):
+            fed = draw_batches(phi, augment, images, labels, base, batches, config.noise, generator)
+            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha))
+        if config.objective == "trajectory":
+            loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
+        else:
+            pick = torch.randint(len(real[0]), (config.real_batch,), generator=generator)
+            losses = [student_loss(student, unflatten(student, end), real[0][pick], real[1][pick]) for end in ends]
+            loss = torch.stack(losses).mean()
+
+        grads = gradients(loss, learned)
+        if of_phi and all(g is None for g in grads[: len(of_phi)]):
+            raise ValueError(f"no gradient reaches phi ({type(phi).__name__}): is its output detached?")
+        for p, g in zip(learned, grads, strict=True):
+            p.grad = torch.zeros_like(p) if g is None else g
+        grad_norm = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
+        history.append(
+            dict(
+                iteration=iteration, loss=float(loss), alpha=float(alpha), start_epoch=start_epoch, grad_norm=grad_norm
+            )
+        )
+        if on_iteration is not None:
+            on_iteration(history[-1])
+        if not (loss.isfinite() and all(p.grad.isfinite().all() for p in learned)):
+            stopped = (
+                f"diverged at iteration {iteration}: loss {float(loss):.3g}, norm of phi's gradient {grad_norm:.3g} "
+                f"({config.phi_optimizer}, phi_lr={config.phi_lr:g}, alpha={float(alpha):.3g}); use a smaller phi_lr"
+            )
+            warnings.warn(stopped, stacklevel=2)
+            with torch.no_grad():
+                for p, value in zip(learned, good, strict=True):
+                    p.copy_(value)
+            break
+        good = [p.detach().clone() for p in learned]
+        for optimizer in optimizers:
+            optimizer.step()
+    for p in learned:
+        p.grad = None
+    return Distilled(phi, float(step_size()), history, stopped)
+
+
+def draw_segment(
+    experts: Trajectories, config: DistillConfig, generator: torch.Generator
+) -> tuple[int, Tensor, Tensor]:
+    """Lines 4-7: a start snapshot t <= T+ of a random expert and the target M snapshots later: (t, start, target).
+
+    For the objective "real_loss" the start is a new random initialisation, and there is no target but itself.
+    """
+    if config.objective == "real_loss":
+        start = initial_parameters(experts.student, generator)
+        return 0, start, start
+    expert = int(torch.randint(len(experts.theta), (), generator=generator))
+    start_epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
+    return start_epoch, *experts.segment(expert, start_epoch, config.expert_epochs)
+
+
+def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tensor:
+    """Indices of one iteration's base set: `episode` images of each class, drawn afresh; all images if it is 0."""
+    if episode == 0:
+        return torch.arange(len(labels))
+    classes = [torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()]
+    return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
+
+
+def draw_batches(phi, augment, images, labels, base, batches, noise: str, generator) -> list[Tensor]:
+    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`."""
+    if noise == "once":
+        drawn = augmented(phi, images[base], labels[base], base, generator)
+        position = torch.full((len(images),), -1)
+        position[base] = torch.arange(len(base))
+        fed = [drawn[position[b]] for b in batches]
+    else:
+        fed = [augmented(phi, images[b], labels[b], b, generator) for b in batches]
+    return [augmented(augment, x, labels[b], b, generator) for x, b in zip(fed, batches, strict=True)]
+
+
+def gradients(loss: Tensor, learned: list[Tensor]) -> list[Tensor | None]:
+    """d loss / d each tensor of `learned`; None where the loss does not depend on it."""
+    if not loss.requires_grad:
+        return [None] * len(learned)
+    return list(torch.autograd.grad(loss, learned, allow_unused=True))
