@@ -112,9 +112,15 @@ def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
     return [piece.view_as(p) for piece, p in zip(theta.split(sizes), parameters, strict=True)]
 
 
+def logits_of(student: nn.Module, theta: Sequence[Tensor], images: Tensor) -> Tensor:
+    """`student`'s logits `[B, classes]` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
+    names = (name for name, _ in student.named_parameters())
+    return functional_call(student, dict(zip(names, theta, strict=True)), (images,))
+
+
 def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
     """A fresh random initialisation `[P]` of `student`, by every layer's own `reset_parameters`."""
-    model = copy.deepcopy(student)
+    model = copy.deepcopy(student).cpu()  # the same weights whatever the device
     seed = seed if isinstance(seed, int) else int(torch.randint(2**62, (), generator=seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -263,12 +269,6 @@ def train_experts(student: nn.Module, images: Tensor, labels: Tensor, config: Ex
 # ======================================================================================================================
 
 
-def student_loss(student: nn.Module, theta: Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of `student` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
-    names = (name for name, _ in student.named_parameters())
-    return F.cross_entropy(functional_call(student, dict(zip(names, theta, strict=True)), (images,)), labels)
-
-
 def unroll(
     student: nn.Module,
     start: Tensor,
@@ -287,7 +287,7 @@ def unroll(
     with torch.enable_grad():
         theta = unflatten(student, start if start.requires_grad else start.detach().requires_grad_())
         for images, targets in zip(batches, labels, strict=True):
-            loss = student_loss(student, theta, images, targets)
+            loss = F.cross_entropy(logits_of(student, theta, images), targets)
             # a parameter that the loss does not use has a gradient of zero and stands still
             grads = torch.autograd.grad(
                 loss, theta, create_graph=differentiable, allow_unused=True, materialize_grads=True
@@ -619,7 +619,8 @@ def distill(
     finite ones. A phi with parameters of which none receives a gradient is a `ValueError`.
     """
     check_distill(phi, images, labels, experts, config, real)
-    student, generator = experts.student, seeded(seed, "distill")
+    # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
+    student, generator, noise = experts.student, seeded(seed, "distill"), seeded(seed, "distill", "noise")
     step_size = StepSize(config.alpha, config.alpha_mode).to(images)
     of_phi = [p for p in phi.parameters() if p.requires_grad]
     of_alpha = [p for p in step_size.parameters() if p.requires_grad]
@@ -640,14 +641,14 @@ def distill(
         batches = [base[batch] for batch in steps]
         ends = []
         for _ in range(config.draws):
-            fed = draw_batches(phi, augment, images, labels, base, batches, config.noise, generator)
+            fed = draw_batches(phi, augment, images, labels, base, batches, config.noise, noise)
             ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
         else:
             pick = torch.randint(len(real[0]), (config.real_batch,), generator=generator)
-            losses = [student_loss(student, unflatten(student, end), real[0][pick], real[1][pick]) for end in ends]
-            loss = torch.stack(losses).mean()
+            logits = [logits_of(student, unflatten(student, end), real[0][pick]) for end in ends]
+            loss = torch.stack([F.cross_entropy(z, real[1][pick]) for z in logits]).mean()
 
         grads = gradients(loss, learned)
         if of_phi and all(g is None for g in grads[: len(of_phi)]):

@@ -1,0 +1,29 @@
+# Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter.
+PRESET ?= digits
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: report test lab figures clean
+
+report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
+	$(BIN)/augdistill report --preset $(PRESET)
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
+	$(BIN)/augdistill figures --preset $(PRESET)
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "augdistill needs Python 3.11 or newer: PYTHON=python3.12 make ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@

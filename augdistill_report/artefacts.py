@@ -1,0 +1,84 @@
+"""Files that a person can trust: each is whole or not there, says what made it, and holds no code.
+
+A result is stored under a digest of everything that it depends on (its settings, the data, the source of the method,
+the version of torch), so an equal configuration finds it and no other configuration can. Tensors are safetensors,
+never pickles.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all: a reader sees the old one or the new one, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def as_json(value) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n"
+
+
+def digest(spec: dict) -> str:
+    """12 hexadecimal digits that stand for `spec` (plain JSON values)."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Store:
+    """Results of finished pieces of work, in `folder`, by kind and specification."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    def path(self, kind: str, spec: dict) -> Path:
+        return self.folder / f"{kind}-{digest(spec)}.safetensors"
+
+    def has(self, kind: str, spec: dict) -> bool:
+        return self.path(kind, spec).is_file()
+
+    def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Store tensors and plain JSON values; the specification goes with them."""
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        header = {"kind": kind, "spec": json.dumps(spec, sort_keys=True), "meta": json.dumps(meta)}
+        write(self.path(kind, spec), to_safetensors(tensors, header))
+
+    def load(self, kind: str, spec: dict) -> tuple[dict[str, Tensor], dict]:
+        """The tensors and values that `save` stored; a `ValueError` that names a damaged or foreign file."""
+        path = self.path(kind, spec)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if header["kind"] != kind or json.loads(header["spec"]) != json.loads(json.dumps(spec)):
+                raise ValueError("it was made from another specification")
+            return tensors, json.loads(header["meta"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or not ours ({error}): delete it, and run again") from None
+
+
+def source_digest(root: Path) -> str:
+    """A digest of the source that results depend on, and of torch's version: other code, other results."""
+    files = [
+        "augdistill_config.py",
+        "augdistill_core.py",
+        *(f"augdistill_report/{n}.py" for n in ("augmentations", "data", "evaluation", "jobs", "settings")),
+    ]
+    return digest({"torch": torch.__version__} | {name: (root / name).read_text() for name in files})

@@ -1,0 +1,53 @@
+"""The command `augdistill`: `report` runs the notebooks, `figures` publishes a finished run."""
+
+import argparse
+import sys
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="run the notebooks, write one page to read")
+    report.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
+    report.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
+    report.add_argument("--fresh", action="store_true", help="forget finished work and do it again")
+    figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
+    for command in (report, figures):
+        command.add_argument("--preset", default="digits", help="a name in notebooks/presets, or a .yaml file")
+        command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
+    return parser.parse_args(arguments)
+
+
+def settings_changes(pairs: list[str]) -> dict[str, str]:
+    changes = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {pair!r}: must be key=value")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, 1 for a notebook that failed, 2 for a wrong argument, 130 for Ctrl-C."""
+    options = parse(arguments)
+    # imported late, so that --help and a typing error answer at once
+    from augdistill_report import gallery, runner
+
+    try:
+        if options.command == "report":
+            changes = settings_changes(options.set)
+            page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
+            print(f"report: {page}")
+        else:
+            print(f"published: {gallery.publish(options.preset, options.out)}")
+    except ValueError as error:
+        print(f"augdistill: {error}", file=sys.stderr)
+        return 2
+    except runner.NotebookFailed as error:
+        print(f"augdistill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\naugdistill: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0

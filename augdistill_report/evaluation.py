@@ -1,0 +1,83 @@
+"""Scoring a method: fresh students, trained on what it makes of a subset, tested on images that nobody trained on."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_core import (
+    augmented,
+    flatten,
+    initial_parameters,
+    logits_of,
+    minibatches,
+    seeded,
+    sgd,
+    unflatten,
+    unroll,
+)
+from augdistill_report.data import Split
+from augdistill_report.settings import EvalConfig
+
+
+@torch.no_grad()
+def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
+    """The fraction of `split` that `student` with parameters `theta` `[P]` classifies right."""
+    pieces = unflatten(student, theta)
+    right = 0
+    for images, labels in zip(split.images.split(512), split.labels.split(512), strict=True):
+        logits = logits_of(student, pieces, images)
+        right += int((logits.argmax(1) == labels).sum())
+    return right / len(split)
+
+
+def train_student(student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed) -> Tensor:
+    """One fresh student's final parameters `[P]`: trained on phi(images), phi drawn afresh in every step.
+
+    `phi` None trains on the images themselves. The step size falls to a tenth halfway. One `seed` (path) gives the same
+    initialisation and batches for every phi, so that methods are compared in pairs.
+    """
+    generator, noise = seeded(*seed), seeded(*seed, "noise")
+    start = initial_parameters(student, generator).to(images)
+
+    @torch.no_grad()
+    def batches():
+        for i in minibatches(len(images), config.eval_batch, generator):
+            yield augmented(phi, images[i], labels[i], i, noise), labels[i]
+
+    def rate(step: int) -> float:
+        return config.eval_lr * (0.1 if step >= config.eval_steps // 2 else 1.0)
+
+    steps = sgd(student, start, batches(), rate, config.eval_momentum, config.eval_decay)
+    *_, (model, _) = itertools.islice(steps, config.eval_steps)
+    return flatten(model.parameters()).detach()
+
+
+def evaluate(
+    student: nn.Module, phi, train: Split, scored: dict[str, Split], config: EvalConfig, seed: int, on_student=None
+) -> dict[str, list[float]]:
+    """For each split of `scored`, the accuracy of each of `config.eval_students` students trained on phi(train)."""
+    values = {name: [] for name in scored}
+    for k in range(config.eval_students):
+        theta = train_student(student, phi, train.images, train.labels, config, seed, "student", k)
+        for name, split in scored.items():
+            values[name].append(accuracy(student, theta, split))
+        if on_student is not None:
+            on_student(k + 1)
+    return values
+
+
+@torch.no_grad()
+def student_path(student: nn.Module, start: Tensor, phi, train: Split, alpha: float, steps: int, seed: int) -> Tensor:
+    """`[steps + 1, P]`: where a student goes from `start` in plain SGD steps of size `alpha` on all of phi(train)."""
+    index, noise, way = torch.arange(len(train)), seeded(seed, "path"), [start]
+    for _ in range(steps):
+        images = augmented(phi, train.images, train.labels, index, noise)
+        way.append(unroll(student, way[-1], [images], [train.labels], alpha))
+    return torch.stack(way)
+
+
+@torch.no_grad()
+def phi_images(phi, split: Split, seed: int) -> Tensor:
+    """One draw of phi(x) for all images of a split that is phi's base set, `[n, C, H, W]`, without a gradient."""
+    return augmented(phi, split.images, split.labels, torch.arange(len(split)), seeded(seed, "picture"))

@@ -1,0 +1,192 @@
+"""The pieces of work that a report consists of: each says all it depends on, runs in any process, and is stored.
+
+A job is a frozen dataclass of plain values. `spec()` is what its result depends on, `work()` makes the result. Jobs
+find what they build on (a distillation its experts, an evaluation its phi) in the same store, and make what is missing.
+"""
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from augdistill_core import (
+    PHIS,
+    DistillConfig,
+    Distilled,
+    Trajectories,
+    distill,
+    make_phi,
+    snapshots_every,
+    train_expert,
+)
+from augdistill_report import data as data_sets
+from augdistill_report.artefacts import Store, source_digest
+from augdistill_report.augmentations import AUGMENTATIONS
+from augdistill_report.data import Dataset
+from augdistill_report.evaluation import accuracy, evaluate
+from augdistill_report.settings import ROOT, EvalConfig, Setup
+
+Tick = Callable[[int, int], None]  # tick(done, total)
+SOURCE = source_digest(ROOT)  # of the code that this process has imported
+
+
+@functools.lru_cache(maxsize=2)
+def load_data(name: str, size: int, device: str) -> Dataset:
+    return data_sets.load(name, size).to(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A piece of work in a world. `kind` names its files."""
+
+    setup: Setup
+
+    kind = "job"
+
+    def spec(self) -> dict:
+        return dataclasses.asdict(self) | {"source": SOURCE}
+
+    @property
+    def data(self) -> Dataset:
+        return load_data(self.setup.dataset, self.setup.size, self.setup.device)
+
+    def student(self):
+        return self.setup.student(self.data).to(self.setup.device)
+
+    def work(self, store: Store, tick: Tick) -> tuple[dict, dict]:
+        """Make the result: (tensors, plain JSON values)."""
+        raise NotImplementedError
+
+    def run(self, store: Store, tick: Tick = lambda done, total: None) -> None:
+        """Make the result and store it, unless it is there."""
+        if not store.has(self.kind, self.spec()):
+            store.save(self.kind, self.spec(), *self.work(store, tick))
+
+    def stored(self, store: Store) -> tuple[dict, dict]:
+        self.run(store)
+        return store.load(self.kind, self.spec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert(Job):
+    """One expert's way, and its accuracy on the validation split at every snapshot."""
+
+    expert: int
+
+    kind = "expert"
+
+    def spec(self):
+        spec = super().spec()
+        return spec | {"setup": spec["setup"] | {"experts": None}}  # it does not depend on how many others there are
+
+    def work(self, store, tick):
+        train, student, losses = self.data.train, self.student(), []
+        snapshots = snapshots_every(len(train), self.setup)[1]
+
+        def on_snapshot(snapshot, loss):
+            losses.append(loss)
+            tick(snapshot, snapshots)
+
+        augment = AUGMENTATIONS[self.setup.expert_augment]
+        arguments = (student, train.images, train.labels, self.setup, self.setup.seed, self.expert)
+        theta = train_expert(*arguments, augment=augment, on_snapshot=on_snapshot)
+        scores = [accuracy(student, t, self.data.validation) for t in theta]
+        return {"theta": theta}, {"loss": losses, "validation": scores}
+
+
+def experts(setup: Setup) -> list[Expert]:
+    return [Expert(setup, k) for k in range(setup.experts)]
+
+
+def trajectories(setup: Setup, store: Store) -> Trajectories:
+    jobs = experts(setup)
+    theta = torch.stack([job.stored(store)[0]["theta"] for job in jobs])
+    return Trajectories(jobs[0].student(), theta.to(setup.device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Which training images: so many a class, or a stratified fraction, of the nested order of `seed`."""
+
+    seed: int
+    per_class: int | None = None
+    fraction: float | None = None
+
+    def index(self, data: Dataset) -> torch.Tensor:
+        return data.subset(self.seed, per_class=self.per_class, fraction=self.fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(Job):
+    """A phi trained on a subset. `stored_phi` gives it back as `Distilled`."""
+
+    phi: str
+    subset: Subset
+    config: DistillConfig
+    phi_source: str = ""  # of a phi that a user registered: what it says is part of what the result depends on
+
+    kind = "distilled"
+
+    def fresh_phi(self):
+        base = self.data.train.images[self.subset.index(self.data)]
+        return make_phi(self.phi, base, len(self.data.classes), self.setup.seed)
+
+    def work(self, store, tick):
+        train = self.data.train
+        base = train.take(self.subset.index(self.data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a divergence is a result here: it is stored and shown
+            result = distill(
+                self.fresh_phi(),
+                base.images,
+                base.labels,
+                trajectories(self.setup, store),
+                self.config,
+                seed=self.setup.seed,
+                real=(train.images, train.labels),
+                on_iteration=lambda record: tick(record["iteration"] + 1, self.config.iterations),
+            )
+        meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
+        return result.phi.state_dict(), meta
+
+    def stored_phi(self, store: Store) -> Distilled:
+        tensors, meta = self.stored(store)
+        phi = self.fresh_phi()
+        phi.load_state_dict(tensors)
+        return Distilled(phi, **meta)
+
+
+def own_source(phi: str) -> str:
+    """The source of a phi that a user registered; "" for the core's, which `SOURCE` covers."""
+    build = PHIS[phi]
+    if getattr(build, "__module__", "") == "augdistill_core":
+        return ""
+    try:
+        return inspect.getsource(build)
+    except (OSError, TypeError):
+        return repr(build)  # holds an address: found again in this process only, never mistaken for another
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Job):
+    """Fresh students trained on a subset, through a distilled phi or (None) plainly; scored on validation and test."""
+
+    subset: Subset
+    config: EvalConfig
+    distilled: Distillation | None = None
+
+    kind = "accuracy"
+
+    def work(self, store, tick):
+        data = self.data
+        phi = self.distilled.stored_phi(store).phi if self.distilled else None
+        train = data.train.take(self.subset.index(data))
+        scored = {"validation": data.validation, "test": data.test}
+        total = self.config.eval_students
+        values = evaluate(
+            self.student(), phi, train, scored, self.config, self.setup.seed, lambda done: tick(done, total)
+        )
+        return {}, values

@@ -1,0 +1,174 @@
+"""Pictures: each function returns a matplotlib Figure, draws nothing by itself, and takes plain results.
+
+A method keeps its colour in every picture of the report (`colour`).
+"""
+
+import zlib
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
+COLOURS = {
+    "real images": "#777777",
+    "plain images": "#777777",
+    "identity": "#aaaaaa",
+    "pixels (MTT)": "#d55e00",
+    "pixels (2018 loss)": "#e69f00",
+    "unet": "#0072b2",
+    "unet_noise": "#009e73",
+    "distnet2, SGD 1000": "#000000",
+    "distnet2, SGD .01": "#8c6d31",
+    "distnet2, Adam": "#cc79a7",
+    "all the data": "#222222",
+}
+
+
+def colour(name: str) -> str:
+    """The colour of a method: fixed for those of the report, stable for any other name."""
+    return COLOURS.get(name) or PALETTE[zlib.crc32(name.encode()) % len(PALETTE)]
+
+
+def new_figure(width: float, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, columns, **options))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def image_grid(rows: dict[str, Tensor], columns: list[str]) -> Figure:
+    """Rows of images `[k, C, H, W]` in [0, 1] below each other, row names at the left, column names on top."""
+    figure = Figure(figsize=(1.6 + 0.85 * len(columns), 0.35 + 0.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (name, images), line in zip(rows.items(), axes, strict=True):
+        for image, axis in zip(images.cpu(), line, strict=True):
+            picture = image.permute(1, 2, 0).squeeze(-1)
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for title, axis in zip(columns, axes[0], strict=True):
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def smooth(values: list[float], window: int) -> np.ndarray:
+    """Means over the last `window` values (over fewer at the beginning)."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def curves(histories: dict[str, list[dict]], loss: str = "matching loss") -> Figure:
+    """The loss and alpha against iterations: each iteration thin, the mean over a tenth of the run bold."""
+    figure, (left, right) = new_figure(10.5, 3.6, 2)
+    for name, history in histories.items():
+        x, y = [r["iteration"] for r in history], [r["loss"] for r in history]
+        left.plot(x, y, color=colour(name), linewidth=0.5, alpha=0.25)
+        left.plot(x, smooth(y, max(1, len(y) // 10)), color=colour(name), label=name)
+        right.plot(x, [r["alpha"] for r in history], color=colour(name), label=name)
+        if not np.isfinite(y[-1]) or len(y) < max(map(len, histories.values())):
+            finite = [v for v in y if np.isfinite(v)]
+            left.plot(x[len(finite) - 1], finite[-1], "x", color=colour(name), markersize=9, markeredgewidth=2)
+    left.axhline(1, color="black", linewidth=0.7, linestyle=":")
+    left.set(xlabel="iteration", ylabel=loss, yscale="log")
+    right.set(xlabel="iteration", ylabel="alpha (the student's step size)", yscale="log")
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def bars(scores: dict, reference: dict | None = None) -> Figure:
+    """Test accuracy by method: mean, standard deviation, every student a dot; `reference` as lines across."""
+    figure, (axis,) = new_figure(7.5, 0.9 + 0.42 * len(scores))
+    for row, (name, score) in enumerate(scores.items()):
+        axis.barh(row, 100 * score.mean, xerr=100 * score.std, color=colour(name), alpha=0.75, capsize=3)
+        axis.plot([100 * v for v in score.test], [row] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
+        axis.text(1, row, str(score), va="center", fontsize=9, color="white" if score.mean > 0.3 else "black")
+    for name, score in (reference or {}).items():
+        axis.axvline(100 * score.mean, color=colour(name), linestyle="--", label=f"{name}: {score}")
+        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.set_yticks(range(len(scores)), scores)
+    axis.set(xlabel=f"test accuracy in %, {len(next(iter(scores.values())).test)} students", xlim=(0, 100))
+    axis.invert_yaxis()
+    return figure
+
+
+def along_the_way(validation: list[list[float]], theta: Tensor) -> Figure:
+    """By snapshot: each expert's validation accuracy, and the length of its step from the last snapshot."""
+    figure, (left, right) = new_figure(10.5, 3.4, 2)
+    steps = (theta[:, 1:] - theta[:, :-1]).norm(dim=2).cpu()
+    for scores, lengths in zip(validation, steps, strict=True):
+        left.plot([100 * s for s in scores], color=colour("all the data"), alpha=0.35)
+        right.plot(range(1, len(lengths) + 1), lengths, color=colour("all the data"), alpha=0.35)
+    left.plot(100 * np.mean(validation, 0), color=colour("unet"), linewidth=2.5, label=f"mean of {len(validation)}")
+    right.plot(range(1, steps.shape[1] + 1), steps.mean(0), color=colour("unet"), linewidth=2.5)
+    left.legend(frameon=False, loc="lower right")
+    left.set(xlabel="snapshot", ylabel="validation accuracy in %", ylim=(0, 100))
+    right.set(xlabel="snapshot", ylabel="distance from the snapshot before", ylim=(0, None))
+    return figure
+
+
+def principal_plane(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean `[P]`, the first two principal directions `[2, P]` of all snapshots, and their shares of the variance.
+
+    Signs are fixed (a direction's largest entry is positive), so that the same weights give the same picture.
+    """
+    flat = theta.flatten(0, 1).double()
+    mean = flat.mean(0)
+    _, values, directions = torch.linalg.svd(flat - mean, full_matrices=False)
+    directions = directions[:2]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    share = values.square() / values.square().sum()
+    return mean, directions * largest.sign(), share[:2]
+
+
+def trajectory_plane(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
+    """Experts' ways in the plane of their first two principal components; other paths (lists of `[n, P]`) on top."""
+    mean, directions, share = principal_plane(theta)
+
+    def project(points: Tensor) -> np.ndarray:
+        return ((points.double() - mean) @ directions.T).cpu().numpy()
+
+    figure, (axis,) = new_figure(7.5, 5)
+    for k, way in enumerate(theta):
+        x, y = project(way).T
+        label = "experts, a dot an epoch" if k == 0 else None
+        axis.plot(x, y, ".-", color=colour("all the data"), alpha=0.3, markersize=4, linewidth=0.8, label=label)
+        axis.plot(x[0], y[0], "o", color="black", markersize=5)
+    for name, several in paths.items():
+        for k, path in enumerate(several):
+            x, y = project(path).T
+            axis.plot(x, y, color=colour(name), linewidth=2, label=name if k == 0 else None)
+            axis.plot(x[-1], y[-1], "s", color=colour(name), markersize=4)
+    axis.legend(frameon=False, fontsize=9)
+    axis.set(
+        xlabel=f"first principal component ({100 * share[0]:.0f} % of the variance)",
+        ylabel=f"second ({100 * share[1]:.0f} %)",
+    )
+    return figure
+
+
+def by_fraction(series: dict[str, dict[float, object]], full) -> Figure:
+    """Test accuracy against the fraction of the training data, bands of one standard deviation; `full` is a line."""
+    figure, (axis,) = new_figure(7.5, 4.4)
+    for name, scores in series.items():
+        x = [100 * f for f in scores]
+        mean = np.array([100 * s.mean for s in scores.values()])
+        std = np.array([100 * s.std for s in scores.values()])
+        axis.plot(x, mean, "o-", color=colour(name), label=name, linestyle=":" if name == "identity" else "-")
+        axis.fill_between(x, mean - std, mean + std, color=colour(name), alpha=0.2, linewidth=0)
+    axis.axhline(100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}")
+    axis.axhspan(100 * (full.mean - full.std), 100 * (full.mean + full.std), color=colour("all the data"), alpha=0.1)
+    axis.set(xscale="log", xlabel="% of the training data", ylabel="test accuracy in %")
+    ticks = [100 * f for f in next(iter(series.values()))]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    return figure

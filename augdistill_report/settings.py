@@ -1,0 +1,153 @@
+"""Every knob of a run, in one flat list: presets, papermill's `-p` and `--set` all speak these names.
+
+`Settings` is the union of what the parts of a run take, so that each part can be handed just its own
+(`settings.part(DistillConfig)`), and what a stored result depends on is just what it was handed.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+import yaml
+
+from augdistill_config import Config, knob
+from augdistill_core import PHIS, ConvNet, DistillConfig, ExpertConfig, make_optimizer, make_phi, snapshots_every
+from augdistill_report.augmentations import AUGMENTATIONS
+from augdistill_report.data import DATASETS, Dataset, load
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+PRESETS = NOTEBOOKS / "presets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(ExpertConfig):
+    """The world that a result lives in: the data, the student, the experts, the machine."""
+
+    dataset: str = knob("digits", "which data", choices=tuple(DATASETS))
+    size: int = knob(16, "images are size x size pixels", low=4, high=256)
+    width: int = knob(32, "the student's channels", low=1)
+    depth: int = knob(2, "the student's blocks", low=1)
+    expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
+    seed: int = knob(0, "everything random follows from it", low=0)
+    device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
+    threads: int = knob(1, "CPU threads in a process (another count rounds differently)", low=1)
+
+    def student(self, data: Dataset) -> ConvNet:
+        return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Config):
+    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT)."""
+
+    eval_students: int = knob(5, "fresh students, each with a seed of its own", low=2)
+    eval_steps: int = knob(300, "SGD steps of each", low=2)
+    eval_batch: int = knob(64, "images a step (all, if there are fewer)", low=1)
+    eval_lr: float = knob(0.02, "SGD step size", low=1e-12)
+    eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
+    eval_decay: float = knob(5e-4, "weight decay", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Setup, DistillConfig, EvalConfig):
+    """All of it. What notebooks compare beyond these (rows of a table) stands in the notebooks."""
+
+    images_per_class: int = knob(1, "images a class in the base set of notebooks 02 and 03", low=1)
+    phi: str = knob("unet_noise", "the phi of notebooks 03 and 05: any name in PHIS")
+    pixel_optimizer: str = knob("SGD", "for the pixels of notebook 02: any of torch.optim")
+    pixel_lr: float = knob(100.0, "its step size (MTT: 100 to 1000)", low=0)
+    pixel_momentum: float = knob(0.5, "its momentum, where it has one", low=0, high=1)
+    fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
+    subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
+    subset_iterations: int = knob(200, "outer steps when phi learns on a fraction", low=1)
+    subset_eval_steps: int = knob(400, "SGD steps of a student that is scored in notebook 05", low=2)
+    workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.fraction_list  # refuses what is not a list of fractions
+
+    @property
+    def fraction_list(self) -> list[float]:
+        try:
+            values = [float(part) for part in self.fractions.split(",")]
+        except ValueError:
+            values = []
+        if not values or not all(0 < v <= 1 for v in values):
+            raise ValueError(f"fractions={self.fractions!r}: must be numbers in (0, 1] with commas between")
+        return values
+
+    @property
+    def pixel_config(self) -> DistillConfig:
+        """The settings of the baseline: MTT's own, alpha raw, SGD with momentum on both."""
+        return self.part(
+            DistillConfig,
+            phi_optimizer=self.pixel_optimizer,
+            phi_lr=self.pixel_lr,
+            phi_momentum=self.pixel_momentum,
+            alpha_mode="raw",
+            alpha_optimizer="SGD",
+            alpha_lr=1e-5,
+            alpha_momentum=0.5,
+        )
+
+    @property
+    def processes(self) -> int:
+        return self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
+
+
+def preset_path(preset: str) -> Path:
+    """The file of a preset: a name in notebooks/presets, or the path of a YAML file of one's own."""
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ValueError(f"preset={preset!r}: must be one of {names}, or the path of a .yaml file")
+    return path
+
+
+def resolve(preset: str, overrides: dict | None = None) -> Settings:
+    """The settings of a preset with some keys changed; whatever is wrong is refused by name."""
+    path = preset_path(preset)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset={preset!r}: {path} is not YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"preset={preset!r}: {path} must hold `key: value` lines")
+    try:
+        Settings.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Settings.from_dict(values | (overrides or {}))
+
+
+def preflight(settings: Settings) -> None:
+    """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
+    data = load(settings.dataset, settings.size)
+    student = settings.student(data)
+    snapshots = snapshots_every(len(data.train), settings)[1]
+    last = snapshots - settings.expert_epochs
+    if not settings.max_start_epoch <= last:
+        raise ValueError(
+            f"max_start_epoch={settings.max_start_epoch}: the experts' {snapshots} snapshots less "
+            f"expert_epochs={settings.expert_epochs} leave start epochs in [0, {last}]"
+        )
+    base = data.train.images[data.subset(settings.seed, per_class=settings.images_per_class)]
+    for fraction in settings.fraction_list:
+        data.subset(settings.seed, fraction=fraction)
+    for name in sorted({settings.phi, "unet"}):
+        phi = make_phi(name, base, len(data.classes), settings.seed)
+        if settings.phi == name and getattr(phi, "bound", False):
+            raise ValueError(
+                f"phi={name!r}: is the baseline, bound to its base images; use another of {', '.join(PHIS)}"
+            )
+    for key, prefix in (("phi", "phi"), ("alpha", "alpha"), ("pixel", "pixel")):
+        kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{prefix}_momentum")
+        try:
+            make_optimizer(kind, list(student.parameters()), 0.1, momentum)
+        except ValueError as error:
+            raise ValueError(f"{key}_optimizer={kind!r}: {error}") from None

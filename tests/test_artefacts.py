@@ -1,0 +1,65 @@
+"""Stored results are whole or not there, and a damaged or foreign file is named, never half read."""
+
+import pickle
+
+import pytest
+import torch
+
+from augdistill_report.artefacts import Store, digest, write
+
+SPEC = {"a": 1, "b": [0.1, None, "x"]}
+TENSORS = {"theta": torch.arange(1000.0).view(10, 100), "n": torch.tensor(3)}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    store = Store(tmp_path)
+    store.save("thing", SPEC, TENSORS, {"loss": [1.0, float("nan")], "why": "ü"})
+    return store
+
+
+def test_what_is_stored_comes_back(store):
+    tensors, meta = store.load("thing", SPEC)
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert meta["why"] == "ü" and meta["loss"][0] == 1.0 and meta["loss"][1] != meta["loss"][1]
+
+
+def test_an_equal_specification_finds_it_and_no_other(store):
+    assert store.has("thing", dict(reversed(SPEC.items())))
+    for other in ({**SPEC, "a": 2}, {**SPEC, "c": 0}, {"a": 1}):
+        assert not store.has("thing", other)
+    assert not store.has("other", SPEC)
+    assert digest({"a": 1}) != digest({"a": 1.5})
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "header":
+        path.write_bytes(content[:8] + b"#" + content[9:])
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps({"theta": 1}))
+    elif how == "another's":
+        Store(path.parent).save("thing", {"a": 2}, TENSORS, {})
+        Store(path.parent).path("thing", {"a": 2}).replace(path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "header", "pickle", "another's"])
+def test_a_damaged_or_foreign_file_is_named(store, how):
+    path = store.path("thing", SPEC)
+    damage(path, how)
+    with pytest.raises(ValueError, match=path.name):
+        store.load("thing", SPEC)
+
+
+def test_a_write_that_dies_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write(path, "old")
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,930 @@
+"""Students, experts, the unroll, the matching loss and distillation, each against a reference of another make.
+
+Experts and the unroll are compared with modules that torch.optim.SGD trains, distillation with Algorithm 1 written in
+torch.func and stepped by torch.optim, its gradient also with finite differences; the losses with values by hand.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from augdistill_core import (
+    ConvNet,
+    DistillConfig,
+    ExpertConfig,
+    Phi,
+    Trajectories,
+    distill,
+    flatten,
+    initial_parameters,
+    make_phi,
+    matching_loss,
+    minibatches,
+    randn,
+    seeded,
+    sgd,
+    train_expert,
+    train_experts,
+    unflatten,
+    unroll,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Students and data of these tests: 8x8 images with one channel, three classes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """Two hidden layers that are one (under two names), or that share their weights and have a bias each."""
+
+    def __init__(self, weights_only=False):
+        super().__init__()
+        self.first, self.once, self.last = nn.Linear(64, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        if weights_only:
+            self.again = nn.Linear(6, 6)
+            self.again.weight = self.once.weight
+        else:
+            self.again = self.once
+
+    def forward(self, images):
+        return self.last(torch.tanh(self.again(torch.tanh(self.once(self.first(images.flatten(1)))))))
+
+
+class Unused(nn.Module):
+    """A layer that the output does not depend on, between two that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.idle, self.last = nn.Linear(64, 6), nn.Linear(4, 5), nn.Linear(6, 3)
+
+    def forward(self, images):
+        return self.last(torch.relu(self.first(images.flatten(1))))
+
+
+def mlp(inputs=64, hidden=6, classes=3, act=nn.Tanh):
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), act(), nn.Linear(hidden, classes))
+
+
+STUDENTS = {
+    "convnet": lambda: ConvNet(1, 3, 8, width=4, depth=2),
+    "mlp": mlp,
+    "max pooling, in-place ReLU": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)
+    ),
+    "shared layer": Shared,
+    "shared weights": lambda: Shared(weights_only=True),
+    "unused parameter": Unused,
+    "no norm": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3)),
+}
+
+
+def built(build, seed=0):
+    """A student in double precision, initialised by torch itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build().double()
+
+
+def toy(count, seed=0, dtype=torch.float64):
+    """Images `[count, 1, 8, 8]` of three classes that differ in their mean image, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(99), dtype=dtype)
+    labels = torch.arange(count) % 3
+    return means[labels] + torch.randn(count, 1, 8, 8, generator=generator, dtype=dtype), labels
+
+
+def assert_near(actual, expected, scale, rel=1e-12):
+    """The distance of two vectors, relative to the length of `scale`."""
+    assert (actual - expected).norm() <= rel * scale.norm() and scale.norm() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_streams_depend_on_their_whole_path():
+    def draw(*path):
+        return torch.rand((), generator=seeded(*path)).item()
+
+    paths = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), ("0", "a")]
+    assert len({draw(*p) for p in paths}) == len(paths) and draw(0, "a") == draw(0, "a")
+
+
+def test_minibatches_are_a_new_permutation_each_epoch():
+    epochs = [list(itertools.islice(stream, 3)) for stream in [minibatches(10, 4, seeded(0))] * 2]
+    assert [[len(b) for b in epoch] for epoch in epochs] == [[4, 4, 2]] * 2
+    orders = [torch.cat(epoch).tolist() for epoch in epochs]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+
+
+@pytest.mark.parametrize("batch", [0, 10, 11])
+def test_a_full_batch_keeps_the_order(batch):
+    for index in itertools.islice(minibatches(10, batch, seeded(0)), 3):
+        assert index.tolist() == list(range(10))
+
+
+def test_randn_takes_type_and_shape_from_its_image():
+    like = torch.zeros(2, 3, dtype=torch.float64)
+    assert torch.equal(randn(like, seeded(0)), torch.randn(2, 3, generator=seeded(0), dtype=torch.float64))
+    assert randn(like, seeded(0), (5,)).shape == (5,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Student
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_field_s_convnet_has_320010_parameters_on_cifar10():
+    assert sum(p.numel() for p in ConvNet(3, 10, 32).parameters()) == 320_010
+
+
+def test_convnet_is_conv_instance_norm_relu_average_pool_then_linear():
+    images, _ = toy(4)
+    student = built(STUDENTS["convnet"])
+    with torch.no_grad():
+        for p in student.parameters():  # the norm's weights of one and biases of zero would hide a mistake
+            p.add_(torch.randn(p.shape, generator=seeded(1), dtype=p.dtype))
+    *blocks, weight, bias = student.parameters()
+    h = images
+    for w, b, gain, shift in (blocks[:4], blocks[4:]):
+        h = F.avg_pool2d(F.relu(F.instance_norm(F.conv2d(h, w, b, padding=1), weight=gain, bias=shift)), 2)
+    torch.testing.assert_close(student(images), F.linear(h.flatten(1), weight, bias), rtol=1e-12, atol=1e-12)
+
+
+def test_a_convnet_too_deep_for_its_images_is_refused():
+    with pytest.raises(ValueError, match="depth=4.*8x8"):
+        ConvNet(1, 3, 8, depth=4)
+    assert ConvNet(1, 3, 8, width=2, depth=3)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 16, 16), (1, 8, 4)])
+def test_images_of_the_wrong_shape_are_refused_with_both_shapes(shape):
+    with pytest.raises(ValueError) as error:
+        ConvNet(1, 3, 8, depth=2)(torch.zeros(2, *shape))
+    assert str(shape) in str(error.value) and "(1, 8, 8)" in str(error.value)
+
+
+@pytest.mark.parametrize("build", [*STUDENTS.values(), lambda: nn.Linear(3, 1, bias=False)])
+def test_flatten_copies_and_unflatten_undoes_it(build):
+    student = built(build)
+    theta = flatten(student.parameters())
+    before = parameters_to_vector(student.parameters()).detach().clone()
+    assert torch.equal(theta, before)
+    for piece, p in zip(unflatten(student, theta), student.parameters(), strict=True):
+        assert torch.equal(piece, p)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    assert torch.equal(theta, before)
+    with pytest.raises(ValueError, match=rf"\({len(theta) + 1},\).*\({len(theta)},\)"):
+        unflatten(student, torch.zeros(len(theta) + 1))
+
+
+# two layers that share weights initialise them twice, so there a new module differs
+@pytest.mark.parametrize("build", [b for k, b in STUDENTS.items() if k != "shared weights"])
+def test_initial_parameters_are_those_of_a_module_built_anew(build, rng_untouched):
+    student = built(build, seed=9)
+    before = copy.deepcopy(student.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = parameters_to_vector(build().parameters()).detach()
+    with rng_untouched():
+        ours, again, other = (initial_parameters(student.float(), seed) for seed in (5, 5, 6))
+    assert torch.equal(ours, expected) and torch.equal(ours, again)
+    assert not torch.equal(ours, other) and not ours.requires_grad
+    for key, value in student.double().state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-7, atol=1e-7)
+
+
+def test_initial_parameters_advance_a_generator():
+    student, generator = mlp(), seeded(3)
+    first, second, again = (initial_parameters(student, g) for g in (generator, generator, seeded(3)))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_a_layer_that_cannot_be_initialised_is_refused_by_name():
+    student = mlp()
+    student[1].extra = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=r"1\.extra.*reset_parameters"):
+        initial_parameters(student, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def experts_config(**changes):
+    return ExpertConfig(**{**dict(experts=1, epochs=3, expert_lr=0.1, expert_batch=4), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(snapshot_steps=1),
+        dict(snapshot_steps=2),
+        dict(snapshot_steps=9),
+        dict(expert_momentum=0.9, expert_decay=0.01, snapshot_steps=4),
+        dict(expert_batch=10),
+        dict(expert_batch=64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("build", [STUDENTS["convnet"], Shared], ids=["convnet", "shared"])
+def test_an_expert_is_a_module_trained_by_torch(build, changes):
+    images, labels = toy(10)
+    student, config = built(build), experts_config(**changes)
+    report = []
+    way = train_expert(student, images, labels, config, 7, 2, on_snapshot=lambda *a: report.append(a))
+
+    generator = seeded(7, "expert", 2)
+    model = copy.deepcopy(student)
+    vector_to_parameters(initial_parameters(student, generator), model.parameters())
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.expert_lr, momentum=config.expert_momentum, weight_decay=config.expert_decay
+    )
+    steps, losses = [parameters_to_vector(model.parameters()).detach().clone()], []
+    for _ in range(config.epochs):
+        full = config.expert_batch >= 10
+        order = torch.arange(10) if full else torch.randperm(10, generator=generator)
+        for index in order.split(config.expert_batch):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images[index]), labels[index])
+            loss.backward()
+            optimizer.step()
+            steps.append(parameters_to_vector(model.parameters()).detach().clone())
+            losses.append(loss.item())
+    every = config.snapshot_steps or -(-10 // config.expert_batch)
+    expected = torch.stack(steps[::every])
+    assert way.shape == expected.shape and not way.requires_grad
+    assert torch.equal(way[0], expected[0])
+    torch.testing.assert_close(way, expected, rtol=1e-12, atol=1e-13)
+    assert len(way.unique(dim=0)) == len(way)  # no snapshot is an alias of the live weights
+    assert [k for k, _ in report] == list(range(1, len(expected)))
+    means = [sum(losses[i : i + every]) / every for i in range(0, len(losses) - every + 1, every)]
+    assert [m for _, m in report] == pytest.approx(means, rel=1e-12)
+
+
+def test_an_expert_depends_on_the_seed_and_its_number_alone(rng_untouched):
+    images, labels = toy(10, dtype=torch.float32)
+    student = STUDENTS["convnet"]()
+    before = flatten(student.parameters())
+    with rng_untouched():
+        three = train_experts(student, images, labels, experts_config(experts=3), 0)
+    torch.manual_seed(1)
+    two = train_experts(student, images, labels, experts_config(experts=2), 0)
+    assert three.theta.shape[:2] == (3, 4) and three.student is student
+    assert torch.equal(three.theta[:2], two.theta)
+    assert torch.equal(three.theta[2], train_expert(student, images, labels, experts_config(), 0, 2))
+    assert len(three.theta[:, 0].unique(dim=0)) == 3
+    assert not torch.equal(train_experts(student, images, labels, experts_config(), 1).theta[0], three.theta[0])
+    assert torch.equal(flatten(student.parameters()), before)
+
+
+def test_an_expert_sees_its_images_through_the_augmentation():
+    images, labels = toy(10)
+    student, seen = built(mlp), []
+
+    def blacken(batch, *, labels, index, generator):
+        seen.append((batch, labels, index, generator))
+        return batch * 0
+
+    plain = train_expert(student, images, labels, experts_config(), 0, 0)
+    black = train_expert(student, images, labels, experts_config(), 0, 0, augment=blacken)
+    assert torch.equal(plain[0], black[0]) and not torch.equal(plain[1], black[1])
+    first = slice(0, 64 * 6)  # the layer that black images leave without a gradient
+    assert torch.equal(black[-1][first], black[0][first]) and not torch.equal(plain[-1][first], plain[0][first])
+    for batch, batch_labels, index, generator in seen:
+        assert torch.equal(batch, images[index]) and torch.equal(batch_labels, labels[index])
+        assert isinstance(generator, torch.Generator)
+    assert len(seen) == 9
+
+
+def test_expert_training_stops_when_on_snapshot_raises():
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def stop(snapshot, loss):
+        seen.append(snapshot)
+        if snapshot == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_experts(built(mlp), *toy(10), experts_config(), 0, on_snapshot=stop)
+    assert seen == [1, 2]
+
+
+def test_snapshots_further_apart_than_the_training_is_long_are_refused():
+    with pytest.raises(ValueError, match="snapshot_steps=10: must be at most the 9 steps"):
+        train_experts(built(mlp), *toy(10), experts_config(snapshot_steps=10), 0)
+
+
+def test_a_segment_is_its_two_snapshots():
+    theta = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
+    way = Trajectories(mlp(), theta)
+    for expert, start, length in [(0, 0, 3), (1, 2, 1), (1, 0, 2)]:
+        begin, end = way.segment(expert, start, length)
+        assert torch.equal(begin, theta[expert, start]) and torch.equal(end, theta[expert, start + length])
+
+
+@pytest.mark.parametrize("start, length", [(-1, 1), (0, 0), (2, -1), (3, 1), (2, 2), (0, 4)])
+def test_a_segment_beyond_the_trajectory_is_refused(start, length):
+    with pytest.raises(ValueError, match=f"start {start} plus {length} snapshots.* snapshot 3"):
+        Trajectories(mlp(), torch.zeros(2, 4, 3)).segment(0, start, length)
+
+
+def test_sgd_follows_a_schedule():
+    images, labels = toy(6)
+    student = built(STUDENTS["convnet"])
+    start = initial_parameters(student, 0)
+    steps = sgd(student, start, [(images, labels)] * 4, lambda step: 0.3 / (step + 1), momentum=0.5)
+    *_, (model, _) = steps
+    reference = copy.deepcopy(student)
+    vector_to_parameters(start.clone(), reference.parameters())
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.3, momentum=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(reference(images), labels).backward()
+        optimizer.step()
+        schedule.step()
+    ours, theirs = (parameters_to_vector(m.parameters()).detach() for m in (model, reference))
+    assert_near(ours, theirs, theirs - start)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The differentiable unroll
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("build", STUDENTS.values(), ids=STUDENTS)
+def test_unroll_is_n_steps_of_torch_sgd(build, steps):
+    student = built(build)
+    start = parameters_to_vector(built(build, seed=1).parameters()).detach().clone()
+    begin, own = start.clone(), copy.deepcopy(student.state_dict())
+    data = [toy(5, seed=n) for n in range(steps)]
+    batches, labels = [x for x, _ in data], [y for _, y in data]
+    end = unroll(student, start, batches, labels, 0.3)
+    with torch.no_grad():
+        bare = unroll(student, start, batches, labels, torch.tensor(0.3, dtype=torch.float64))
+
+    model = copy.deepcopy(student)
+    vector_to_parameters(start.clone(), model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for images, targets in data:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+    expected = parameters_to_vector(model.parameters()).detach()
+    assert_near(end, expected, expected - start)
+    assert_near(bare, expected, expected - start)
+    assert bare.grad_fn is None and not bare.requires_grad and end.requires_grad
+    # nothing that was passed has changed
+    assert torch.equal(start, begin) and not start.requires_grad
+    assert all(torch.equal(value, own[key]) for key, value in student.state_dict().items())
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_without_grad_every_step_s_graph_is_freed():
+    """Under `torch.no_grad()` a start, images and a step size that ask for gradients leave no graph either."""
+    student, (images, labels) = built(mlp), toy(4)
+    start = flatten(student.parameters())
+    alpha = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        end = unroll(student, start, [images.requires_grad_()] * 2, [labels] * 2, alpha)
+    assert end.grad_fn is None and not end.requires_grad
+
+
+@pytest.mark.parametrize(
+    "build, size",
+    [
+        (lambda: mlp(16, 3, 2), 4),
+        (lambda: mlp(16, 3, 2, nn.Softplus), 4),
+        (lambda: ConvNet(1, 2, 4, width=2, depth=1), 4),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(2, 2), nn.SiLU(), nn.Flatten(), nn.Linear(8, 2)), 4),
+    ],
+    ids=["tanh", "softplus", "convnet", "norm and SiLU"],
+)
+def test_unroll_s_gradients_are_those_of_finite_differences(build, size):
+    student = built(build)
+    images = torch.randn(3, 2, 1, size, size, generator=seeded(0), dtype=torch.float64, requires_grad=True)
+    labels = [torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([1, 1])]
+    start = parameters_to_vector(built(build, seed=1).parameters()).detach().requires_grad_()
+    alpha = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, a, s: unroll(student, s, list(x), labels, a), (images, alpha, start), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_as_many_labels_as_batches_are_needed():
+    student, (images, labels) = built(mlp), toy(4)
+    with pytest.raises(ValueError, match="2 batches and 1 label"):
+        unroll(student, flatten(student.parameters()), [images] * 2, [labels], 0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The matching loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+START, TARGET = torch.tensor([0.0, 0, 0]), torch.tensor([2.0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "end, loss",
+    [
+        (TARGET, 0),
+        (START, 1),
+        (torch.tensor([1.0, 1, 0]), 0.5),  # (1 + 1) / 4
+        (torch.stack([TARGET, TARGET]), 0),
+        (torch.stack([START, START]), 1),
+        (torch.stack([START, TARGET]), 0),
+        (torch.tensor([[1.0, 1, 0], [3, 1, 1]]), 0),  # <(-1, 1, 0), (1, 1, 1)> = 0
+        (torch.tensor([[1.0, 2, 0], [3, 4, 1]]), 1.75),  # <(-1, 2, 0), (1, 4, 1)> = 7
+        (torch.tensor([[1.0, 2, 0], [3, 4, 1], [2, 1, 2]]), 15 / 12),  # pairs 7, 2 and 6; their mean 5
+    ],
+)
+def test_matching_loss_by_hand(end, loss):
+    assert matching_loss(end, TARGET, START).item() == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("draws", [2, 3])
+def test_several_draws_leave_the_variance_out(draws):
+    """Over every combination of noises from a finite set, so that the expectations are exact."""
+    generator = seeded(0)
+    noises = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    noises = noises - noises.mean(0)
+    mean, target, start = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    distance = (start - target).square().sum()
+    several = [matching_loss(mean + torch.stack(e), target, start) for e in itertools.product(noises, repeat=draws)]
+    one = [matching_loss(mean + e, target, start) for e in noises]
+    bias = (mean - target).square().sum() / distance
+    variance = noises.square().sum(1).mean() / distance
+    torch.testing.assert_close(torch.stack(several).mean(), bias, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.stack(one).mean(), bias + variance, rtol=1e-12, atol=0)
+    assert variance > 0.1 * bias
+
+
+def test_pairs_of_one_draw_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 3\).*at least 2"):
+        matching_loss(TARGET[None], TARGET, START)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distillation
+# ----------------------------------------------------------------------------------------------------------------------
+
+ALPHA = 0.0625
+
+
+def config(**changes):
+    """Two outer steps of two student steps, by plain SGD."""
+    defaults = dict(iterations=2, syn_steps=2, expert_epochs=1, max_start_epoch=2, alpha=ALPHA, alpha_mode="raw")
+    plain = dict(phi_optimizer="SGD", alpha_optimizer="SGD", phi_lr=0.1, alpha_lr=0.01)
+    return DistillConfig(**{**defaults, **plain, **changes})
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """Two experts of four snapshots after the first, in double precision, trained on the toy data."""
+    student = built(lambda: ConvNet(1, 3, 8, width=4, depth=1))
+    return train_experts(student, *toy(24), ExpertConfig(experts=2, epochs=4, expert_lr=0.1, expert_batch=6), 0)
+
+
+class Spy(Phi):
+    """Another phi, and a record of what it was given and gave."""
+
+    def __init__(self, phi):
+        super().__init__()
+        self.phi, self.seen = phi, []
+
+    def forward(self, images, *, labels, index, generator):
+        out = self.phi(images, labels=labels, index=index, generator=generator)
+        self.seen.append((images, labels, index, out.detach().clone()))
+        return out
+
+
+def pixels(images):
+    return make_phi("pixels", images, 3, seed=0)
+
+
+def noisy(images, scale=0.3):
+    """A stochastic, smooth phi that does something."""
+    phi = make_phi("unet_noise", images, 3, seed=0)
+    with torch.no_grad():
+        phi.last.weight.add_(scale * torch.randn(phi.last.weight.shape, generator=seeded(0), dtype=images.dtype))
+    return phi
+
+
+def algorithm_1(student, theta, images, labels, config, batches):
+    """The pixels, alpha and losses of Algorithm 1 with one segment, written as a function and its gradient.
+
+    `batches[iteration][step]` are indices into the images.
+    """
+    names = [name for name, _ in student.named_parameters()]
+    shapes = [p.shape for p in student.parameters()]
+    begin, target = theta[0, 0], theta[0, config.expert_epochs]
+
+    def student_loss(weights, x, y):
+        return F.cross_entropy(functional_call(student, weights, (x,)), y)
+
+    def matching(x, value, indices):
+        alpha = value.exp() if config.alpha_mode == "log" else value
+        pieces = begin.split([s.numel() for s in shapes])
+        weights = {n: p.reshape(s) for n, p, s in zip(names, pieces, shapes, strict=True)}
+        for index in indices:
+            slope = torch.func.grad(student_loss)(weights, x[index], labels[index])
+            weights = {n: w - alpha * slope[n] for n, w in weights.items()}
+        end = torch.cat([w.flatten() for w in weights.values()])
+        return torch.sum((end - target) ** 2) / torch.sum((begin - target) ** 2)
+
+    x, value = images.clone(), torch.tensor(config.alpha, dtype=torch.float64)
+    value = value.log() if config.alpha_mode == "log" else value
+    optimizers = []
+    for tensor, kind, lr, momentum in (
+        (x, config.phi_optimizer, config.phi_lr, config.phi_momentum),
+        (value, config.alpha_optimizer, config.alpha_lr, config.alpha_momentum),
+    ):
+        options = dict(momentum=momentum) if momentum else {}
+        optimizers.append(getattr(torch.optim, kind)([tensor], lr=lr, **options))
+    losses = []
+    for indices in batches:
+        (x.grad, value.grad), loss = torch.func.grad_and_value(matching, argnums=(0, 1))(x, value, indices)
+        losses.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+    return x, (value.exp() if config.alpha_mode == "log" else value).item(), losses
+
+
+@pytest.mark.parametrize("build", [STUDENTS["convnet"], mlp, STUDENTS["shared weights"]], ids=["convnet", "mlp", "shared"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(iterations=1),
+        dict(iterations=3, syn_steps=4, batch_syn=4, alpha_mode="log"),
+        dict(iterations=3, phi_momentum=0.9, alpha_momentum=0.5, noise="once", batch_syn=2),
+        dict(draws=3, expert_epochs=3, phi_optimizer="Adam", alpha_optimizer="Adam"),
+        dict(phi_optimizer="RMSprop", phi_momentum=0.5, alpha_optimizer="Adagrad", phi_lr=0.01),
+    ],
+    ids=str,
+)
+def test_pixels_and_alpha_are_those_of_algorithm_1_by_hand(build, changes):
+    student, (images, labels) = built(build), toy(6)
+    begin = parameters_to_vector(built(build, seed=1).parameters()).detach()
+    theta = (begin + 0.1 * torch.randn(4, len(begin), generator=seeded(0), dtype=torch.float64).cumsum(0))[None]
+    settings, fed = config(max_start_epoch=0, **changes), []
+
+    def watch(x, *, index, **_):  # after phi, in every student step of every draw
+        fed.append(index)
+        return x
+
+    phi = pixels(images)
+    result = distill(phi, images, labels, Trajectories(student, theta), settings, seed=3, augment=watch)
+    steps, unrolls = settings.syn_steps, settings.draws
+    assert len(fed) == settings.iterations * unrolls * steps
+    batches = [fed[i : i + steps] for i in range(0, len(fed), steps * unrolls)]
+    x, alpha, losses = algorithm_1(student, theta, images, labels, settings, batches)
+    assert_near(phi.pixels.detach(), x, x - images, rel=1e-9)
+    assert result.alpha - ALPHA == pytest.approx(alpha - ALPHA, rel=1e-9) and alpha != ALPHA
+    assert [h["loss"] for h in result.history] == pytest.approx(losses, rel=1e-10)
+    assert phi.pixels.dtype == torch.float64 and result.phi is phi and result.stopped == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(noise="once", batch_syn=2),
+        dict(draws=2, batch_syn=4),
+        dict(draws=3, noise="once", episode=1),
+        dict(objective="real_loss", draws=2, real_batch=8),
+        dict(objective="real_loss", noise="once", episode=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("augment", [False, True], ids=["bare", "augmented"])
+def test_the_gradient_is_that_of_finite_differences(changes, augment):
+    """The loss is a smooth function of phi's parameters and of alpha once the seed is fixed: differentiate that."""
+    student, (images, labels) = built(mlp), toy(6)
+    experts = train_experts(student, *toy(12, seed=1), ExpertConfig(experts=2, epochs=4, expert_lr=0.1), 0)
+
+    def shake(x, *, generator, **_):
+        return x * (1 + 0.3 * torch.randn(len(x), 1, 1, 1, generator=generator, dtype=x.dtype))
+
+    def run(shift=0.0, alpha=ALPHA, lr=0.0):
+        phi = noisy(images)
+        with torch.no_grad():
+            before = parameters_to_vector(phi.parameters())
+            vector_to_parameters(before + shift, phi.parameters())
+            settings = config(iterations=1, alpha=alpha, phi_lr=lr, alpha_lr=lr, **changes)
+        options = dict(seed=0, augment=shake if augment else None, real=toy(9, seed=2))
+        result = distill(phi, images, labels, experts, settings, **options)
+        return result, before - parameters_to_vector(phi.parameters()).detach()
+
+    stepped, slope = run(lr=1.0)
+    direction = torch.randn(slope.shape, generator=seeded(1), dtype=torch.float64) * slope.abs().mean() + slope
+    direction, h = direction / direction.norm(), 1e-5
+    up, down = (run(shift=sign * h * direction)[0].history[0]["loss"] for sign in (1, -1))
+    assert (up - down) / (2 * h) == pytest.approx(float(slope @ direction), rel=1e-5)
+    assert stepped.history[0]["grad_norm"] == pytest.approx(slope.norm().item(), rel=1e-9) and slope.norm() > 1e-4
+    h = 2**-13
+    up, down = (run(alpha=ALPHA + sign * h)[0].history[0]["loss"] for sign in (1, -1))
+    assert (up - down) / (2 * h) == pytest.approx(ALPHA - stepped.alpha, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["raw", "log", "fixed"])
+def test_alpha_starts_where_the_configuration_says_in_double_precision(experts, mode):
+    images, labels = toy(6)
+    result = distill(pixels(images), images, labels, experts, config(alpha=0.02, alpha_mode=mode), seed=0)
+    assert result.history[0]["alpha"] == pytest.approx(0.02, rel=1e-14)
+
+
+@pytest.mark.parametrize("objective", ["trajectory", "real_loss"])
+def test_a_run_is_repeated_bit_by_bit(objective, rng_untouched):
+    images, labels = toy(9, dtype=torch.float32)
+    before, student = images.clone(), ConvNet(1, 3, 8, width=4, depth=1)
+    experts = train_experts(student, images, labels, ExpertConfig(experts=2, epochs=4, expert_batch=4), 0)
+    own = flatten(student.parameters())
+
+    def run(seed):
+        phi = noisy(images)
+        settings = config(objective=objective, iterations=4, batch_syn=2, episode=2, draws=2, alpha_lr=1e-4)
+        result = distill(phi, images, labels, experts, settings, seed=seed, real=(images, labels))
+        assert all(p.grad is None for p in phi.parameters())
+        return result.history, result.alpha, flatten(phi.parameters())
+
+    with rng_untouched():
+        history, alpha, theta = run(0)
+    torch.manual_seed(5)
+    again = run(0)
+    assert history == again[0] and alpha == again[1] and torch.equal(theta, again[2])
+    other = run(1)
+    assert history != other[0] and alpha != other[1] and not torch.equal(theta, other[2])
+    assert [h["iteration"] for h in history] == [0, 1, 2, 3]
+    assert torch.equal(images, before) and torch.equal(flatten(student.parameters()), own)
+
+
+def test_every_phi_of_one_seed_meets_the_same_segments_and_batches(experts):
+    images, labels = toy(9)
+    spies = [Spy(pixels(images)), Spy(noisy(images)), Spy(make_phi("distnet2", images, 3, seed=1))]
+    settings = config(iterations=6, batch_syn=4)
+    runs = [distill(spy, images, labels, experts, settings, seed=0).history for spy in spies]
+    starts, indices = ([[h["start_epoch"] for h in r] for r in runs], [[s[2].tolist() for s in p.seen] for p in spies])
+    assert starts[0] == starts[1] == starts[2] and indices[0] == indices[1] == indices[2]
+
+
+def test_segments_start_at_every_allowed_snapshot_of_every_expert(experts):
+    images, labels = toy(6)
+    identity = make_phi("identity", images, 3, seed=0)
+    settings = config(iterations=40, max_start_epoch=2, expert_epochs=2, alpha_lr=0)
+    history = distill(identity, images, labels, experts, settings, seed=0).history
+    seen = {(h["start_epoch"], h["loss"]) for h in history}  # with nothing learned, a segment has one loss
+    expected = set()
+    for expert, begin in itertools.product(range(2), range(3)):
+        start, target = experts.theta[expert, begin], experts.theta[expert, begin + 2]
+        end = unroll(experts.student, start, [images] * 2, [labels] * 2, ALPHA).detach()
+        expected.add((begin, ((end - target).norm() / (start - target).norm()).item() ** 2))
+    assert len(seen) == 6
+    assert [x for pair in sorted(seen) for x in pair] == pytest.approx([x for pair in sorted(expected) for x in pair])
+
+
+def test_real_loss_is_the_mean_loss_on_real_images_from_a_new_initialisation(experts):
+    """Two iterations with nothing learned: the real set is one image again and again, so its draw does not matter."""
+    (images, labels), (real, real_labels) = toy(6), toy(1, seed=8)
+    identity = make_phi("identity", images, 3, seed=0)
+    settings = config(objective="real_loss", alpha_lr=0, real_batch=2)
+    data = (real.expand(5, -1, -1, -1), real_labels.expand(5))
+    history = distill(identity, images, labels, experts, settings, seed=4, real=data).history
+
+    model, generator = copy.deepcopy(experts.student), seeded(4, "distill")
+    vector_to_parameters(initial_parameters(experts.student, generator), model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=ALPHA)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    assert history[0]["loss"] == pytest.approx(F.cross_entropy(model(real), real_labels).item(), rel=1e-10)
+    assert history[1]["loss"] != pytest.approx(history[0]["loss"], rel=1e-3)  # another initialisation
+
+
+@pytest.mark.parametrize("objective, alpha_lr", [("trajectory", 1e-4), ("real_loss", 0.01)])
+def test_distillation_lowers_its_loss(experts, objective, alpha_lr):
+    images, labels = toy(6, seed=3)
+    learn = dict(phi_optimizer="Adam", phi_lr=0.1, alpha_lr=alpha_lr, syn_steps=5)
+    settings = config(objective=objective, iterations=40, **learn)
+    history = distill(pixels(images), images, labels, experts, settings, seed=0, real=toy(60, seed=4)).history
+    losses = [h["loss"] for h in history]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("noise, calls", [("step", 3), ("once", 1)])
+def test_phi_is_drawn_in_every_step_or_once_an_unroll(experts, noise, calls, draws):
+    images, labels = toy(6)
+    spy, fed = Spy(noisy(images)), []
+    settings = config(iterations=2, syn_steps=3, noise=noise, draws=draws)
+    distill(spy, images, labels, experts, settings, seed=0, augment=lambda x, **_: fed.append(x.detach()) or x)
+    assert len(spy.seen) == 2 * draws * calls and len(fed) == 2 * draws * 3
+    for i in range(0, len(fed), 3):  # the student's steps within one unroll
+        assert torch.equal(fed[i], fed[i + 1]) == torch.equal(fed[i], fed[i + 2]) == (noise == "once")
+    assert len({x.sum().item() for *_, x in spy.seen}) == len(spy.seen)  # the draws are independent
+
+
+@pytest.mark.parametrize("noise", ["step", "once"])
+def test_an_episode_is_so_many_images_of_each_class_drawn_afresh(experts, noise):
+    images, labels = toy(21)
+    spy, fed = Spy(make_phi("identity", images, 3, seed=0)), []
+
+    def watch(x, *, labels, index, **_):
+        fed.append((x, labels, index, x))
+        return x
+
+    settings = config(iterations=5, syn_steps=6, episode=2, batch_syn=4, noise=noise)
+    distill(spy, images, labels, experts, settings, seed=0, augment=watch)
+    for x, targets, index, _ in spy.seen + fed:  # each image stays with its label and index
+        assert torch.equal(x, images[index]) and torch.equal(targets, labels[index])
+    bases = []
+    for i in range(0, len(fed), 6):
+        sizes = [len(index) for _, _, index, _ in fed[i : i + 6]]
+        epochs = [torch.cat([index for _, _, index, _ in fed[j : j + 2]]) for j in range(i, i + 6, 2)]
+        bases.append(frozenset(epochs[0].tolist()))
+        assert sizes == [4, 2] * 3 and {frozenset(e.tolist()) for e in epochs} == {bases[-1]}
+        assert torch.bincount(labels[epochs[0]]).tolist() == [2, 2, 2] and len(bases[-1]) == 6
+    assert len(bases) == 5 and len(set(bases)) > 1
+
+
+@pytest.mark.parametrize("batch, sizes", [(0, [6] * 6), (4, [4, 2] * 3), (9, [6] * 6)])
+def test_batches_smaller_than_the_base_set_go_through_it(experts, batch, sizes):
+    images, labels = toy(6)
+    spy = Spy(pixels(images))
+    distill(spy, images, labels, experts, config(iterations=1, syn_steps=6, batch_syn=batch), seed=0)
+    indices = [index for _, _, index, _ in spy.seen]
+    assert [len(i) for i in indices] == sizes
+    steps = 6 // sizes.count(sizes[0]) if batch == 4 else 1
+    for k in range(0, 6, steps):
+        assert sorted(torch.cat(indices[k : k + steps]).tolist()) == list(range(6))
+
+
+def test_fixed_alpha_stays_and_the_logarithm_keeps_it_positive(experts):
+    images, labels = toy(6)
+
+    def alphas(mode):
+        settings = config(iterations=4, alpha_mode=mode, alpha=1.0, alpha_optimizer="Adam", alpha_lr=2.0)
+        result = distill(make_phi("pixels", images, 3, 0), images, labels, experts, settings, seed=0)
+        return [h["alpha"] for h in result.history] + [result.alpha]
+
+    assert alphas("fixed") == [1.0] * 5
+    raw, log = alphas("raw"), alphas("log")
+    assert raw[0] == log[0] == 1 and min(raw) < 0 < min(log) and len(set(log)) == 5
+
+
+@pytest.mark.parametrize("mode", ["raw", "log", "fixed"])
+def test_the_identity_is_distilled_like_any_phi(experts, mode):
+    images, labels = toy(6)
+    identity = make_phi("identity", images, 3, seed=0)
+    result = distill(identity, images, labels, experts, config(alpha_mode=mode), seed=0)
+    assert len(result.history) == 2 and result.history[0]["grad_norm"] == 0
+    assert (result.alpha != ALPHA) == (mode != "fixed")
+
+
+def test_divergence_warns_and_leaves_the_last_phi_that_worked(experts):
+    images, labels = toy(6, dtype=torch.float32)
+    student = copy.deepcopy(experts.student).float()
+    single = Trajectories(student, experts.theta.float())
+
+    def run(iterations):
+        phi = make_phi("distnet2", images, 3, seed=0)
+        start = flatten(phi.parameters())
+        settings = config(iterations=iterations, syn_steps=5, phi_lr=1000, alpha_lr=1)
+        return distill(phi, images, labels, single, settings, seed=0), flatten(phi.parameters()), start
+
+    with pytest.warns(UserWarning, match="diverged at iteration") as caught:
+        result, theta, start = run(50)
+    last = result.history[-1]
+    assert len(caught) == 1 and str(caught[0].message) == result.stopped
+    assert f"iteration {last['iteration']}:" in result.stopped and last["iteration"] == len(result.history) - 1 < 49
+    bad = [h for h in result.history if not all(torch.tensor([h["loss"], h["grad_norm"]]).isfinite())]
+    assert bad in ([], [last]) or len(bad) == 1
+    assert theta.isfinite().all() and torch.tensor(result.alpha).isfinite()
+    # the weights that the iteration before the last began with
+    kept = run(last["iteration"] - 1) if last["iteration"] > 1 else (None, start)
+    assert torch.equal(theta, kept[1])
+
+
+class Detached(Phi):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images, **_):
+        return (images * self.scale).detach()
+
+
+class Cropper(Phi):
+    def forward(self, images, **_):
+        return images[..., 1:]
+
+
+class Idle(Phi):
+    """Of two parameters it uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, images, **_):
+        return images * self.used
+
+
+@pytest.mark.parametrize("mode", ["raw", "fixed"])
+def test_a_phi_that_no_gradient_reaches_is_refused(experts, mode):
+    with pytest.raises(ValueError, match=r"no gradient reaches phi \(Detached\)"):
+        distill(Detached(), *toy(6), experts, config(alpha_mode=mode), seed=0)
+
+
+def test_a_parameter_that_phi_does_not_use_stands_still(experts):
+    phi = Idle().double()
+    distill(phi, *toy(6), experts, config(), seed=0)
+    assert phi.idle.item() == 1 != phi.used.item()
+
+
+def test_a_phi_that_changes_the_shape_is_refused_by_name(experts):
+    with pytest.raises(ValueError, match=r"Cropper.*\(6, 1, 8, 8\).*\(6, 1, 8, 7\)"):
+        distill(Cropper(), *toy(6), experts, config(), seed=0)
+
+
+def test_distillation_stops_when_on_iteration_raises(experts):
+    class Stop(Exception):
+        pass
+
+    images, labels = toy(6)
+    seen = []
+
+    def stop(record):
+        seen.append(record)
+        if record["iteration"] == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        distill(pixels(images), images, labels, experts, config(iterations=9), seed=0, on_iteration=stop)
+    assert [r["iteration"] for r in seen] == [0, 1]
+    assert set(seen[0]) == {"iteration", "loss", "alpha", "start_epoch", "grad_norm"}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda x, y: (x, y + 1), r"labels from 1 to 3: must be integers in \[0, 2\]"),
+        (lambda x, y: (x, y - 1), "labels from -1 to 1"),
+        (lambda x, y: (x, y.double()), "must be integers"),
+        (lambda x, y: (x, y[1:]), r"labels \(5,\)"),
+        (lambda x, y: (x[:0], y[:0]), "B at least 1"),
+        (lambda x, y: (x[:, 0], y), r"\(6, 8, 8\).*\[B, C, H, W\]"),
+        (lambda x, y: (x[..., :4, :4], y), r"\(1, 4, 4\).*\(1, 8, 8\)"),
+        (lambda x, y: (x.expand(-1, 3, -1, -1), y), r"\(3, 8, 8\).*\(1, 8, 8\)"),
+    ],
+)
+def test_images_and_labels_that_the_student_cannot_take_are_refused(experts, change, says):
+    images, labels = change(*toy(6))
+    with pytest.raises(ValueError, match=says):
+        distill(make_phi("identity", images, 3, 0), images, labels, experts, config(), seed=0)
+    with pytest.raises(ValueError, match=says):
+        train_experts(experts.student, images, labels, experts_config(), 0)
+
+
+@pytest.mark.parametrize(
+    "name, changes, says",
+    [
+        ("pixels", dict(max_start_epoch=4), "max_start_epoch=4.*ends at snapshot 4"),
+        ("pixels", dict(max_start_epoch=2, expert_epochs=3), "max_start_epoch=2.*3 snapshots"),
+        ("pixels", dict(objective="real_loss"), r"pass real="),
+        ("pixels", dict(episode=1), "episode=1: Pixels is bound"),
+        ("identity", dict(episode=3), "episode=3: the smallest class has 2"),
+        ("pixels", dict(phi_optimizer="Foo"), "'Foo'.*torch.optim"),
+        ("pixels", dict(phi_optimizer="lr_scheduler"), "'lr_scheduler'.*torch.optim"),
+        ("identity", dict(alpha_optimizer="Optimizer"), "'Optimizer'.*torch.optim"),
+        ("pixels", dict(phi_optimizer="Adam", phi_momentum=0.9), "momentum=0.9: Adam takes none"),
+        ("identity", dict(alpha_optimizer="Adagrad", alpha_momentum=0.5), "momentum=0.5: Adagrad takes none"),
+    ],
+)
+def test_impossible_configurations_are_refused(experts, name, changes, says):
+    images, labels = toy(6)
+    with pytest.raises(ValueError, match=says):
+        distill(make_phi(name, images, 3, 0), images, labels, experts, config(**changes), seed=0)
+
+
+def test_the_latest_possible_start_is_taken(experts):
+    images, labels = toy(6)
+    settings = config(max_start_epoch=3, iterations=12)
+    history = distill(pixels(images), images, labels, experts, settings, seed=0).history
+    assert {h["start_epoch"] for h in history} == {0, 1, 2, 3}

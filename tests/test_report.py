@@ -1,0 +1,287 @@
+"""The report runs as a user runs it: the command line on the `smoke` preset, plain papermill, and everything wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from augdistill_report import gallery, runner, settings
+from augdistill_report.cli import main
+from augdistill_report.settings import ROOT, Settings
+
+NAMES = [path.stem for path in runner.notebooks()]
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """A finished run of the smoke preset."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    assert main(["report", "--preset", "smoke", "--out", str(folder)]) == 0
+    return folder
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in NAMES}
+
+
+def test_a_run_leaves_all_that_it_promises(smoke):
+    config = json.loads((smoke / "config.json").read_text())
+    assert Settings.from_dict(config["settings"]) == settings.resolve("smoke")
+    for name, result in results(smoke).items():
+        notebook = nbformat.read(smoke / "notebooks" / f"{name}.ipynb", as_version=4)
+        assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
+        assert result["settings"] == config["settings"]
+        assert {"python", "torch", "device", "commit", "uncommitted"} <= set(result["environment"])
+        assert result["numbers"]
+        for figure in result["figures"]:
+            assert (smoke / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    curve = (smoke / "curves" / "02_baseline_mtt" / "pixels__MTT_.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in curve] == list(range(4))
+    assert not list(smoke.glob("notebooks/.*")) and not list(smoke.glob("**/*.failed.ipynb"))
+
+
+def test_every_accuracy_says_its_mean_deviation_and_n(smoke):
+    scores = [v for r in results(smoke).values() for v in r["numbers"].values() if isinstance(v, dict) and "mean" in v]
+    assert len(scores) > 15
+    for score in scores:
+        values = score["values"]
+        mean = sum(values) / len(values)
+        deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+        assert score["n"] == len(values) >= 2
+        assert score["mean"] == pytest.approx(mean) and score["std"] == pytest.approx(deviation)
+
+
+def test_the_page_reads_offline_and_holds_every_notebook(smoke):
+    page = (smoke / "report.html").read_text()
+    for name in NAMES:
+        assert f'<section id="{name}">' in page
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    assert page.count('src="data:image/png;base64,') == sum(len(r["figures"]) for r in results(smoke).values())
+    assert page.count('<details class="code">') > 20
+    assert "Traceback" not in page
+
+
+def test_a_second_run_reuses_finished_work_and_gives_the_same_bytes(smoke, tmp_path):
+    def contents():
+        return {p: p.read_bytes() for sub in ("results", "figures", "curves") for p in (smoke / sub).rglob("*.*")}
+
+    before, artefacts = contents(), {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()}
+    assert main(["report", "--preset", "smoke", "--out", str(smoke)]) == 0
+    assert contents() == before
+    assert {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()} == artefacts
+
+
+def test_two_processes_give_the_same_bits_as_one(smoke, tmp_path):
+    arguments = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "3", "--set", "workers=2"]
+    assert main(arguments) == 0
+    (name,) = (n for n in NAMES if n.startswith("03"))
+    ours = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+    assert ours["numbers"] == results(smoke)[name]["numbers"]
+    for picture in ours["figures"]:
+        assert (tmp_path / "figures" / f"{picture}.png").read_bytes() == (
+            smoke / "figures" / f"{picture}.png"
+        ).read_bytes()
+
+
+def test_another_configuration_is_never_mistaken_for_this_one(tmp_path):
+    run = ["report", "--preset", "smoke", "--out", str(tmp_path)]
+    assert main([*run, "--only", "01"]) == 0
+    assert main([*run, "--only", "02", "--set", "iterations=2"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Left out" in page and '<section id="02_baseline_mtt">' in page
+    assert '<section id="01_expert_trajectories">' not in page
+    curve = (tmp_path / "curves" / "02_baseline_mtt" / "pixels__MTT_.jsonl").read_text().splitlines()
+    assert len(curve) == 2
+    with pytest.raises(ValueError, match=r"not finished .*01_expert_trajectories"):
+        gallery.publish("smoke", str(tmp_path), tmp_path / "gallery")
+
+
+def test_plain_papermill_works(tmp_path):
+    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "02_baseline_mtt.ipynb", tmp_path / "out.ipynb"]
+    parameters = ["-p", "preset", "smoke", "-p", "iterations", "3", "-p", "out", str(tmp_path / "run")]
+    subprocess.run([*command, *parameters], check=True, capture_output=True, cwd=tmp_path)
+    result = json.loads((tmp_path / "run" / "results" / "02_baseline_mtt.json").read_text())
+    assert result["settings"]["iterations"] == 3
+
+
+BAD = {
+    "preset": (["--preset", "digit"], "preset='digit'.*digits.*smoke"),
+    "preset file": (["--preset", "nowhere.yaml"], "nowhere.yaml"),
+    "key": (["--set", "iteration=3"], "unknown key 'iteration'.*iterations"),
+    "no value": (["--set", "iterations"], "must be key=value"),
+    "word": (["--set", "iterations=ten"], "iterations='ten': must be an int"),
+    "negative": (["--set", "iterations=-1"], "iterations='-1': must be at least 1"),
+    "alpha": (["--set", "alpha=0"], "alpha='0'"),
+    "nan": (["--set", "phi_lr=nan"], "phi_lr='nan'"),
+    "phi": (["--set", "phi=unett"], "unknown phi 'unett'.*unet_noise"),
+    "bound phi": (["--set", "phi=pixels"], "phi='pixels'"),
+    "data": (["--set", "dataset=cats"], "dataset='cats'.*digits"),
+    "optimizer": (["--set", "phi_optimizer=Adamm"], "phi_optimizer='Adamm'"),
+    "momentum": (["--set", "phi_momentum=0.5"], "phi_optimizer='Adam'.*momentum"),
+    "too many images": (["--set", "images_per_class=1000"], "per_class=1000.*training images"),
+    "start": (["--set", "max_start_epoch=4"], r"max_start_epoch=4.*\[0, 3\]"),
+    "snapshots": (["--set", "snapshot_steps=10000"], "snapshot_steps=10000"),
+    "depth": (["--set", "depth=9"], "depth=9"),
+    "fractions": (["--set", "fractions=0.1,2"], "fractions='0.1,2'"),
+    "empty class": (["--set", "fractions=0.001"], "fraction=0.001: leaves class"),
+    "notebook": (["--only", "02,77"], "no notebook 77"),
+    "file as folder": (["--out", str(ROOT / "README.md")], "cannot be written|Not a directory"),
+    "foreign folder": (["--out", str(ROOT / "tests")], "holds files but no run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name_before_anything_runs(case, capsys, tmp_path):
+    arguments, message = BAD[case]
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    preset = [] if "--preset" in arguments else ["--preset", "smoke"]
+    assert main(["report", *preset, *out, *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_file_of_ones_own(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("preset: 1\n")
+    assert main(["report", "--preset", str(mine), "--out", str(tmp_path / "out")]) == 2
+    assert re.search("mine.yaml.*unknown key 'preset'", capsys.readouterr().err)
+    mine.write_text("- a list")
+    assert main(["report", "--preset", str(mine), "--out", str(tmp_path / "out")]) == 2
+    mine.write_text("phi_lr: 1e-3  # a string to YAML 1.1\nepochs: 9\n")
+    assert settings.resolve(str(mine)).phi_lr == 1e-3
+
+
+def test_a_failing_notebook_says_where_and_keeps_what_was_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    (tmp_path / "notebooks").mkdir()
+    cells = ["preset = ''; out = ''", "print('fine')", "raise RuntimeError('the third cell is ill')"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, tmp_path / "notebooks" / "07_ill.ipynb")
+    out = tmp_path / "out"
+    assert main(["report", "--preset", "smoke", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert re.search("07_ill failed in cell 3: RuntimeError.*the third cell is ill", error, re.DOTALL)
+    kept = nbformat.read(out / "notebooks" / "07_ill.failed.ipynb", as_version=4)
+    assert any("fine" in str(cell.get("outputs")) for cell in kept.cells)
+    assert not (out / "notebooks" / "07_ill.ipynb").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_keeps_what_was_finished(tmp_path):
+    command = [sys.executable, "-c", "import sys; from augdistill_report.cli import main; sys.exit(main())", "report"]
+    options = ["--preset", "smoke", "--out", str(tmp_path), "--set", "iterations=1000000", "--set", "workers=2"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finished, deadline = tmp_path / "results" / "01_expert_trajectories.json", time.monotonic() + 120
+    running = tmp_path / "notebooks" / ".02_baseline_mtt.running.ipynb"
+    while not (finished.exists() and running.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(8)  # well into the distillation
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "stopped" in error
+    assert json.loads(finished.read_text())["numbers"]
+    assert (tmp_path / "notebooks" / "01_expert_trajectories.ipynb").exists()
+    deadline = time.monotonic() + 20
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def processes_of(group: int) -> list[str]:
+    """Commands of the processes still alive in the session that `group` leads."""
+    listing = subprocess.run(["ps", "-o", "args=", "-s", str(group)], capture_output=True, text=True)
+    return [line for line in listing.stdout.splitlines() if "defunct" not in line]
+
+
+# --- notebooks as files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", runner.notebooks(), ids=lambda path: path.stem)
+def test_a_notebook_is_in_order(path):
+    import papermill
+
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    lengths = sorted(
+        len(cell.source.splitlines()) for cell in code if "parameters" not in cell.metadata.get("tags", [])
+    )
+    assert lengths[len(lengths) // 2] < 10 and lengths[-1] <= 30
+    declared = papermill.inspect_notebook(str(path))
+    assert {"preset", "out"} < set(declared) <= set(Settings.names()) | {"preset", "out"}
+    types = {field.name: field.type.__name__ for field in settings.dataclasses.fields(Settings)}
+    for name, parameter in declared.items():
+        assert parameter["help"]
+        assert parameter["inferred_type_name"] == types.get(name, "str")
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------
+
+
+def pretend(folder: Path, **environment) -> None:
+    """Change what a run's results say of their environment."""
+    for path in (folder / "results").iterdir():
+        result = json.loads(path.read_text())
+        result["environment"] |= environment
+        path.write_text(json.dumps(result))
+
+
+def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp_path):
+    import shutil
+
+    run = tmp_path / "smoke"
+    shutil.copytree(smoke, run)
+    pretend(run, commit="0" * 40, uncommitted=True)
+    with pytest.raises(ValueError, match="uncommitted"):
+        gallery.publish("smoke", str(run), tmp_path / "gallery")
+    assert not (tmp_path / "gallery").exists()
+    pretend(run, uncommitted=False)
+    target = gallery.publish("smoke", str(run), tmp_path / "gallery")
+    first = {p.name: p.read_bytes() for p in target.iterdir()}
+    assert {f"{name}.json" for name in NAMES} < set(first)
+    assert len([name for name in first if name.endswith(".png")]) == sum(
+        len(r["figures"]) for r in results(run).values()
+    )
+    gallery.publish("smoke", str(run), tmp_path / "gallery")
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == first
+    with pytest.raises(ValueError, match="holds no run"):
+        gallery.publish("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
+
+
+def test_readme_shows_the_published_numbers():
+    """The table in README is the one that the published results give."""
+    readme = (ROOT / "README.md").read_text()
+    published = {n: json.loads((ROOT / "figures" / "digits" / f"{n}.json").read_text()) for n in NAMES}
+    assert "<!-- results: digits -->" in readme
+    assert gallery.fill(readme, "digits", published) == readme
+
+
+def test_readme_s_own_phi_runs_in_worker_processes(tmp_path):
+    """The phi that README adds in ten lines is taken by name, also by processes that never saw its source file."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (mine,) = (block for block in blocks if "@register_phi" in block)
+    assert len(mine.strip().splitlines()) <= 10
+    script = tmp_path / "mine.py"
+    script.write_text(
+        f"{mine}\n"
+        "if __name__ == '__main__':\n"
+        "    from augdistill_report import open_run\n"
+        f"    run = open_run('mine', dict(preset='smoke', out={str(tmp_path / 'out')!r}, workers=2))\n"
+        "    jobs = {name: run.distillation(name, run.base) for name in ('brightness', 'unet')}\n"
+        "    run.distill(jobs)\n"
+        "    scores = run.evaluate({name: run.evaluation(run.base, job) for name, job in jobs.items()})\n"
+        "    print(scores['brightness'])\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "±" in done.stdout
