@@ -10,7 +10,7 @@ This is Algorithm 1 of "Dataset distillation by matching training trajectories" 
 in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student report's
 networks and ours are rows of one table. Five sections, each readable alone:
 
-    1 Student    2 Experts    3 The differentiable unroll    4 Phi models    5 Distillation
+    1 Student    2 Experts    3 The differentiable unroll    4 Phi models (augdistill_phis.py)    5 Distillation
 
 Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
 trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a seed, or a CPU `torch.Generator`).
@@ -20,7 +20,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-import types
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from augdistill_config import Config, knob
+from augdistill_phis import PHIS, Phi, augmented, make_phi, register_phi  # noqa: F401 (section 4: offered here too)
 
 # ======================================================================================================================
 # 0. Randomness: a seed or a generator, which every section takes as an argument
@@ -43,13 +44,6 @@ def seeded(*path) -> torch.Generator:
     """
     digest = hashlib.sha256(repr(path).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
-    """Standard normal noise of `like`'s shape (or `shape`), type and device, drawn from a generator on any device."""
-    return torch.randn(shape or like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
-        like.device
-    )
 
 
 def minibatches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -318,195 +312,9 @@ def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
 
 
 # ======================================================================================================================
-# 4. Phi models
+# 4. Phi models: augdistill_phis.py
+# Section 5 needs of them only that they are called as `phi(images, labels=, index=, generator=)`, and their parameters.
 # ======================================================================================================================
-
-
-class Phi(nn.Module):
-    """An augmentation: maps images `[B, C, H, W]` to images of the same shape. Subclass, write `forward`, register.
-
-    `forward(images, *, labels, index, generator)` may use `labels` `[B]`, `index` `[B]` (each image's position in the
-    base set) and `generator` (the only source of noise); take `**_` for those that you ignore. The class attributes
-    below say what a phi does; the table of phis and the tests read them.
-    """
-
-    stochastic = False  # draws noise from the generator
-    conditional = False  # reads the labels
-    bound = False  # holds something for each base image, so it cannot take others
-    starts_as_identity = False  # returns its input before it is trained
-
-    def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
-
-_REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
-PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
-
-
-def register_phi(name: str):
-    """Decorator: make `build(images, classes) -> Phi` (a class will do) available to everything as `PHIS[name]`.
-
-    `images` `[n, C, H, W]` is the base set: read the shape from it (and, for a bound phi, the initial values).
-    """
-
-    def register(build):
-        if name in PHIS:
-            raise ValueError(f"phi {name!r} is registered already; choose another name")
-        _REGISTRY[name] = build
-        return build
-
-    return register
-
-
-def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
-    """A fresh `PHIS[name]` for base images `[n, C, H, W]`, initialised from `seed`."""
-    if name not in PHIS:
-        raise ValueError(f"unknown phi {name!r}: must be one of {', '.join(PHIS)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return PHIS[name](images, classes).to(images)
-
-
-def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-    """`augment` applied to a batch, its output's shape checked; None leaves the images as they are."""
-    if augment is None:
-        return images
-    out = augment(images, labels=labels, index=index, generator=generator)
-    if out.shape != images.shape:
-        raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
-    return out
-
-
-@register_phi("identity")
-class Identity(Phi):
-    """phi(x) = x: the control that every claim about phi is held against (alpha is still learned)."""
-
-    starts_as_identity = True
-
-    def __init__(self, images: Tensor, classes: int):
-        super().__init__()
-
-    def forward(self, images, **_):
-        return images
-
-
-@register_phi("pixels")
-class Pixels(Phi):
-    """The baseline: one free image for every base image, initialised there (MTT's synthetic set, real init)."""
-
-    bound = True
-    starts_as_identity = True
-
-    def __init__(self, images: Tensor, classes: int):
-        super().__init__()
-        self.pixels = nn.Parameter(images.detach().clone())
-
-    def forward(self, images, *, index, **_):
-        return self.pixels[index]
-
-
-class DistNet(Phi):
-    """The student report's family: valid convolutions, noise on the hidden layer, transposed convolutions back.
-
-    Args:
-        widths: channels of the hidden layers; the way back mirrors them.
-        kernel: 3, or 1 (then the way back is one 1x1 convolution from the hidden layer).
-        noise: "blind" is h + s1 Normal(h, 1) without a path for the gradient through the draw, "scaled" is
-            s1 (h + eps), "none" is h.
-        scales: the initial (s1, s2); `learned` tells which of them are parameters.
-        skip: the output is s2 out + x if true, else s2 out.
-        relu: whether ReLU stands between the layers.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        classes: int,
-        *,
-        widths: Sequence[int],
-        kernel: int = 3,
-        noise: str = "scaled",
-        scales: tuple[float, float] = (0.1, 0.1),
-        learned: tuple[bool, bool] = (True, True),
-        skip: bool = True,
-        relu: bool = True,
-    ):
-        super().__init__()
-        channels = [images.shape[1], *widths]
-        there = list(itertools.pairwise(channels))
-        back = [(b, a) for a, b in reversed(there)] if kernel == 3 else [(channels[-1], channels[0])]
-        self.there = nn.ModuleList(nn.Conv2d(a, b, kernel) for a, b in there)
-        self.back = nn.ModuleList((nn.ConvTranspose2d if kernel == 3 else nn.Conv2d)(a, b, kernel) for a, b in back)
-        for name, scale, is_learned in zip(("s1", "s2"), scales, learned, strict=True):
-            value = torch.tensor([scale])
-            self.register_parameter(name, nn.Parameter(value)) if is_learned else self.register_buffer(name, value)
-        self.noise, self.skip, self.stochastic = noise, skip, noise != "none"
-        self.activation = F.relu if relu else nn.Identity()
-
-    def forward(self, images, *, generator, **_):
-        h = images
-        for layer in self.there:
-            h = self.activation(layer(h))
-        if self.noise == "blind":
-            h = h + self.s1 * (h.detach() + randn(h, generator))
-        elif self.noise == "scaled":
-            h = self.s1 * (h + randn(h, generator))
-        for layer in self.back[:-1]:
-            h = self.activation(layer(h))
-        out = self.s2 * self.back[-1](h)
-        return out + images if self.skip else out
-
-
-# Exactly as the student report ran them, flaws included; c = image channels.
-_DISTNETS: dict[str, Callable[[int], dict]] = {
-    "distnet": lambda c: dict(widths=[6], noise="blind", scales=(1.0, 0.001), learned=(False, False)),
-    "distnet2": lambda c: dict(widths=[6, 12]),
-}
-for _name, _options in _DISTNETS.items():
-    register_phi(_name)(lambda images, classes, o=_options: DistNet(images, classes, **o(images.shape[1])))
-
-
-class UNet(Phi):
-    """A small U-Net (two halvings) as a residual: x + out, the last layer zero, so that it starts as the identity.
-
-    With `noise` > 0 that many channels of fresh standard normal noise stand beside the image at the input.
-    """
-
-    starts_as_identity = True
-
-    def __init__(self, images: Tensor, classes: int, *, width: int = 16, noise: int = 0):
-        super().__init__()
-        channels, size = images.shape[1], images.shape[-1]
-        if size < 4:
-            raise ValueError(f"images of {size}x{size} pixels: a U-Net of two halvings takes at least 4x4")
-        self.noise, self.stochastic = noise, noise > 0
-
-        def block(a, b):
-            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1), nn.SiLU())
-
-        self.down1, self.down2 = block(channels + noise, width), block(width, 2 * width)
-        self.middle = block(2 * width, 2 * width)
-        self.up2, self.up1 = block(4 * width, width), block(2 * width, width)
-        self.last = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, images, *, generator, **_):
-        x = images
-        if self.noise:
-            batch, _, height, width = images.shape
-            x = torch.cat([x, randn(x, generator, (batch, self.noise, height, width))], 1)
-        fine = self.down1(x)
-        middle = self.down2(F.avg_pool2d(fine, 2))
-        coarse = self.middle(F.avg_pool2d(middle, 2))
-        up = self.up2(torch.cat([F.interpolate(coarse, size=middle.shape[-2:]), middle], 1))
-        up = self.up1(torch.cat([F.interpolate(up, size=fine.shape[-2:]), fine], 1))
-        return images + self.last(up)
-
-
-register_phi("unet")(UNet)
-register_phi("unet_noise")(lambda images, classes: UNet(images, classes, noise=1))
-
 
 # ======================================================================================================================
 # 5. Distillation
@@ -539,6 +347,9 @@ class DistillConfig(Config):
     alpha_lr: float = knob(0.01, "its step size", low=0)
     alpha_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
     real_batch: int = knob(256, "real images on which real_loss is taken", low=1)
+
+
+EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more
 
 
 @dataclasses.dataclass
@@ -613,10 +424,11 @@ def distill(
         real: images and labels for the objective "real_loss" (Wang et al. 2018), which starts from a new random
             initialisation in each iteration.
         on_iteration: called with each record (iteration, loss, alpha, start_epoch, grad_norm: the norm of phi's
-            gradient); may stop the run by raising.
+            gradient, scale: how many times as large as x phi(x) is, by root mean square); may stop the run by raising.
 
-    A loss or a gradient that is not finite stops the run: `stopped` says so, and phi and alpha are the last that gave
-    finite ones. A phi with parameters of which none receives a gradient is a `ValueError`.
+    A loss or a gradient that is not finite, or a phi(x) over `EXPLODED` times as large as x (which a student with
+    instance norm hides from the loss), stops the run: `stopped` says so, and phi and alpha are the last before that.
+    A phi with parameters of which none receives a gradient is a `ValueError`.
     """
     check_distill(phi, images, labels, experts, config, real)
     # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
@@ -655,18 +467,18 @@ def distill(
             raise ValueError(f"no gradient reaches phi ({type(phi).__name__}): is its output detached?")
         for p, g in zip(learned, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
-        grad_norm = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
-        history.append(
-            dict(
-                iteration=iteration, loss=float(loss), alpha=float(alpha), start_epoch=start_epoch, grad_norm=grad_norm
-            )
-        )
+        record = dict(iteration=iteration, loss=float(loss), alpha=float(alpha), start_epoch=start_epoch)
+        record["grad_norm"] = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
+        record["scale"] = max(map(rms, fed)) / rms(images)
+        history.append(record)
         if on_iteration is not None:
-            on_iteration(history[-1])
-        if not (loss.isfinite() and all(p.grad.isfinite().all() for p in learned)):
+            on_iteration(record)
+        finite = all(map(math.isfinite, record.values())) and all(p.grad.isfinite().all() for p in learned)
+        if not finite or record["scale"] > EXPLODED:
             stopped = (
-                f"diverged at iteration {iteration}: loss {float(loss):.3g}, norm of phi's gradient {grad_norm:.3g} "
-                f"({config.phi_optimizer}, phi_lr={config.phi_lr:g}, alpha={float(alpha):.3g}); use a smaller phi_lr"
+                f"diverged at iteration {iteration}: phi(x) {record['scale']:.3g} times as large as x, "
+                f"loss {record['loss']:.3g}, phi's gradient {record['grad_norm']:.3g} ({config.phi_optimizer}, "
+                f"phi_lr={config.phi_lr:g}, alpha={record['alpha']:.3g}); use a smaller phi_lr"
             )
             warnings.warn(stopped, stacklevel=2)
             with torch.no_grad():
@@ -714,6 +526,11 @@ def draw_batches(phi, augment, images, labels, base, batches, noise: str, genera
     else:
         fed = [augmented(phi, images[b], labels[b], b, generator) for b in batches]
     return [augmented(augment, x, labels[b], b, generator) for x, b in zip(fed, batches, strict=True)]
+
+
+def rms(images: Tensor) -> float:
+    """The root of the mean square."""
+    return float(images.detach().square().mean().sqrt())
 
 
 def gradients(loss: Tensor, learned: list[Tensor]) -> list[Tensor | None]:

@@ -162,7 +162,7 @@ class Distillation(Job):
 def own_source(phi: str) -> str:
     """The source of a phi that a user registered; "" for the core's, which `SOURCE` covers."""
     build = PHIS[phi]
-    if getattr(build, "__module__", "") == "augdistill_core":
+    if getattr(build, "__module__", "") == "augdistill_phis":
         return ""
     try:
         return inspect.getsource(build)

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
@@ -80,6 +81,9 @@ def curves(histories: dict[str, list[dict]], loss: str = "matching loss") -> Fig
     left.axhline(1, color="black", linewidth=0.7, linestyle=":")
     left.set(xlabel="iteration", ylabel=loss, yscale="log")
     right.set(xlabel="iteration", ylabel="alpha (the student's step size)", yscale="log")
+    for axis in (left, right):  # 0.02 reads better than 2 x 10^-2
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -129,18 +133,17 @@ def principal_plane(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, directions * largest.sign(), share[:2]
 
 
-def trajectory_plane(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
-    """Experts' ways in the plane of their first two principal components; other paths (lists of `[n, P]`) on top."""
+def plane(axis, theta: Tensor, paths: dict[str, list[Tensor]]) -> None:
+    """Draw experts' ways `[experts, snapshots, P]` in their plane, and paths (lists of `[n, P]`) on top."""
     mean, directions, share = principal_plane(theta)
 
     def project(points: Tensor) -> np.ndarray:
         return ((points.double() - mean) @ directions.T).cpu().numpy()
 
-    figure, (axis,) = new_figure(7.5, 5)
     for k, way in enumerate(theta):
         x, y = project(way).T
-        label = "experts, a dot an epoch" if k == 0 else None
-        axis.plot(x, y, ".-", color=colour("all the data"), alpha=0.3, markersize=4, linewidth=0.8, label=label)
+        label = "expert, a dot a snapshot" if k == 0 else None
+        axis.plot(x, y, ".-", color=colour("all the data"), alpha=0.4, linewidth=0.8, label=label)
         axis.plot(x[0], y[0], "o", color="black", markersize=5)
     for name, several in paths.items():
         for k, path in enumerate(several):
@@ -152,6 +155,20 @@ def trajectory_plane(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
         xlabel=f"first principal component ({100 * share[0]:.0f} % of the variance)",
         ylabel=f"second ({100 * share[1]:.0f} %)",
     )
+
+
+def trajectories(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
+    """Left: all experts in one plane. Right: the first expert alone in its own plane, with other paths on top."""
+    figure, (left, right) = new_figure(11, 4.6, 2)
+    plane(left, theta, {})
+    plane(right, theta[:1], paths)
+    return figure
+
+
+def followers(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
+    """One expert's way `[snapshots, P]` in its own plane, with students' paths on top."""
+    figure, (axis,) = new_figure(8, 5)
+    plane(axis, theta[None], paths)
     return figure
 
 

@@ -68,7 +68,7 @@ def run_jobs(jobs: list, store: Store, workers: int, show: Callable[[float, floa
             job.run(store, lambda done, total, n=number: show(n + done / total, len(missing)))
             show(number + 1, len(missing))
         return
-    own = {n: b for n, b in augdistill_core.PHIS.items() if getattr(b, "__module__", "") != "augdistill_core"}
+    own = {n: b for n, b in augdistill_core.PHIS.items() if getattr(b, "__module__", "") != "augdistill_phis"}
     threads = torch.get_num_threads()
     # the workers stay for the next call: starting one costs seconds
     executor = get_reusable_executor(workers, timeout=120, initializer=_start_worker, initargs=(threads,))

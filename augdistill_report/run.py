@@ -25,7 +25,7 @@ from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, exp
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import ROOT, EvalConfig, Settings, Setup, preset_path, resolve
 
-CODE = ["augdistill_config.py", "augdistill_core.py", "augdistill_report", "notebooks", "pyproject.toml"]
+CODE = ["augdistill_*.py", "augdistill_report", "notebooks", "pyproject.toml"]
 
 
 def git(*arguments: str) -> str:

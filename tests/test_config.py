@@ -85,7 +85,7 @@ def test_from_dict_and_to_dict_are_inverse():
 
 
 def test_unknown_key_is_refused_by_name():
-    with pytest.raises(ValueError, match="'stepz'.*steps, rate"):
+    with pytest.raises(ValueError, match=r"'stepz'.*steps, rate"):
         Whole.from_dict({"steps": 2, "stepz": 2})
 
 

@@ -3,6 +3,8 @@
 The reference is scikit-learn's own array, and for the resizing the bilinear weights written out.
 """
 
+import itertools
+
 import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
@@ -116,7 +118,7 @@ def test_subset_by_images_a_class(digits):
 def test_subsets_are_nested(digits):
     sizes = [dict(fraction=0.01), dict(per_class=3), dict(fraction=0.1), dict(per_class=40), dict(fraction=0.5)]
     nested = [set(digits.subset(5, **size).tolist()) for size in [*sizes, dict(fraction=1.0)]]
-    for small, large in zip(nested[:-1], nested[1:], strict=True):
+    for small, large in itertools.pairwise(nested):
         assert small < large
     assert nested[-1] == set(range(len(digits.train)))
 
@@ -152,5 +154,5 @@ def test_impossible_subsets_are_refused(digits, size, says):
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match="'mnist'.*digits"):
+    with pytest.raises(ValueError, match=r"'mnist'.*digits"):
         load("mnist", 8)

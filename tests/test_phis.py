@@ -179,7 +179,7 @@ def test_pixels_are_the_base_images_and_not_an_alias_of_them():
 
 
 def test_unet_refuses_images_that_it_cannot_halve_twice():
-    with pytest.raises(ValueError, match="3x3.*at least 4x4"):
+    with pytest.raises(ValueError, match=r"3x3.*at least 4x4"):
         make_phi("unet", torch.zeros(2, 1, 3, 3), 3, seed=0)
 
 
@@ -205,7 +205,7 @@ def test_phis_is_read_only():
 
 
 def test_an_unknown_phi_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match="'nosuch'.*identity.*pixels"):
+    with pytest.raises(ValueError, match=r"'nosuch'.*identity.*pixels"):
         make_phi("nosuch", torch.zeros(2, 1, 8, 8), 3, seed=0)
 
 

@@ -1,0 +1,206 @@
+"""Phi models: what maps images to images, and the table `PHIS` that names them. Section 4 of `augdistill_core`.
+
+One interface for all of them, the pixels of the baseline included, so that the baseline, the student report's networks
+and ours are rows of one table. To add one: subclass `Phi`, write `forward`, decorate with `register_phi("name")`.
+"""
+
+import itertools
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Phi(nn.Module):
+    """An augmentation: maps images `[B, C, H, W]` to images of the same shape. Subclass, write `forward`, register.
+
+    `forward(images, *, labels, index, generator)` may use `labels` `[B]`, `index` `[B]` (each image's position in the
+    base set) and `generator` (the only source of noise); take `**_` for those that you ignore. The class attributes
+    below say what a phi does; the table of phis and the tests read them.
+    """
+
+    stochastic = False  # draws noise from the generator
+    conditional = False  # reads the labels
+    bound = False  # holds something for each base image, so it cannot take others
+    starts_as_identity = False  # returns its input before it is trained
+
+    def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
+PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
+
+
+def register_phi(name: str):
+    """Decorator: make `build(images, classes) -> Phi` (a class will do) available to everything as `PHIS[name]`.
+
+    `images` `[n, C, H, W]` is the base set: read the shape from it (and, for a bound phi, the initial values).
+    """
+
+    def register(build):
+        if name in PHIS:
+            raise ValueError(f"phi {name!r} is registered already; choose another name")
+        _REGISTRY[name] = build
+        return build
+
+    return register
+
+
+def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
+    """A fresh `PHIS[name]` for base images `[n, C, H, W]`, initialised from `seed`."""
+    if name not in PHIS:
+        raise ValueError(f"unknown phi {name!r}: must be one of {', '.join(PHIS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PHIS[name](images, classes).to(images)
+
+
+def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    """`augment` applied to a batch, its output's shape checked; None leaves the images as they are."""
+    if augment is None:
+        return images
+    out = augment(images, labels=labels, index=index, generator=generator)
+    if out.shape != images.shape:
+        raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
+    return out
+
+
+def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
+    """Standard normal noise of `like`'s shape (or `shape`), type and device, drawn from a generator on any device."""
+    return torch.randn(shape or like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
+        like.device
+    )
+
+
+@register_phi("identity")
+class Identity(Phi):
+    """phi(x) = x: the control that every claim about phi is held against (alpha is still learned)."""
+
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+
+    def forward(self, images, **_):
+        return images
+
+
+@register_phi("pixels")
+class Pixels(Phi):
+    """The baseline: one free image for every base image, initialised there (MTT's synthetic set, real init)."""
+
+    bound = True
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+        self.pixels = nn.Parameter(images.detach().clone())
+
+    def forward(self, images, *, index, **_):
+        return self.pixels[index]
+
+
+class DistNet(Phi):
+    """The student report's family: valid convolutions, noise on the hidden layer, transposed convolutions back.
+
+    Args:
+        widths: channels of the hidden layers; the way back mirrors them.
+        kernel: 3, or 1 (then the way back is one 1x1 convolution from the hidden layer).
+        noise: "blind" is h + s1 Normal(h, 1) without a path for the gradient through the draw, "scaled" is
+            s1 (h + eps), "none" is h.
+        scales: the initial (s1, s2); `learned` tells which of them are parameters.
+        skip: the output is s2 out + x if true, else s2 out.
+        relu: whether ReLU stands between the layers.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        classes: int,
+        *,
+        widths: Sequence[int],
+        kernel: int = 3,
+        noise: str = "scaled",
+        scales: tuple[float, float] = (0.1, 0.1),
+        learned: tuple[bool, bool] = (True, True),
+        skip: bool = True,
+        relu: bool = True,
+    ):
+        super().__init__()
+        channels = [images.shape[1], *widths]
+        there = list(itertools.pairwise(channels))
+        back = [(b, a) for a, b in reversed(there)] if kernel == 3 else [(channels[-1], channels[0])]
+        self.there = nn.ModuleList(nn.Conv2d(a, b, kernel) for a, b in there)
+        self.back = nn.ModuleList((nn.ConvTranspose2d if kernel == 3 else nn.Conv2d)(a, b, kernel) for a, b in back)
+        for name, scale, is_learned in zip(("s1", "s2"), scales, learned, strict=True):
+            value = torch.tensor([scale])
+            self.register_parameter(name, nn.Parameter(value)) if is_learned else self.register_buffer(name, value)
+        self.noise, self.skip, self.stochastic = noise, skip, noise != "none"
+        self.activation = F.relu if relu else nn.Identity()
+
+    def forward(self, images, *, generator, **_):
+        h = images
+        for layer in self.there:
+            h = self.activation(layer(h))
+        if self.noise == "blind":
+            h = h + self.s1 * (h.detach() + randn(h, generator))
+        elif self.noise == "scaled":
+            h = self.s1 * (h + randn(h, generator))
+        for layer in self.back[:-1]:
+            h = self.activation(layer(h))
+        out = self.s2 * self.back[-1](h)
+        return out + images if self.skip else out
+
+
+# Exactly as the student report ran them, flaws included; c = image channels.
+_DISTNETS: dict[str, Callable[[int], dict]] = {
+    "distnet": lambda c: dict(widths=[6], noise="blind", scales=(1.0, 0.001), learned=(False, False)),
+    "distnet2": lambda c: dict(widths=[6, 12]),
+}
+for _name, _options in _DISTNETS.items():
+    register_phi(_name)(lambda images, classes, o=_options: DistNet(images, classes, **o(images.shape[1])))
+
+
+class UNet(Phi):
+    """A small U-Net (two halvings) as a residual: x + out, the last layer zero, so that it starts as the identity.
+
+    With `noise` > 0 that many channels of fresh standard normal noise stand beside the image at the input.
+    """
+
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int, *, width: int = 16, noise: int = 0):
+        super().__init__()
+        channels, size = images.shape[1], images.shape[-1]
+        if size < 4:
+            raise ValueError(f"images of {size}x{size} pixels: a U-Net of two halvings takes at least 4x4")
+        self.noise, self.stochastic = noise, noise > 0
+
+        def block(a, b):
+            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1), nn.SiLU())
+
+        self.down1, self.down2 = block(channels + noise, width), block(width, 2 * width)
+        self.middle = block(2 * width, 2 * width)
+        self.up2, self.up1 = block(4 * width, width), block(2 * width, width)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, images, *, generator, **_):
+        x = images
+        if self.noise:
+            batch, _, height, width = images.shape
+            x = torch.cat([x, randn(x, generator, (batch, self.noise, height, width))], 1)
+        fine = self.down1(x)
+        middle = self.down2(F.avg_pool2d(fine, 2))
+        coarse = self.middle(F.avg_pool2d(middle, 2))
+        up = self.up2(torch.cat([F.interpolate(coarse, size=middle.shape[-2:]), middle], 1))
+        up = self.up1(torch.cat([F.interpolate(up, size=fine.shape[-2:]), fine], 1))
+        return images + self.last(up)
+
+
+register_phi("unet")(UNet)
+register_phi("unet_noise")(lambda images, classes: UNet(images, classes, noise=1))
