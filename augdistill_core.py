@@ -108,8 +108,14 @@ def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
 
 def logits_of(student: nn.Module, theta: Sequence[Tensor], images: Tensor) -> Tensor:
     """`student`'s logits `[B, classes]` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
-    names = (name for name, _ in student.named_parameters())
-    return functional_call(student, dict(zip(names, theta, strict=True)), (images,))
+    position = {id(p): i for i, p in enumerate(student.parameters())}
+    # every place that holds a parameter, once: torch's own tying of shared weights corrupts a module with two names
+    replaced = {
+        f"{path}.{name}".lstrip("."): theta[position[id(p)]]
+        for path, module in student.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+    return functional_call(student, replaced, (images,), tie_weights=False)
 
 
 def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
@@ -376,10 +382,10 @@ def make_optimizer(kind: str, parameters: list[Tensor], lr: float, momentum: flo
 class StepSize(nn.Module):
     """alpha, the student's step size: learned in its logarithm (so it stays positive), learned raw, or fixed."""
 
-    def __init__(self, alpha: float, mode: str):
+    def __init__(self, alpha: float, mode: str, like: Tensor):
         super().__init__()
         self.mode = mode
-        value = torch.tensor(alpha)
+        value = torch.tensor(alpha, dtype=like.dtype, device=like.device)
         self.value = nn.Parameter(value.log() if mode == "log" else value, requires_grad=mode != "fixed")
 
     def forward(self) -> Tensor:
@@ -433,7 +439,7 @@ def distill(
     check_distill(phi, images, labels, experts, config, real)
     # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
     student, generator, noise = experts.student, seeded(seed, "distill"), seeded(seed, "distill", "noise")
-    step_size = StepSize(config.alpha, config.alpha_mode).to(images)
+    step_size = StepSize(config.alpha, config.alpha_mode, images)
     of_phi = [p for p in phi.parameters() if p.requires_grad]
     of_alpha = [p for p in step_size.parameters() if p.requires_grad]
     optimizers = []
@@ -467,7 +473,7 @@ def distill(
             raise ValueError(f"no gradient reaches phi ({type(phi).__name__}): is its output detached?")
         for p, g in zip(learned, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
-        record = dict(iteration=iteration, loss=float(loss), alpha=float(alpha), start_epoch=start_epoch)
+        record = dict(iteration=iteration, loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
         record["grad_norm"] = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
         record["scale"] = max(map(rms, fed)) / rms(images)
         history.append(record)
@@ -490,7 +496,7 @@ def distill(
             optimizer.step()
     for p in learned:
         p.grad = None
-    return Distilled(phi, float(step_size()), history, stopped)
+    return Distilled(phi, step_size().item(), history, stopped)
 
 
 def draw_segment(
@@ -535,6 +541,6 @@ def rms(images: Tensor) -> float:
 
 def gradients(loss: Tensor, learned: list[Tensor]) -> list[Tensor | None]:
     """d loss / d each tensor of `learned`; None where the loss does not depend on it."""
-    if not loss.requires_grad:
+    if not learned or not loss.requires_grad:
         return [None] * len(learned)
     return list(torch.autograd.grad(loss, learned, allow_unused=True))

@@ -26,7 +26,6 @@ from augdistill_core import (
     make_phi,
     matching_loss,
     minibatches,
-    randn,
     seeded,
     sgd,
     train_expert,
@@ -34,6 +33,7 @@ from augdistill_core import (
     unflatten,
     unroll,
 )
+from augdistill_phis import randn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Students and data of these tests: 8x8 images with one channel, three classes
@@ -882,7 +882,7 @@ def test_distillation_stops_when_on_iteration_raises(experts):
     with pytest.raises(Stop):
         distill(pixels(images), images, labels, experts, config(iterations=9), seed=0, on_iteration=stop)
     assert [r["iteration"] for r in seen] == [0, 1]
-    assert set(seen[0]) == {"iteration", "loss", "alpha", "start_epoch", "grad_norm"}
+    assert set(seen[0]) == {"iteration", "loss", "alpha", "start_epoch", "grad_norm", "scale"}
 
 
 @pytest.mark.parametrize(
@@ -932,3 +932,23 @@ def test_the_latest_possible_start_is_taken(experts):
     settings = config(max_start_epoch=3, iterations=12)
     history = distill(pixels(images), images, labels, experts, settings, seed=0).history
     assert {h["start_epoch"] for h in history} == {0, 1, 2, 3}
+
+
+def test_an_exploded_phi_is_divergence_though_instance_norm_hides_it():
+    class Gain(Phi):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, images, **_):
+            return images * self.gain
+
+    student = ConvNet(1, 3, 8, width=4, depth=1)
+    images, labels = torch.randn(6, 1, 8, 8, generator=seeded(0)), torch.arange(6) % 3
+    experts = train_experts(student, images, labels, ExpertConfig(experts=1, epochs=3, expert_batch=3), 0)
+    config = DistillConfig(iterations=5, syn_steps=2, max_start_epoch=0, phi_optimizer="SGD", phi_lr=1e9)
+    with pytest.warns(UserWarning, match="times as large as x"):
+        result = distill(Gain(), images, labels, experts, config, seed=0)
+    assert len(result.history) == 2 and result.history[1]["scale"] > 100
+    assert abs(result.history[1]["loss"]) < 100  # finite, and no explosion to see in it
+    assert result.phi.gain == 1.0

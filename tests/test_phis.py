@@ -7,21 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import augdistill_core
+import augdistill_phis
 from augdistill_core import (
     PHIS,
     ConvNet,
     DistillConfig,
-    DistNet,
     ExpertConfig,
     Phi,
-    UNet,
     distill,
     make_phi,
     register_phi,
     seeded,
     train_experts,
 )
+from augdistill_phis import DistNet, UNet
 
 SHAPES = [(10, 1, 16, 16), (6, 3, 32, 32), (5, 1, 28, 28), (4, 3, 8, 8)]
 every_phi = pytest.mark.parametrize("name", sorted(PHIS))
@@ -231,5 +230,5 @@ def test_a_phi_of_one_s_own_is_distilled_by_its_name():
         result = distill(phi, images, labels, experts, config, seed=0)
         assert result.phi is phi and phi.spread.item() != 1 and len(result.history) == 2 and not result.stopped
     finally:
-        augdistill_core._REGISTRY.pop("brightness", None)
+        augdistill_phis._REGISTRY.pop("brightness", None)
     assert "brightness" not in PHIS
