@@ -41,7 +41,9 @@ def register_phi(name: str):
     """
 
     def register(build):
-        if name in PHIS:
+        # a notebook's cell may be run again: what it registered before is replaced
+        again = name in PHIS and PHIS[name].__module__ == build.__module__ == "__main__"
+        if name in PHIS and not again:
             raise ValueError(f"phi {name!r} is registered already; choose another name")
         _REGISTRY[name] = build
         return build

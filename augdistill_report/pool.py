@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from loky import get_reusable_executor
 
-import augdistill_core
+from augdistill_phis import PHIS, register_phi
 from augdistill_report.artefacts import Store, write
 
 REFRESH = 0.5  # seconds between two looks at the progress
@@ -32,8 +32,7 @@ def _start_worker(threads: int) -> None:
 def _run(job, store: Store, builders: dict, progress: Path) -> None:
     """One job in a worker: phis that the user registered travel along; progress is a file that the parent reads."""
     for name, build in builders.items():
-        if name not in augdistill_core.PHIS:
-            augdistill_core.register_phi(name)(build)
+        register_phi(name)(build)
     last = 0.0
 
     def tick(done, total):
@@ -68,7 +67,7 @@ def run_jobs(jobs: list, store: Store, workers: int, show: Callable[[float, floa
             job.run(store, lambda done, total, n=number: show(n + done / total, len(missing)))
             show(number + 1, len(missing))
         return
-    own = {n: b for n, b in augdistill_core.PHIS.items() if getattr(b, "__module__", "") != "augdistill_phis"}
+    own = {n: b for n, b in PHIS.items() if getattr(b, "__module__", "") != "augdistill_phis"}
     threads = torch.get_num_threads()
     # the workers stay for the next call: starting one costs seconds
     executor = get_reusable_executor(workers, timeout=120, initializer=_start_worker, initargs=(threads,))
@@ -100,12 +99,13 @@ class Progress:
     """
 
     def __init__(self, what: str):
-        from IPython.display import display
-
-        self.what, self.start, self.last = what, time.monotonic(), 0.0
-        self.handle = display({"text/plain": what}, raw=True, display_id=True)
+        self.what, self.start, self.last, self.handle = what, time.monotonic(), 0.0, None
 
     def __call__(self, done: float, total: float) -> None:
+        from IPython.display import display
+
+        if self.handle is None:  # nothing is shown for work that was done before
+            self.handle = display({"text/plain": self.what}, raw=True, display_id=True)
         now = time.monotonic()
         if now - self.last < REFRESH and done < total:
             return

@@ -62,12 +62,12 @@ def run_folder(preset: str, out: str = "") -> Path:
     return Path(out).resolve() if out else ROOT / "runs" / preset_path(preset).stem
 
 
-def make_folder(folder: Path) -> None:
-    """A folder that can be written, or a `ValueError`."""
+def start_folder(folder: Path, preset: str, settings: Settings) -> None:
+    """Make a run's folder and write its config.json; a `ValueError` if it cannot be written or is not a run's."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / ".writable", "")
-        (folder / ".writable").unlink()
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            raise ValueError(f"out={str(folder)!r}: holds files but no run (no config.json); choose an empty folder")
+        write(folder / "config.json", as_json({"preset": preset, "settings": settings.to_dict()}))
     except OSError as error:
         raise ValueError(f"out={str(folder)!r}: cannot be written ({error.strerror or error})") from None
 
@@ -231,7 +231,6 @@ def open_run(notebook: str, parameters: dict) -> Run:
     overrides = {k: v for k, v in parameters.items() if k in names and v is not None}
     settings = resolve(parameters["preset"], overrides)
     folder = run_folder(parameters["preset"], parameters.get("out") or "")
-    make_folder(folder)
+    start_folder(folder, parameters["preset"], settings)
     torch.set_num_threads(settings.threads)
-    write(folder / "config.json", as_json({"preset": parameters["preset"], "settings": settings.to_dict()}))
     return Run(notebook, settings, folder)

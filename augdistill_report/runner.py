@@ -20,7 +20,7 @@ from jupyter_client import AsyncKernelManager
 
 from augdistill_report.artefacts import as_json, write
 from augdistill_report.html import build_report
-from augdistill_report.run import configuration, make_folder, run_folder
+from augdistill_report.run import configuration, run_folder, start_folder
 from augdistill_report.settings import NOTEBOOKS, Settings, preflight, resolve
 
 LOG_EVERY = 15  # seconds between two lines of progress in a log
@@ -181,9 +181,7 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     chosen = notebooks(only)
     preflight(settings)
     folder = run_folder(preset, out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"out={str(folder)!r}: holds files but no run (no config.json); choose an empty folder")
-    make_folder(folder)
+    start_folder(folder, preset, settings)
     if fresh:
         shutil.rmtree(folder / "artefacts", ignore_errors=True)
     # papermill writes literals: keys that differ from the preset are enough, the notebook resolves them again

@@ -100,6 +100,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
 
 def preset_path(preset: str) -> Path:
     """The file of a preset: a name in notebooks/presets, or the path of a YAML file of one's own."""
+    if not PRESETS.is_dir():
+        raise ValueError(f"{PRESETS} is missing: install augdistill from its clone, with pip install -e")
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
