@@ -17,6 +17,8 @@ class Part(Config):
 @dataclasses.dataclass(frozen=True)
 class Whole(Part):
     free: float = knob(0.0, "any number")
+    floor: float = knob(0.0, "at least", low=0)
+    ceiling: float = knob(0.0, "at most", high=1)
     fast: bool = knob(False, "whether to hurry")
     mode: str = knob("a", "which way", choices=("a", "b"))
 
@@ -60,6 +62,8 @@ def test_values_become_the_declared_type(key, value, expected):
         ("rate", True, "a float"),
         ("rate", math.nan, r"in \[0, 1\]"),
         ("rate", "nan", r"in \[0, 1\]"),
+        ("floor", math.nan, "at least 0"),
+        ("ceiling", math.nan, ".*1"),
         ("rate", 1.0001, r"in \[0, 1\]"),
         ("rate", -1, r"in \[0, 1\]"),
         ("fast", 1, "a bool"),
@@ -79,7 +83,7 @@ def test_refusals_tell_what_the_knob_means():
 
 
 def test_from_dict_and_to_dict_are_inverse():
-    values = dict(steps=7, rate=0.25, free=-1.0, fast=True, mode="b")
+    values = dict(steps=7, rate=0.25, free=-1.0, floor=2.0, ceiling=-2.0, fast=True, mode="b")
     assert Whole.from_dict(values).to_dict() == values
     assert Whole.from_dict({}) == Whole() and list(Whole.names()) == list(values)
 

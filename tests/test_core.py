@@ -56,6 +56,17 @@ class Shared(nn.Module):
         return self.last(torch.tanh(self.again(torch.tanh(self.once(self.first(images.flatten(1)))))))
 
 
+class TwoNames(nn.Linear):
+    """One weight under two names in the same layer."""
+
+    def __init__(self):
+        super().__init__(64, 3)
+        self.mirror = self.weight
+
+    def forward(self, images):
+        return F.linear(images.flatten(1), torch.tanh(self.weight) + self.mirror, self.bias)
+
+
 class Unused(nn.Module):
     """A layer that the output does not depend on, between two that it does."""
 
@@ -79,6 +90,7 @@ STUDENTS = {
     ),
     "shared layer": Shared,
     "shared weights": lambda: Shared(weights_only=True),
+    "one weight, two names": TwoNames,
     "unused parameter": Unused,
     "no norm": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3)),
 }
@@ -717,6 +729,27 @@ def test_real_loss_is_the_mean_loss_on_real_images_from_a_new_initialisation(exp
         optimizer.step()
     assert history[0]["loss"] == pytest.approx(F.cross_entropy(model(real), real_labels).item(), rel=1e-10)
     assert history[1]["loss"] != pytest.approx(history[0]["loss"], rel=1e-3)  # another initialisation
+
+
+def test_real_loss_of_several_draws_is_their_mean(experts):
+    """Each draw's own images, as the phi gave them, train a module by torch."""
+    (images, labels), (real, real_labels) = toy(6), toy(1, seed=8)
+    spy = Spy(noisy(images, scale=3))
+    settings = config(objective="real_loss", iterations=1, draws=3, alpha=0.5)
+    data = (real.expand(5, -1, -1, -1), real_labels.expand(5))
+    history = distill(spy, images, labels, experts, settings, seed=4, real=data).history
+    start, losses = initial_parameters(experts.student, seeded(4, "distill")), []
+    for draw in (spy.seen[0:2], spy.seen[2:4], spy.seen[4:6]):
+        model = copy.deepcopy(experts.student)
+        vector_to_parameters(start.clone(), model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _, targets, _, fed in draw:
+            optimizer.zero_grad()
+            F.cross_entropy(model(fed), targets).backward()
+            optimizer.step()
+        losses.append(F.cross_entropy(model(real), real_labels).item())
+    assert history[0]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-10)
+    assert max(losses) - min(losses) > 1e-3
 
 
 @pytest.mark.parametrize("objective, alpha_lr", [("trajectory", 1e-4), ("real_loss", 0.01)])
