@@ -3,7 +3,6 @@
 The reference is autograd through the whole graph in double precision, over the table of awkward students.
 """
 
-
 import pytest
 import torch
 from test_core import STUDENTS, built, toy
