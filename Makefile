@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test lab figures clean
+.PHONY: report test lab figures bench clean
 
 report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
@@ -17,6 +17,9 @@ lab: $(READY)  ## JupyterLab on the notebooks
 
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)
+
+bench: $(READY)  ## time and memory of the unroll, each way, against the official code's
+	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks/unroll.json
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

@@ -18,9 +18,11 @@ trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a 
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -28,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from augdistill_config import Config, knob
 from augdistill_phis import PHIS, Phi, augmented, make_phi, register_phi  # noqa: F401 (section 4: offered here too)
@@ -134,8 +137,22 @@ def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tenso
     return flatten(model.parameters()).detach()
 
 
+def check_student(student: nn.Module) -> None:
+    """Refuse layers whose draws or side effects make a second pass differ from the first, as the unroll needs."""
+    for name, module in student.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "track_running_stats", False) and module.training:
+            raise ValueError(
+                f"student's {name} ({kind}) changes its running statistics in every pass: build it with "
+                "track_running_stats=False, or use GroupNorm"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+            raise ValueError(f"student's {name} ({kind}) draws from torch's global state: use p=0")
+
+
 def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> int:
     """The number of classes `student` tells apart; a `ValueError` if images or labels are not ones it can take."""
+    check_student(student)
     if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"images {tuple(images.shape)} and labels {tuple(labels.shape)}: must be [B, C, H, W] and [B], B at least 1"
@@ -275,28 +292,118 @@ def unroll(
     batches: Sequence[Tensor],
     labels: Sequence[Tensor],
     alpha: Tensor | float,
+    *,
+    memory: str = "graph",
 ) -> Tensor:
     """The parameters `[P]` after N plain SGD steps of size `alpha` from `start` `[P]`, differentiable in all inputs.
 
-    `batches` are N tensors `[B, C, H, W]` with `labels` `[B]`; step n is taken on batch n (Algorithm 1, line 12).
-    Exact: the whole graph is kept, so memory grows with N. Under `torch.no_grad()` nothing is kept.
+    `batches` are N tensors `[B, C, H, W]` with `labels` `[B]`; step n is taken on batch n (Algorithm 1, line 12). Exact
+    both ways: `memory` "graph" keeps the whole graph, which grows with N; "replay" keeps theta_0 .. theta_N alone and
+    walks back with one Hessian-vector product a step, for a third more work; it cannot be differentiated twice. Under
+    `torch.no_grad()` nothing is kept.
     """
     if len(batches) != len(labels):
         raise ValueError(f"{len(batches)} batches and {len(labels)} label vectors: must be as many")
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        theta = unflatten(student, start if start.requires_grad else start.detach().requires_grad_())
-        for images, targets in zip(batches, labels, strict=True):
-            loss = F.cross_entropy(logits_of(student, theta, images), targets)
-            # a parameter that the loss does not use has a gradient of zero and stands still
-            grads = torch.autograd.grad(
-                loss, theta, create_graph=differentiable, allow_unused=True, materialize_grads=True
-            )
-            theta = [p - alpha * g for p, g in zip(theta, grads, strict=True)]
-            if not differentiable:
-                theta = [p.detach().requires_grad_() for p in theta]
-        end = flatten(theta)
-    return end if differentiable else end.detach()
+    check_student(student)
+    if memory not in MEMORY:
+        raise ValueError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}")
+    alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
+    if memory == "replay":
+        return _Replay.apply(student, labels, start, alpha, *batches)
+    if not torch.is_grad_enabled():
+        return walk(student, start, batches, labels, alpha)[-1]
+    theta = unflatten(student, start if start.requires_grad else start.detach().requires_grad_())
+    for images, targets in zip(batches, labels, strict=True):
+        grads = step_gradient(student, theta, images, targets, create_graph=True)
+        theta = [p - alpha * g for p, g in zip(theta, grads, strict=True)]
+    return flatten(theta)
+
+
+MEMORY = ("graph", "replay")
+
+
+def step_gradient(student, theta: Sequence[Tensor], images: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:
+    """d loss / d theta, piece by piece; zero for a parameter that the loss does not use (it stands still)."""
+    loss = F.cross_entropy(logits_of(student, theta, images), labels)
+    return list(torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True, materialize_grads=True))
+
+
+def leaves(student: nn.Module, theta: Tensor) -> list[Tensor]:
+    """`theta` `[P]` as pieces to differentiate in, cut from whatever made it."""
+    return [p.detach().requires_grad_() for p in unflatten(student, theta)]
+
+
+def walk(student, start: Tensor, batches: Sequence[Tensor], labels: Sequence[Tensor], alpha: Tensor) -> list[Tensor]:
+    """theta_0 .. theta_N, each `[P]`, without a graph."""
+    way = [start.detach()]
+    for images, targets in zip(batches, labels, strict=True):
+        with torch.enable_grad():
+            grads = step_gradient(student, leaves(student, way[-1]), images.detach(), targets, create_graph=False)
+        way.append(way[-1] - alpha.detach() * flatten(grads))
+    return way
+
+
+class _Replay(torch.autograd.Function):
+    """The unroll with its way back: with v = dL/dtheta_(n+1), g the gradient of step n and H its Hessian,
+
+        dL/dtheta_n = v - alpha H v,    dL/dx_n = -alpha (d/dx_n)(g . v),    dL/dalpha = - sum_n g . v
+
+    where H v and (d/dx_n)(g . v) come from one backward pass through g (Maclaurin et al. 2015, without the reversal).
+    """
+
+    @staticmethod
+    def forward(ctx, student, labels, start, alpha, *batches):
+        way = walk(student, start, batches, labels, alpha)
+        ctx.student, ctx.labels = student, labels
+        ctx.save_for_backward(alpha, *batches, *way[:-1])
+        return way[-1]
+
+    @staticmethod
+    def backward(ctx, v):
+        if torch.is_grad_enabled():
+            raise RuntimeError("unroll(memory='replay') can be differentiated once only: for more, use memory='graph'")
+        student, labels, steps = ctx.student, ctx.labels, len(ctx.labels)
+        alpha, *rest = ctx.saved_tensors
+        batches, way = rest[:steps], rest[steps:]
+        d_alpha, d_batches = torch.zeros_like(alpha), [None] * steps
+        for n in reversed(range(steps)):
+            theta, x = leaves(student, way[n]), batches[n].detach().requires_grad_()
+            with torch.enable_grad():
+                g = step_gradient(student, theta, x, labels[n], create_graph=True)
+                gv = sum((a * b).sum() for a, b in zip(g, unflatten(student, v), strict=True))
+                wanted = [x] if n == 0 and not ctx.needs_input_grad[2] else [x, *theta]
+                dx, *hv = torch.autograd.grad(gv, wanted, allow_unused=True, materialize_grads=True)
+            d_alpha -= gv.detach()
+            d_batches[n] = -alpha * dx
+            v = v - alpha * flatten(hv) if hv else None
+        return None, None, v, d_alpha, *d_batches
+
+
+def choose_memory(memory: str, student: nn.Module, images: Tensor, labels: Tensor, steps: int) -> str:
+    """ "graph" if the whole graph of `steps` student steps on such a batch fits half of the free memory, else "replay".
+
+    The graph of one step is measured, not guessed. Anything but "auto" is returned as it is.
+    """
+    if memory != "auto":
+        return memory
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    theta = leaves(student, flatten(student.parameters()).to(images))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grads = step_gradient(student, theta, images, labels[: len(images)], create_graph=True)
+        flatten(grads)
+    return "graph" if steps * sum(kept.values()) < 0.5 * free_memory(images.device) else "replay"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
 
 
 def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
@@ -352,6 +459,7 @@ class DistillConfig(Config):
     alpha_optimizer: str = knob("Adam", "any of torch.optim")
     alpha_lr: float = knob(0.01, "its step size", low=0)
     alpha_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
+    memory: str = knob("auto", "of the unroll: keep the graph, replay it, or as it fits", choices=(*MEMORY, "auto"))
     real_batch: int = knob(256, "real images on which real_loss is taken", low=1)
 
 
@@ -450,6 +558,8 @@ def distill(
     learned = of_phi + of_alpha
     good = [p.detach().clone() for p in learned]
     history, stopped = [], ""
+    steps = config.syn_steps * config.draws
+    memory = choose_memory(config.memory, student, images[: config.batch_syn or None], labels, steps)
 
     for iteration in range(config.iterations):
         start_epoch, start, target = draw_segment(experts, config, generator)
@@ -459,8 +569,8 @@ def distill(
         batches = [base[batch] for batch in steps]
         ends = []
         for _ in range(config.draws):
-            fed = draw_batches(phi, augment, images, labels, base, batches, config.noise, noise)
-            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha))
+            fed = draw_batches(phi, augment, images, labels, base, batches, config, memory, noise)
+            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=memory))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
         else:
@@ -522,16 +632,26 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
     return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
 
 
-def draw_batches(phi, augment, images, labels, base, batches, noise: str, generator) -> list[Tensor]:
-    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`."""
-    if noise == "once":
+def draw_batches(phi, augment, images, labels, base, batches, config: DistillConfig, memory, generator) -> list[Tensor]:
+    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`.
+
+    Each step draws from a seed of its own, so that with `memory` "replay" the way back draws the same again instead of
+    keeping phi's graph for all N steps.
+    """
+    if config.noise == "once":
         drawn = augmented(phi, images[base], labels[base], base, generator)
         position = torch.full((len(images),), -1)
         position[base] = torch.arange(len(base))
-        fed = [drawn[position[b]] for b in batches]
-    else:
-        fed = [augmented(phi, images[b], labels[b], b, generator) for b in batches]
-    return [augmented(augment, x, labels[b], b, generator) for x, b in zip(fed, batches, strict=True)]
+        return [augmented(augment, drawn[position[b]], labels[b], b, generator) for b in batches]
+
+    def draw(x: Tensor, y: Tensor, index: Tensor, seed: int) -> Tensor:
+        own = torch.Generator().manual_seed(seed)
+        return augmented(augment, augmented(phi, x, y, index, own), y, index, own)
+
+    if memory == "replay":
+        draw = functools.partial(checkpoint, draw, use_reentrant=False)
+    seeds = torch.randint(2**62, (len(batches),), generator=generator).tolist()
+    return [draw(images[b], labels[b], b, seed) for b, seed in zip(batches, seeds, strict=True)]
 
 
 def rms(images: Tensor) -> float:

@@ -157,13 +157,38 @@ class DistNet(Phi):
         return out + images if self.skip else out
 
 
-# Exactly as the student report ran them, flaws included; c = image channels.
+# Exactly as the student report ran them, flaws included; c = image channels. Without s2, the output is not scaled.
+_PLAIN = dict(kernel=1, scales=(0.1, 1.0))
 _DISTNETS: dict[str, Callable[[int], dict]] = {
     "distnet": lambda c: dict(widths=[6], noise="blind", scales=(1.0, 0.001), learned=(False, False)),
+    "distnet1": lambda c: dict(widths=[6], noise="blind", scales=(0.001, 0.001)),
     "distnet2": lambda c: dict(widths=[6, 12]),
+    "distnet3": lambda c: dict(widths=[c], skip=False, learned=(True, False), **_PLAIN),
+    "distnet4": lambda c: dict(widths=[], skip=False, noise="none", learned=(False, False), **_PLAIN),
+    "distnet5": lambda c: dict(widths=[c] * 4, skip=False, noise="none", relu=False, learned=(False, False), **_PLAIN),
+    "distnet6": lambda c: dict(widths=[9, 27]),
+    "distnet7": lambda c: dict(widths=[c], learned=(False, False), **_PLAIN),
 }
 for _name, _options in _DISTNETS.items():
     register_phi(_name)(lambda images, classes, o=_options: DistNet(images, classes, **o(images.shape[1])))
+
+
+@register_phi("hallucinator")
+class Hallucinator(Phi):
+    """HaBa's hallucinator (Liu et al. 2022): a valid 3x3 convolution, a scale and a shift for every location, and back.
+
+    Nothing in it is nonlinear, skipped or random.
+    """
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+        channels, height, width = images.shape[1:]
+        self.encoder, self.decoder = nn.Conv2d(channels, channels, 3), nn.ConvTranspose2d(channels, channels, 3)
+        self.scale = nn.Parameter(torch.ones(channels, height - 2, width - 2))
+        self.shift = nn.Parameter(torch.zeros(channels, height - 2, width - 2))
+
+    def forward(self, images, **_):
+        return self.decoder(self.scale * self.encoder(images) + self.shift)
 
 
 class UNet(Phi):
@@ -191,7 +216,7 @@ class UNet(Phi):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, images, *, generator, **_):
+    def residual(self, images: Tensor, generator: torch.Generator) -> Tensor:
         x = images
         if self.noise:
             batch, _, height, width = images.shape
@@ -201,8 +226,30 @@ class UNet(Phi):
         coarse = self.middle(F.avg_pool2d(middle, 2))
         up = self.up2(torch.cat([F.interpolate(coarse, size=middle.shape[-2:]), middle], 1))
         up = self.up1(torch.cat([F.interpolate(up, size=fine.shape[-2:]), fine], 1))
-        return images + self.last(up)
+        return self.last(up)
+
+    def forward(self, images, *, generator, **_):
+        return images + self.residual(images, generator)
+
+
+class ConditionalUNet(UNet):
+    """A U-Net that sees classes and positions: x + gain[y] unet(x) + bias[y], gain and bias `[classes, C, H, W]`.
+
+    Mind what it stores: bias alone is a free image for every class, so it can distil pixels without looking at x.
+    """
+
+    conditional = True
+
+    def __init__(self, images: Tensor, classes: int, *, width: int = 16, noise: int = 0):
+        super().__init__(images, classes, width=width, noise=noise)
+        self.gain = nn.Parameter(torch.ones(classes, *images.shape[1:]))
+        self.bias = nn.Parameter(torch.zeros(classes, *images.shape[1:]))
+
+    def forward(self, images, *, labels, generator, **_):
+        return images + self.gain[labels] * self.residual(images, generator) + self.bias[labels]
 
 
 register_phi("unet")(UNet)
 register_phi("unet_noise")(lambda images, classes: UNet(images, classes, noise=1))
+register_phi("unet_class")(ConditionalUNet)
+register_phi("unet_class_noise")(lambda images, classes: ConditionalUNet(images, classes, noise=1))

@@ -232,3 +232,86 @@ def test_a_phi_of_one_s_own_is_distilled_by_its_name():
     finally:
         augdistill_phis._REGISTRY.pop("brightness", None)
     assert "brightness" not in PHIS
+
+
+def by_hand(name, x, p, eps):
+    """The rest of the student report's family, and HaBa's hallucinator, from their own code's formulas.
+
+    `p` are the weights, in their order; `eps` draws standard normal noise of a shape.
+    """
+
+    def conv(h, k):
+        return F.conv2d(h, p[2 * k], p[2 * k + 1])
+
+    def back(h, k):
+        return F.conv_transpose2d(h, p[2 * k], p[2 * k + 1])
+
+    if name == "distnet1":
+        h = F.relu(conv(x, 0))
+        return p[-1] * back(h + p[-2] * (h.detach() + eps(h)), 1) + x
+    if name == "distnet3":
+        h = F.relu(conv(x, 0))
+        return conv(p[-1] * (h + eps(h)), 1)
+    if name == "distnet4":
+        return conv(x, 0)
+    if name == "distnet5":
+        return conv(conv(conv(conv(conv(x, 0), 1), 2), 3), 4)
+    if name == "distnet6":
+        h = F.relu(conv(F.relu(conv(x, 0)), 1))
+        return p[-1] * back(F.relu(back(p[-2] * (h + eps(h)), 2)), 3) + x
+    if name == "distnet7":
+        h = F.relu(conv(x, 0))
+        return conv(0.1 * (h + eps(h)), 1) + x
+    weight, bias, back_weight, back_bias, scale, shift = p
+    return F.conv_transpose2d(scale * F.conv2d(x, weight, bias) + shift, back_weight, back_bias)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["distnet1", *(f"distnet{k}" for k in range(3, 8)), "hallucinator"])
+def test_the_other_networks_are_their_formulas(name, channels):
+    images, labels, index = base((4, channels, 8, 8), torch.float64)
+    phi = make_phi(name, images, 3, seed=0)
+    parameters = dict(phi.named_parameters())
+    order = sorted(parameters, key=lambda key: key in ("s1", "s2", "scale", "shift"))  # weights first; stable
+    ours = call(phi, images, labels, index)
+    generator = seeded(0)
+    expected = by_hand(
+        name,
+        images,
+        [parameters[key] for key in order],
+        lambda h: torch.randn(h.shape, generator=generator, dtype=h.dtype),
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)  # fixed scales start in single precision
+    grads = torch.autograd.grad(ours.square().sum(), list(parameters.values()))
+    theirs = torch.autograd.grad(expected.square().sum(), list(parameters.values()))
+    torch.testing.assert_close(grads, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_family_s_learned_scales_start_where_the_report_started_them():
+    images, _, _ = base(SHAPES[1])
+    scales = {
+        name: {k: round(v.item(), 6) for k, v in make_phi(name, images, 3, 0).named_parameters() if k in ("s1", "s2")}
+        for name in PHIS
+        if name.startswith("distnet")
+    }
+    tenth = {"s1": 0.1, "s2": 0.1}
+    assert {k: v for k, v in scales.items() if v} == {
+        "distnet1": {"s1": 0.001, "s2": 0.001},
+        "distnet2": tenth,
+        "distnet3": {"s1": 0.1},
+        "distnet6": tenth,
+    }
+
+
+def test_the_conditional_unet_sees_the_class_and_the_place():
+    images, labels, index = base(SHAPES[3], torch.float64)
+    phi = make_phi("unet_class", images, 3, seed=0)
+    with torch.no_grad():
+        phi.bias[1] += 1
+        phi.last.bias += 1  # the plain U-Net adds one everywhere
+        phi.gain[2, :, 0, 0] = 5
+    moved = call(phi, images, labels, index) - images
+    expected = torch.ones_like(images)
+    expected[labels == 1] += 1
+    expected[labels == 2, :, 0, 0] = 5
+    torch.testing.assert_close(moved, expected)
