@@ -31,19 +31,22 @@ def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
     return right / len(split)
 
 
-def train_student(student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed) -> Tensor:
-    """One fresh student's final parameters `[P]`: trained on phi(images), phi drawn afresh in every step.
+def train_student(
+    student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed, augment=None
+) -> Tensor:
+    """One fresh student's final parameters `[P]`: trained on augment(phi(images)), both drawn afresh in every step.
 
     `phi` None trains on the images themselves. The step size falls to a tenth halfway. One `seed` (path) gives the same
-    initialisation and batches for every phi, so that methods are compared in pairs.
+    initialisation, batches and augmentations for every phi, so that methods are compared in pairs.
     """
-    generator, noise = seeded(*seed), seeded(*seed, "noise")
+    generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
     start = initial_parameters(student, generator).to(images)
 
     @torch.no_grad()
     def batches():
         for i in minibatches(len(images), config.eval_batch, generator):
-            yield augmented(phi, images[i], labels[i], i, noise), labels[i]
+            fed = augmented(phi, images[i], labels[i], i, noise)
+            yield augmented(augment, fed, labels[i], i, shaking), labels[i]
 
     def rate(step: int) -> float:
         return config.eval_lr * (0.1 if step >= config.eval_steps // 2 else 1.0)
@@ -54,12 +57,23 @@ def train_student(student: nn.Module, phi, images: Tensor, labels: Tensor, confi
 
 
 def evaluate(
-    student: nn.Module, phi, train: Split, scored: dict[str, Split], config: EvalConfig, seed: int, on_student=None
+    student: nn.Module,
+    phi,
+    train: Split,
+    scored: dict[str, Split],
+    config: EvalConfig,
+    seed: int,
+    *,
+    augment=None,
+    on_student=None,
 ) -> dict[str, list[float]]:
-    """For each split of `scored`, the accuracy of each of `config.eval_students` students trained on phi(train)."""
+    """For each split of `scored`, the accuracy of each of `config.eval_students` students trained on phi(train).
+
+    `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data.
+    """
     values = {name: [] for name in scored}
     for k in range(config.eval_students):
-        theta = train_student(student, phi, train.images, train.labels, config, seed, "student", k)
+        theta = train_student(student, phi, train.images, train.labels, config, seed, "student", k, augment=augment)
         for name, split in scored.items():
             values[name].append(accuracy(student, theta, split))
         if on_student is not None:

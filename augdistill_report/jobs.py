@@ -24,7 +24,7 @@ from augdistill_core import (
 )
 from augdistill_report import data as data_sets
 from augdistill_report.artefacts import Store, source_digest
-from augdistill_report.augmentations import AUGMENTATIONS
+from augdistill_report.augmentations import augmentation
 from augdistill_report.data import Dataset
 from augdistill_report.evaluation import accuracy, evaluate
 from augdistill_report.settings import ROOT, EvalConfig, Setup
@@ -80,7 +80,8 @@ class Expert(Job):
 
     def spec(self):
         spec = super().spec()
-        return spec | {"setup": spec["setup"] | {"experts": None}}  # it does not depend on how many others there are
+        # it does not depend on how many others there are, nor on what is done with them
+        return spec | {"setup": spec["setup"] | {"experts": None, "augment": None}}
 
     def work(self, store, tick):
         train, student, losses = self.data.train, self.student(), []
@@ -90,7 +91,7 @@ class Expert(Job):
             losses.append(loss)
             tick(snapshot, snapshots)
 
-        augment = AUGMENTATIONS[self.setup.expert_augment]
+        augment = augmentation(self.setup.expert_augment, self.setup.dataset)
         arguments = (student, train.images, train.labels, self.setup, self.setup.seed, self.expert)
         theta = train_expert(*arguments, augment=augment, on_snapshot=on_snapshot)
         scores = [accuracy(student, t, self.data.validation) for t in theta]
@@ -146,6 +147,7 @@ class Distillation(Job):
                 trajectories(self.setup, store),
                 self.config,
                 seed=self.setup.seed,
+                augment=augmentation(self.setup.augment, self.setup.dataset),
                 real=(train.images, train.labels),
                 on_iteration=lambda record: tick(record["iteration"] + 1, self.config.iterations),
             )
@@ -185,8 +187,7 @@ class Evaluation(Job):
         phi = self.distilled.stored_phi(store).phi if self.distilled else None
         train = data.train.take(self.subset.index(data))
         scored = {"validation": data.validation, "test": data.test}
+        augment = augmentation(self.config.eval_augment, self.setup.dataset)
+        arguments = (self.student(), phi, train, scored, self.config, self.setup.seed)
         total = self.config.eval_students
-        values = evaluate(
-            self.student(), phi, train, scored, self.config, self.setup.seed, lambda done: tick(done, total)
-        )
-        return {}, values
+        return {}, evaluate(*arguments, augment=augment, on_student=lambda done: tick(done, total))

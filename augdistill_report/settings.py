@@ -30,6 +30,7 @@ class Setup(ExpertConfig):
     width: int = knob(32, "the student's channels", low=1)
     depth: int = knob(2, "the student's blocks", low=1)
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
+    augment: str = knob("none", "augmentation after phi in the unroll (MTT's A)", choices=tuple(AUGMENTATIONS))
     seed: int = knob(0, "everything random follows from it", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
     threads: int = knob(1, "CPU threads in a process (another count rounds differently)", low=1)
@@ -48,6 +49,7 @@ class EvalConfig(Config):
     eval_lr: float = knob(0.02, "SGD step size", low=1e-12)
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
+    eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,6 +124,7 @@ BAD = {
     "phi": (["--set", "phi=unett"], "unknown phi 'unett'.*unet_noise"),
     "bound phi": (["--set", "phi=pixels"], "phi='pixels'"),
     "data": (["--set", "dataset=cats"], "dataset='cats'.*digits"),
+    "augmentation": (["--set", "augment=dsaa"], "augment='dsaa': must be one of none, affine, dsa"),
     "optimizer": (["--set", "phi_optimizer=Adamm"], "phi_optimizer='Adamm'"),
     "momentum": (["--set", "phi_momentum=0.5"], "phi_optimizer='Adam'.*momentum"),
     "too many images": (["--set", "images_per_class=1000"], "per_class=1000.*training images"),
