@@ -635,23 +635,27 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
 def draw_batches(phi, augment, images, labels, base, batches, config: DistillConfig, memory, generator) -> list[Tensor]:
     """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`.
 
-    Each step draws from a seed of its own, so that with `memory` "replay" the way back draws the same again instead of
-    keeping phi's graph for all N steps.
+    Each step draws from seeds of its own (one for phi, one for the augmentation), so that with `memory` "replay" the
+    way back draws the same again instead of keeping phi's graph for all N steps, and every phi meets the same
+    augmentations.
     """
+    seeds = torch.randint(2**62, (len(batches), 2), generator=generator).tolist()
     if config.noise == "once":
         drawn = augmented(phi, images[base], labels[base], base, generator)
         position = torch.full((len(images),), -1)
         position[base] = torch.arange(len(base))
-        return [augmented(augment, drawn[position[b]], labels[b], b, generator) for b in batches]
+        sources = [drawn[position[b]] for b in batches]
+    else:
+        sources = [images[b] for b in batches]
 
-    def draw(x: Tensor, y: Tensor, index: Tensor, seed: int) -> Tensor:
-        own = torch.Generator().manual_seed(seed)
-        return augmented(augment, augmented(phi, x, y, index, own), y, index, own)
+    def draw(x: Tensor, y: Tensor, index: Tensor, seed_phi: int, seed_augment: int) -> Tensor:
+        if config.noise == "step":
+            x = augmented(phi, x, y, index, torch.Generator().manual_seed(seed_phi))
+        return augmented(augment, x, y, index, torch.Generator().manual_seed(seed_augment))
 
     if memory == "replay":
         draw = functools.partial(checkpoint, draw, use_reentrant=False)
-    seeds = torch.randint(2**62, (len(batches),), generator=generator).tolist()
-    return [draw(images[b], labels[b], b, seed) for b, seed in zip(batches, seeds, strict=True)]
+    return [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
 
 
 def rms(images: Tensor) -> float:

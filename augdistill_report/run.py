@@ -187,7 +187,7 @@ class Run:
         figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
         write(self.folder / "figures" / f"{name}.png", picture.getvalue())
         self.figures.append(name)
-        display(Image(picture.getvalue()))
+        display(Image(picture.getvalue(), alt=name.replace("_", " ")))
 
     def finish(self):
         """Write results/<notebook>.json: the numbers, with the settings and the environment that they come from.

@@ -63,8 +63,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
     pixel_momentum: float = knob(0.5, "its momentum, where it has one", low=0, high=1)
     fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
-    subset_iterations: int = knob(200, "outer steps when phi learns on a fraction", low=1)
-    subset_eval_steps: int = knob(400, "SGD steps of a student that is scored in notebook 05", low=2)
+    subset_iterations: int = knob(150, "outer steps when phi learns on a fraction", low=1)
+    subset_eval_steps: int = knob(300, "SGD steps of a student that is scored in notebook 05", low=2)
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
 
     def __post_init__(self):
