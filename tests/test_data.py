@@ -154,5 +154,5 @@ def test_impossible_subsets_are_refused(digits, size, says):
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"'mnist'.*digits"):
-        load("mnist", 8)
+    with pytest.raises(ValueError, match=r"'cats'.*digits.*folder:PATH"):
+        load("cats", 8)
