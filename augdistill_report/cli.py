@@ -1,4 +1,4 @@
-"""The command `augdistill`: `report` runs the notebooks, `figures` publishes a finished run, `data` checks and fetches data."""
+"""The command `augdistill`: `report` runs the notebooks, `figures` publishes a run, `data` checks or fetches a set."""
 
 import argparse
 import sys

@@ -52,7 +52,7 @@ def files(name: str) -> dict[Path, str]:
 
 
 def damage(path: Path, md5: str) -> str:
-    """What is wrong with a file; "" if it is whole. One without an md5 sum is an idx file: its header gives its size."""
+    """What is wrong with a file; "" if it is whole. Without an md5 sum, it is held to the size in its idx header."""
     if not path.is_file():
         return "is missing"
     if md5:
@@ -102,10 +102,13 @@ def check_url(url: str) -> None:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """A redirection is held to the same rule: it may not leave TLS."""
+    """A redirection is held to the same rule."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        check_url(newurl)
+        try:
+            check_url(newurl)
+        except ValueError as error:
+            raise ValueError(f"{req.full_url} leads to {error}") from None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
