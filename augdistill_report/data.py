@@ -200,8 +200,10 @@ def load_published(name: str, size: int, data: str = "") -> Dataset:
     return standardised(name, classes, raw, labels, (train, validation, torch.arange(count, len(labels))), str(root))
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def image_files(folder: Path) -> list[Path]:
+    """The image files under `folder`, in a fixed order; hidden ones, and those in hidden folders, are passed over."""
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in images if not any(p.startswith(".") for p in path.relative_to(folder).parts))
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -225,7 +227,7 @@ def read_image(path: Path, size: int) -> Tensor:
 def load_folder(size: int, path: str) -> Dataset:
     """Images in one sub-folder a class (named by it), resized; 10 % validation and 20 % test of every class.
 
-    Grey images make a grey set; one in colour makes all of them RGB. Hidden files and folders are passed over.
+    Grey images make a grey set; one in colour makes all of them RGB.
     """
     name, folder = f"folder:{path}", Path(path).expanduser()
     if not folder.is_dir():
@@ -233,7 +235,7 @@ def load_folder(size: int, path: str) -> Dataset:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise ValueError(f"dataset={name!r}: must hold a sub-folder for each class, at least two; has {classes}")
-    found = [sorted(filter(is_image, (folder / c).rglob("*"))) for c in classes]
+    found = [image_files(folder / c) for c in classes]
     held_out = (0.1, 0.2)
     for c, paths in zip(classes, found, strict=True):
         if min(round(f * len(paths)) for f in held_out) < 1:

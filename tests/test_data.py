@@ -536,6 +536,9 @@ def make_folder(root: Path, classes=("cat", "dog"), count=10, mode="RGB", size=(
 def test_a_folder_is_a_data_set(tmp_path):
     root = make_folder(tmp_path / "pets", count=20)
     (root / ".hidden").mkdir()
+    (root / "cat" / ".ipynb_checkpoints").mkdir()
+    (root / "cat" / ".ipynb_checkpoints" / "00-checkpoint.png").write_bytes((root / "cat" / "00.png").read_bytes())
+    (root / "cat" / "._00.png").write_bytes(b"what macOS leaves")
     (root / "README.txt").write_text("not a class")
     (root / "cat" / "notes.txt").write_text("not an image")
     data = load(f"folder:{root}", 12)
@@ -545,7 +548,7 @@ def test_a_folder_is_a_data_set(tmp_path):
     theirs = {
         bytes([label]) + np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes()
         for label, c in enumerate(("cat", "dog"))
-        for path in (root / c).glob("*.png")
+        for path in (root / c).glob("[!.]*.png")
     }
     assert ours == theirs and len(ours) == 40
     assert load(f"folder:{root}", 12).fingerprint == data.fingerprint
