@@ -1,4 +1,4 @@
-"""The command `augdistill`: `report` runs the notebooks, `figures` publishes a finished run."""
+"""The command `augdistill`: `report` runs the notebooks, `figures` publishes a run, `data` checks or fetches a set."""
 
 import argparse
 import sys
@@ -15,6 +15,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (report, figures):
         command.add_argument("--preset", default="digits", help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
+    data = commands.add_parser("data", help="check a data set, or download one")
+    data = data.add_subparsers(dest="what", required=True)
+    check = data.add_parser("check", help="read a set whole and say what it holds")
+    check.add_argument("--size", type=int, default=0, help="resize its images (0: as they are)")
+    fetch = data.add_parser("fetch", help="download a set, unless it is there; nothing else ever downloads")
+    fetch.add_argument("--mirror", default="", metavar="URL", help="a folder on the web that has its files")
+    for command in (check, fetch):
+        command.add_argument("name", help="a data set's name, or (check) folder:PATH")
+        command.add_argument("--data", default="", metavar="DIR", help="where it is (AUGDISTILL_DATA, or the cache)")
     return parser.parse_args(arguments)
 
 
@@ -32,13 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 for a notebook that failed, 2 for a wrong argument, 130 for Ctrl-C."""
     options = parse(arguments)
     # imported late, so that --help and a typing error answer at once
-    from augdistill_report import gallery, runner
+    from augdistill_report import data, data_files, gallery, runner
 
     try:
         if options.command == "report":
             changes = settings_changes(options.set)
             page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
             print(f"report: {page}")
+        elif options.command == "data":
+            if options.what == "fetch":
+                options.size, options.data = 0, str(data_files.fetch(options.name, options.mirror, options.data))
+            print(data.describe(data.load(options.name, options.size, options.data)))
         else:
             print(f"published: {gallery.publish(options.preset, options.out)}")
     except ValueError as error:

@@ -25,9 +25,9 @@ def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
     """The fraction of `split` that `student` with parameters `theta` `[P]` classifies right."""
     pieces = unflatten(student, theta)
     right = 0
-    for images, labels in zip(split.images.split(512), split.labels.split(512), strict=True):
-        logits = logits_of(student, pieces, images)
-        right += int((logits.argmax(1) == labels).sum())
+    for part in split.batches(512):
+        logits = logits_of(student, pieces, part.images)
+        right += int((logits.argmax(1) == part.labels).sum())
     return right / len(split)
 
 
@@ -84,9 +84,9 @@ def evaluate(
 @torch.no_grad()
 def student_path(student: nn.Module, start: Tensor, phi, train: Split, alpha: float, steps: int, seed: int) -> Tensor:
     """`[steps + 1, P]`: where a student goes from `start` in plain SGD steps of size `alpha` on all of phi(train)."""
-    index, noise, way = torch.arange(len(train)), seeded(seed, "path"), [start]
+    x, index, noise, way = train.images, torch.arange(len(train)), seeded(seed, "path"), [start]
     for _ in range(steps):
-        images = augmented(phi, train.images, train.labels, index, noise)
+        images = augmented(phi, x, train.labels, index, noise)
         way.append(unroll(student, way[-1], [images], [train.labels], alpha))
     return torch.stack(way)
 

@@ -5,7 +5,6 @@ find what they build on (a distillation its experts, an evaluation its phi) in t
 """
 
 import dataclasses
-import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from augdistill_core import (
     snapshots_every,
     train_expert,
 )
-from augdistill_report import data as data_sets
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation
 from augdistill_report.data import Dataset
@@ -31,11 +29,6 @@ from augdistill_report.settings import ROOT, EvalConfig, Setup
 
 Tick = Callable[[int, int], None]  # tick(done, total)
 SOURCE = source_digest(ROOT)  # of the code that this process has imported
-
-
-@functools.lru_cache(maxsize=2)
-def load_data(name: str, size: int, device: str) -> Dataset:
-    return data_sets.load(name, size).to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +40,13 @@ class Job:
     kind = "job"
 
     def spec(self) -> dict:
-        return dataclasses.asdict(self) | {"source": SOURCE}
+        """The data count by their content, whatever they are called and wherever they lie."""
+        setup = dataclasses.asdict(self.setup) | {"dataset": self.data.fingerprint, "data": None}
+        return dataclasses.asdict(self) | {"setup": setup, "source": SOURCE}
 
     @property
     def data(self) -> Dataset:
-        return load_data(self.setup.dataset, self.setup.size, self.setup.device)
+        return self.setup.load()
 
     def student(self):
         return self.setup.student(self.data).to(self.setup.device)
@@ -92,6 +87,7 @@ class Expert(Job):
             tick(snapshot, snapshots)
 
         augment = augmentation(self.setup.expert_augment, self.setup.dataset)
+        # all of it as floats while this expert trains (CIFAR-10: 550 MB), since the core takes tensors of floats
         arguments = (student, train.images, train.labels, self.setup, self.setup.seed, self.expert)
         theta = train_expert(*arguments, augment=augment, on_snapshot=on_snapshot)
         scores = [accuracy(student, t, self.data.validation) for t in theta]
@@ -132,12 +128,13 @@ class Distillation(Job):
     kind = "distilled"
 
     def fresh_phi(self):
-        base = self.data.train.images[self.subset.index(self.data)]
+        base = self.data.train.take(self.subset.index(self.data)).images
         return make_phi(self.phi, base, len(self.data.classes), self.setup.seed)
 
     def work(self, store, tick):
         train = self.data.train
         base = train.take(self.subset.index(self.data))
+        real = (train.images, train.labels) if self.config.objective == "real_loss" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a divergence is a result here: it is stored and shown
             result = distill(
@@ -148,7 +145,7 @@ class Distillation(Job):
                 self.config,
                 seed=self.setup.seed,
                 augment=augmentation(self.setup.augment, self.setup.dataset),
-                real=(train.images, train.labels),
+                real=real,
                 on_iteration=lambda record: tick(record["iteration"] + 1, self.config.iterations),
             )
         meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
@@ -181,6 +178,9 @@ class Evaluation(Job):
     distilled: Distillation | None = None
 
     kind = "accuracy"
+
+    def spec(self):
+        return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
 
     def work(self, store, tick):
         data = self.data

@@ -53,8 +53,9 @@ def environment(device: str) -> dict:
 
 
 def configuration(settings: Settings) -> str:
-    """A digest of all that a number may depend on: the settings (less the number of processes) and the code."""
-    return digest({"settings": settings.to_dict() | {"workers": None}, "source": SOURCE})
+    """A digest of all that a number may depend on: settings (not the number of processes), the data's content, code."""
+    content = {"dataset": settings.load().fingerprint, "data": None}
+    return digest({"settings": settings.to_dict() | {"workers": None} | content, "source": SOURCE})
 
 
 def run_folder(preset: str, out: str = "") -> Path:
@@ -198,7 +199,8 @@ class Run:
 
         results = {
             "notebook": self.notebook,
-            "settings": self.settings.to_dict(),
+            "settings": self.settings.to_dict() | {"data": ""},  # not where the data lay, which may be private,
+            "fingerprint": self.data.fingerprint,  # but what they held
             "configuration": configuration(self.settings),
             "environment": environment(self.settings.device),
             "numbers": self.numbers,

@@ -14,18 +14,24 @@ import yaml
 from augdistill_config import Config, knob
 from augdistill_core import PHIS, ConvNet, DistillConfig, ExpertConfig, make_optimizer, make_phi, snapshots_every
 from augdistill_report.augmentations import AUGMENTATIONS
-from augdistill_report.data import DATASETS, Dataset, load
+from augdistill_report.data import Dataset, check_name, load_data
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 PRESETS = NOTEBOOKS / "presets"
 
 
+def absolute(path: str) -> str:
+    """A path as one that holds in every folder; "" stays."""
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup(ExpertConfig):
     """The world that a result lives in: the data, the student, the experts, the machine."""
 
-    dataset: str = knob("digits", "which data", choices=tuple(DATASETS))
+    dataset: str = knob("digits", "which data: any name in DATASETS, or folder:PATH")
+    data: str = knob("", "a folder that holds the data set, looked into first (then AUGDISTILL_DATA, then the cache)")
     size: int = knob(16, "images are size x size pixels", low=4, high=256)
     width: int = knob(32, "the student's channels", low=1)
     depth: int = knob(2, "the student's blocks", low=1)
@@ -34,6 +40,17 @@ class Setup(ExpertConfig):
     seed: int = knob(0, "everything random follows from it", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
     threads: int = knob(1, "CPU threads in a process (another count rounds differently)", low=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_name(self.dataset)
+        # absolute: a notebook, which runs in another folder, must find the same
+        name, colon, path = self.dataset.partition(":")
+        object.__setattr__(self, "dataset", name + colon + absolute(path))
+        object.__setattr__(self, "data", absolute(self.data))
+
+    def load(self) -> Dataset:
+        return load_data(self.dataset, self.size, self.data, self.device)
 
     def student(self, data: Dataset) -> ConvNet:
         return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
@@ -131,7 +148,7 @@ def preflight(settings: Settings) -> None:
     """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
-    data = load(settings.dataset, settings.size)
+    data = settings.load()
     student = settings.student(data)
     snapshots = snapshots_every(len(data.train), settings)[1]
     last = snapshots - settings.expert_epochs
@@ -140,7 +157,7 @@ def preflight(settings: Settings) -> None:
             f"max_start_epoch={settings.max_start_epoch}: the experts' {snapshots} snapshots less "
             f"expert_epochs={settings.expert_epochs} leave start epochs in [0, {last}]"
         )
-    base = data.train.images[data.subset(settings.seed, per_class=settings.images_per_class)]
+    base = data.train.take(data.subset(settings.seed, per_class=settings.images_per_class)).images
     for fraction in settings.fraction_list:
         data.subset(settings.seed, fraction=fraction)
     for name in sorted({settings.phi, "unet"}):
