@@ -1,6 +1,7 @@
 """Configuration as frozen bags of plain literals that refuse what is wrong by name: used by the core and the report."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 
@@ -33,17 +34,19 @@ class Config:
                 raise ValueError
             else:
                 result = kind(value)
-            if isinstance(value, float) and result != value and value == value:
+            if not isinstance(value, str) and result != value and result == result:
                 raise ValueError  # int(1.5)
         except (ValueError, TypeError, KeyError, OverflowError):
             article = "an" if kind is int else "a"
             raise wrong(f"{article} {kind.__name__}") from None
+        if kind is float and not math.isfinite(result):
+            raise wrong("finite")
         low, high, choices = (field.metadata.get(k) for k in ("low", "high", "choices"))
         if choices is not None and result not in choices:
             raise wrong("one of " + ", ".join(map(str, choices)))
-        # written so that a NaN fails too
-        if (low is not None and not result >= low) or (high is not None and not result <= high):
-            raise wrong(f"at least {low}" if high is None else f"in [{low}, {high}]")
+        if (low is not None and result < low) or (high is not None and result > high):
+            both = low is not None and high is not None
+            raise wrong(f"in [{low}, {high}]" if both else f"at least {low}" if high is None else f"at most {high}")
         return result
 
     @classmethod

@@ -73,9 +73,9 @@ class ConvNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
         super().__init__()
-        if size >> depth < 1:
+        if depth < 1 or size >> depth < 1:
             raise ValueError(
-                f"depth={depth}: {depth} poolings leave nothing of {size}x{size} images; use a smaller depth"
+                f"depth={depth}: {depth} poolings of {size}x{size} images must be at least 1, and leave something"
             )
         self.shape, self.classes = (channels, size, size), classes
         blocks = []
@@ -124,7 +124,7 @@ def logits_of(student: nn.Module, theta: Sequence[Tensor], images: Tensor) -> Te
 def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
     """A fresh random initialisation `[P]` of `student`, by every layer's own `reset_parameters`."""
     model = copy.deepcopy(student).cpu()  # the same weights whatever the device
-    seed = seed if isinstance(seed, int) else int(torch.randint(2**62, (), generator=seed))
+    seed = int(torch.randint(2**62, (), generator=seed)) if isinstance(seed, torch.Generator) else int(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, module in model.named_modules():
@@ -157,11 +157,15 @@ def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> int:
         raise ValueError(
             f"images {tuple(images.shape)} and labels {tuple(labels.shape)}: must be [B, C, H, W] and [B], B at least 1"
         )
+    kinds = {p.dtype for p in student.parameters()}
+    if {images.dtype} != kinds:
+        raise ValueError(f"images are {images.dtype}, the student is {', '.join(map(str, kinds))}: must be the same")
     with torch.no_grad():
         classes = student(images[:1]).shape[1]
-    if labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
-            f"labels from {labels.min().item()} to {labels.max().item()}: must be integers in [0, {classes - 1}]"
+            f"labels from {labels.min().item()} to {labels.max().item()}: must be integers in [0, {classes - 1}], "
+            f"of type int64 (they are {labels.dtype})"
         )
     return classes
 
@@ -222,11 +226,17 @@ class Trajectories:
     def segment(self, expert: int, start: int, length: int) -> tuple[Tensor, Tensor]:
         """The parameters `[P]` where a segment starts, and those `length` snapshots later."""
         last = self.theta.shape[1] - 1
-        if not (length >= 1 and 0 <= start <= last - length):
+        if not 1 <= length <= last:
+            raise ValueError(f"a segment of {length} snapshots: must be in [1, {last}], at most the whole trajectory")
+        if not 0 <= start <= last - length:
             raise ValueError(
                 f"start {start} plus {length} snapshots: this trajectory ends at snapshot {last}, "
                 f"so the start must be in [0, {last - length}]"
             )
+        if not 0 <= expert < len(self.theta):
+            raise ValueError(f"expert {expert}: must be in [0, {len(self.theta) - 1}]")
+        if torch.equal(self.theta[expert, start], self.theta[expert, start + length]):
+            raise ValueError(f"expert {expert} stands still from snapshot {start} on: there is no way to match")
         return self.theta[expert, start], self.theta[expert, start + length]
 
 
@@ -479,12 +489,15 @@ class Distilled:
 def make_optimizer(kind: str, parameters: list[Tensor], lr: float, momentum: float) -> torch.optim.Optimizer:
     """The optimiser of `torch.optim` of that name; a `ValueError` if there is none, or it knows no momentum."""
     build = getattr(torch.optim, kind, None)
-    if not (isinstance(build, type) and issubclass(build, torch.optim.Optimizer)) or kind == "Optimizer":
-        raise ValueError(f"optimizer {kind!r}: must be the name of one in torch.optim, such as SGD or Adam")
+    unfit = kind in ("Optimizer", "LBFGS", "SparseAdam")  # no optimiser; wants a closure; wants sparse gradients
+    if unfit or not (isinstance(build, type) and issubclass(build, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer {kind!r}: must be one in torch.optim that takes plain steps, such as SGD or Adam")
     try:
         return build(parameters, lr=lr, **({"momentum": momentum} if momentum else {}))
     except TypeError:
         raise ValueError(f"momentum={momentum}: {kind} takes none; use 0, or another optimizer such as SGD") from None
+    except ValueError as error:  # Muon, for one, takes matrices only
+        raise ValueError(f"optimizer {kind!r}: {error}") from None
 
 
 class StepSize(nn.Module):
@@ -502,7 +515,7 @@ class StepSize(nn.Module):
 
 def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectories, config: DistillConfig, real) -> None:
     """Everything about `distill`'s arguments that can be refused before work starts, as a `ValueError`."""
-    classes = check_images(experts.student, images, labels)
+    check_images(experts.student, images, labels)
     if config.objective == "trajectory":
         try:
             experts.segment(0, config.max_start_epoch, config.expert_epochs)
@@ -510,10 +523,12 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
             raise ValueError(f"max_start_epoch={config.max_start_epoch}: {error}") from None
     elif real is None:
         raise ValueError("objective='real_loss': pass real=(images, labels), the data on which the loss is taken")
+    else:
+        check_images(experts.student, *real)
     if config.episode:
         if getattr(phi, "bound", False):
             raise ValueError(f"episode={config.episode}: {type(phi).__name__} is bound to its base images; use 0")
-        fewest = int(torch.bincount(labels, minlength=classes).min())
+        fewest = int(labels.unique(return_counts=True)[1].min())
         if config.episode > fewest:
             raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
 
@@ -567,9 +582,10 @@ def distill(
         base = draw_base(labels, config.episode, generator)
         steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
         batches = [base[batch] for batch in steps]
-        ends = []
+        ends, scales = [], []
         for _ in range(config.draws):
-            fed = draw_batches(phi, augment, images, labels, base, batches, config, memory, noise)
+            fed, scale = draw_batches(phi, augment, images, labels, base, batches, config, memory, noise)
+            scales.append(scale)
             ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=memory))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
@@ -585,7 +601,7 @@ def distill(
             p.grad = torch.zeros_like(p) if g is None else g
         record = dict(iteration=iteration, loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
         record["grad_norm"] = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
-        record["scale"] = max(map(rms, fed)) / rms(images)
+        record["scale"] = max(scales)
         history.append(record)
         if on_iteration is not None:
             on_iteration(record)
@@ -596,14 +612,23 @@ def distill(
                 f"loss {record['loss']:.3g}, phi's gradient {record['grad_norm']:.3g} ({config.phi_optimizer}, "
                 f"phi_lr={config.phi_lr:g}, alpha={record['alpha']:.3g}); use a smaller phi_lr"
             )
-            warnings.warn(stopped, stacklevel=2)
-            with torch.no_grad():
-                for p, value in zip(learned, good, strict=True):
-                    p.copy_(value)
             break
         good = [p.detach().clone() for p in learned]
         for optimizer in optimizers:
             optimizer.step()
+    else:  # nothing has looked at the last step yet
+        with torch.no_grad():
+            scale = draw_batches(phi, None, images, labels, base, batches[:1], config, "graph", noise)[1]
+        if not (scale <= EXPLODED and step_size().isfinite()):
+            stopped = (
+                f"diverged in the last step: phi(x) {scale:.3g} times as large as x ({config.phi_optimizer}, "
+                f"phi_lr={config.phi_lr:g}, alpha={step_size().item():.3g}); use a smaller phi_lr"
+            )
+    if stopped:
+        warnings.warn(stopped, stacklevel=2)
+        with torch.no_grad():
+            for p, value in zip(learned, good, strict=True):
+                p.copy_(value)
     for p in learned:
         p.grad = None
     return Distilled(phi, step_size().item(), history, stopped)
@@ -632,16 +657,26 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
     return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
 
 
-def draw_batches(phi, augment, images, labels, base, batches, config: DistillConfig, memory, generator) -> list[Tensor]:
-    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`.
+def draw_batches(
+    phi, augment, images, labels, base, batches, config: DistillConfig, memory, generator
+) -> tuple[list[Tensor], float]:
+    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`;
+    and how many times as large as x phi(x) is at most: the ratio of their root mean squares by batch.
 
     Each step draws from seeds of its own (one for phi, one for the augmentation), so that with `memory` "replay" the
     way back draws the same again instead of keeping phi's graph for all N steps, and every phi meets the same
     augmentations.
     """
     seeds = torch.randint(2**62, (len(batches), 2), generator=generator).tolist()
+    scales = []
+
+    def through_phi(x: Tensor, y: Tensor, index: Tensor, own: torch.Generator) -> Tensor:
+        out = augmented(phi, x, y, index, own)
+        scales.append(rms(out) / (rms(x) or 1.0))
+        return out
+
     if config.noise == "once":
-        drawn = augmented(phi, images[base], labels[base], base, generator)
+        drawn = through_phi(images[base], labels[base], base, generator)
         position = torch.full((len(images),), -1)
         position[base] = torch.arange(len(base))
         sources = [drawn[position[b]] for b in batches]
@@ -650,12 +685,13 @@ def draw_batches(phi, augment, images, labels, base, batches, config: DistillCon
 
     def draw(x: Tensor, y: Tensor, index: Tensor, seed_phi: int, seed_augment: int) -> Tensor:
         if config.noise == "step":
-            x = augmented(phi, x, y, index, torch.Generator().manual_seed(seed_phi))
+            x = through_phi(x, y, index, torch.Generator().manual_seed(seed_phi))
         return augmented(augment, x, y, index, torch.Generator().manual_seed(seed_augment))
 
     if memory == "replay":
         draw = functools.partial(checkpoint, draw, use_reentrant=False)
-    return [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
+    fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
+    return fed, max(scales, key=lambda scale: math.inf if math.isnan(scale) else scale)
 
 
 def rms(images: Tensor) -> float:

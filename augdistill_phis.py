@@ -135,6 +135,10 @@ class DistNet(Phi):
         channels = [images.shape[1], *widths]
         there = list(itertools.pairwise(channels))
         back = [(b, a) for a, b in reversed(there)] if kernel == 3 else [(channels[-1], channels[0])]
+        if images.shape[-1] <= (kernel - 1) * len(there):
+            raise ValueError(
+                f"images of {images.shape[-1]} pixels: {len(there)} valid convolutions leave nothing of them"
+            )
         self.there = nn.ModuleList(nn.Conv2d(a, b, kernel) for a, b in there)
         self.back = nn.ModuleList((nn.ConvTranspose2d if kernel == 3 else nn.Conv2d)(a, b, kernel) for a, b in back)
         for name, scale, is_learned in zip(("s1", "s2"), scales, learned, strict=True):

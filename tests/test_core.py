@@ -349,10 +349,23 @@ def test_a_segment_is_its_two_snapshots():
         assert torch.equal(begin, theta[expert, start]) and torch.equal(end, theta[expert, start + length])
 
 
-@pytest.mark.parametrize("start, length", [(-1, 1), (0, 0), (2, -1), (3, 1), (2, 2), (0, 4)])
-def test_a_segment_beyond_the_trajectory_is_refused(start, length):
-    with pytest.raises(ValueError, match=f"start {start} plus {length} snapshots.* snapshot 3"):
-        Trajectories(mlp(), torch.zeros(2, 4, 3)).segment(0, start, length)
+@pytest.mark.parametrize(
+    "expert, start, length, message",
+    [
+        (0, -1, 1, r"start -1 plus 1 snapshots.* snapshot 3.*\[0, 2\]"),
+        (0, 3, 1, "start 3 plus 1 snapshots.* snapshot 3"),
+        (0, 2, 2, r"start 2 plus 2 snapshots.*\[0, 1\]"),
+        (0, 0, 0, r"segment of 0 snapshots: must be in \[1, 3\]"),
+        (0, 2, -1, "segment of -1 snapshots"),
+        (0, 0, 4, "segment of 4 snapshots"),
+        (2, 0, 1, r"expert 2: must be in \[0, 1\]"),
+        (-1, 0, 1, "expert -1"),
+        (0, 1, 2, "expert 0 stands still from snapshot 1"),
+    ],
+)
+def test_a_segment_that_is_none_is_refused(expert, start, length, message):
+    with pytest.raises(ValueError, match=message):
+        Trajectories(mlp(), torch.zeros(2, 4, 3)).segment(expert, start, length)
 
 
 def test_sgd_follows_a_schedule():
@@ -769,7 +782,7 @@ def test_phi_is_drawn_in_every_step_or_once_an_unroll(experts, noise, calls, dra
     spy, fed = Spy(noisy(images)), []
     settings = config(iterations=2, syn_steps=3, noise=noise, draws=draws)
     distill(spy, images, labels, experts, settings, seed=0, augment=lambda x, **_: fed.append(x.detach()) or x)
-    assert len(spy.seen) == 2 * draws * calls and len(fed) == 2 * draws * 3
+    assert len(spy.seen) == 2 * draws * calls + 1 and len(fed) == 2 * draws * 3  # one look after the last step
     for i in range(0, len(fed), 3):  # the student's steps within one unroll
         assert torch.equal(fed[i], fed[i + 1]) == torch.equal(fed[i], fed[i + 2]) == (noise == "once")
     assert len({x.sum().item() for *_, x in spy.seen}) == len(spy.seen)  # the draws are independent
@@ -803,7 +816,7 @@ def test_batches_smaller_than_the_base_set_go_through_it(experts, batch, sizes):
     images, labels = toy(6)
     spy = Spy(pixels(images))
     distill(spy, images, labels, experts, config(iterations=1, syn_steps=6, batch_syn=batch), seed=0)
-    indices = [index for _, _, index, _ in spy.seen]
+    indices = [index for _, _, index, _ in spy.seen[:-1]]  # one look after the last step
     assert [len(i) for i in indices] == sizes
     steps = 6 // sizes.count(sizes[0]) if batch == 4 else 1
     for k in range(0, 6, steps):
@@ -988,3 +1001,81 @@ def test_an_exploded_phi_is_divergence_though_instance_norm_hides_it():
     assert len(result.history) == 2 and result.history[1]["scale"] > 100
     assert abs(result.history[1]["loss"]) < 100  # finite, and no explosion to see in it
     assert result.phi.gain == 1.0
+
+
+def gain_phi(value=1.0):
+    """phi(x) = gain x."""
+
+    class Gain(Phi):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+        def forward(self, images, **_):
+            return images * self.gain
+
+    return Gain()
+
+
+def test_scale_is_what_phi_does_to_each_batch_and_nothing_else(experts):
+    images, labels = toy(6)
+    images[0] *= 20
+    identity = make_phi("identity", images, 3, seed=0)
+    for settings in (config(iterations=3, batch_syn=1), config(iterations=3, draws=2, noise="once")):
+        result = distill(identity, images, labels, experts, settings, seed=0, augment=lambda x, **_: x * 1000)
+        assert not result.stopped and [r["scale"] for r in result.history] == [1.0] * 3
+    result = distill(gain_phi(3.0), images, labels, experts, config(iterations=1, phi_lr=0.0), seed=0)
+    assert result.history[0]["scale"] == pytest.approx(3.0)
+
+
+def test_black_images_are_no_explosion(experts):
+    images, labels = torch.zeros(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3
+    result = distill(make_phi("identity", images, 3, 0), images, labels, experts, config(iterations=1), seed=0)
+    assert result.history[0]["scale"] == 0 and not result.stopped
+
+
+def test_the_last_step_is_looked_at_too(experts):
+    images, labels = toy(6)
+    with pytest.warns(UserWarning, match="diverged in the last step"):
+        phi = gain_phi()
+        result = distill(phi, images, labels, experts, config(iterations=1, phi_optimizer="SGD", phi_lr=1e12), seed=0)
+    assert "phi_lr=1e+12" in result.stopped and phi.gain == 1 and len(result.history) == 1
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "SparseAdam", "Muon", "Optimizer", "lr_scheduler"])
+def test_optimizers_that_cannot_serve_are_refused_by_name(experts, kind):
+    images, labels = toy(6)
+    with pytest.raises(ValueError, match=f"optimizer '{kind}'"):
+        distill(gain_phi(), images, labels, experts, config(phi_optimizer=kind), seed=0)
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (lambda x: x, lambda y: y.int(), r"type int64 \(they are torch.int32\)"),
+        (lambda x: x.float(), lambda y: y, "images are torch.float32, the student is torch.float64"),
+    ],
+)
+def test_the_wrong_type_is_refused_by_name(experts, images, labels, message):
+    x, y = toy(6)
+    phi = make_phi("identity", x, 3, 0)
+    with pytest.raises(ValueError, match=message):
+        distill(phi, images(x), labels(y), experts, config(), seed=0)
+    with pytest.raises(ValueError, match=message):  # the real data of the 2018 objective are held to the same
+        distill(phi, x, y, experts, config(objective="real_loss"), seed=0, real=(images(x), labels(y)))
+
+
+def test_an_episode_takes_the_classes_that_are_there(experts):
+    images, labels = toy(6)
+    there = labels != 1
+    settings = config(iterations=1, episode=2)
+    distill(make_phi("identity", images, 3, 0), images[there], labels[there], experts, settings, seed=0)
+    with pytest.raises(ValueError, match="episode=3: the smallest class has 2 images"):
+        distill(make_phi("identity", images, 3, 0), images, labels, experts, config(episode=3), seed=0)
+
+
+def test_depths_and_sizes_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match="depth=-1"):
+        ConvNet(1, 3, 8, depth=-1)
+    with pytest.raises(ValueError, match="4 pixels: 2 valid convolutions"):
+        make_phi("distnet2", torch.zeros(2, 1, 4, 4), 3, 0)

@@ -125,7 +125,7 @@ def test_phi_s_graph_is_not_kept_for_every_step(world):
             fed = augdistill_core.draw_batches(
                 phi, None, images, labels, base, [base] * steps, config, memory, generator
             )
-            return torch.stack(fed)
+            return torch.stack(fed[0])
 
         return saved_bytes(draw)
 
