@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import traitlets
 from jupyter_client import AsyncKernelManager
@@ -107,9 +109,26 @@ def ticking(status: Status):
 
 
 class KernelManager(AsyncKernelManager):
-    """Kernels over Unix sockets, where there are any: TCP ports can be raced for, and read by other users."""
+    """Kernels over Unix sockets, where there are any (TCP ports can be raced for), that can be ended from outside."""
 
     transport = traitlets.CaselessStrEnum(["tcp", "ipc"], "tcp" if os.name == "nt" else "ipc", config=True)
+    running: ClassVar[set[int]] = set()  # process ids
+
+    async def post_start_kernel(self, **options):
+        await super().post_start_kernel(**options)
+        self.running.add(self.provisioner.pid)
+
+    async def cleanup_resources(self, restart=False):
+        self.running.discard(self.provisioner.pid if self.provisioner else None)
+        await super().cleanup_resources(restart)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """End every kernel that still runs, with its workers: each kernel leads a process group of its own."""
+        while cls.running:
+            pid = cls.running.pop()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL) if hasattr(os, "killpg") else os.kill(pid, signal.SIGTERM)
 
 
 def engine(status: Status):
@@ -163,10 +182,12 @@ def execute(path: Path, folder: Path, parameters: dict, status: Status) -> None:
         raise NotebookFailed(
             f"{path.stem} failed in cell {error.cell_index}: {error.ename}\n{lines}\n  as far as it came: {failed}"
         ) from None
-    except BaseException:
+    except BaseException:  # Ctrl-C leaves papermill without a chance to end its kernel
         if partial.exists():
             os.replace(partial, failed)
         raise
+    finally:
+        KernelManager.end_all()
     os.replace(partial, target)
     failed.unlink(missing_ok=True)
     status.finished(path.stem)
