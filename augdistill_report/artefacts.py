@@ -34,7 +34,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def as_json(value) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    return json.dumps(value, indent=1) + "\n"  # in the order in which it was put together
 
 
 def digest(spec: dict) -> str:

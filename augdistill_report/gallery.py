@@ -9,7 +9,7 @@ from pathlib import Path
 
 from augdistill_report.artefacts import as_json, write
 from augdistill_report.html import finished
-from augdistill_report.run import configuration, run_folder
+from augdistill_report.run import configuration, run_folder, shown
 from augdistill_report.runner import notebooks
 from augdistill_report.settings import ROOT, Settings, preset_path
 
@@ -37,21 +37,30 @@ def publish(preset: str, out: str = "", gallery: Path | None = None) -> Path:
             write(target / f"{figure}.png", (folder / "figures" / f"{figure}.png").read_bytes())
     if gallery is None:
         readme = ROOT / "README.md"
-        write(readme, fill(readme.read_text(), target.name, ours))
+        write(readme, fill(readme.read_text(encoding="utf-8"), target.name, ours))
     return target
 
 
 def table(results: dict[str, dict]) -> str:
-    """The accuracies of a published run as a Markdown table: one row a method."""
-    lines = ["| method | test accuracy | students |", "|---|---|---|"]
-    for result in results.values():
-        for name, value in result["numbers"].items():
-            if isinstance(value, dict) and {"mean", "std", "n"} <= set(value):
-                lines.append(f"| {name} | {100 * value['mean']:.1f} ± {100 * value['std']:.1f} % | {value['n']} |")
+    """README's two tables from a published run: methods on the base images, and methods by fraction of the data."""
+    base = scores(results["03_phi_distillation"])
+    lines = ["| trained on a few real images, each through | test accuracy |", "|---|---|"]
+    lines += [f"| {name} | {score} |" for name, score in base.items()]
+    parts = {tuple(name.rsplit(", ", 1)): score for name, score in scores(results["05_subset_evaluation"]).items()}
+    parts = {key: score for key, score in parts.items() if not key[0].startswith("gain")}
+    fractions = sorted({part for _, part in parts}, key=lambda part: float(part.rstrip("%")))
+    lines += ["", "| part of the data | " + " | ".join(fractions) + " |", "|---" * (len(fractions) + 1) + "|"]
+    for name in dict.fromkeys(name for name, _ in parts):
+        lines.append(f"| {name} | " + " | ".join(parts.get((name, part), "") for part in fractions) + " |")
     return "\n".join(lines)
 
 
+def scores(result: dict) -> dict[str, str]:
+    """Every mean with its deviation that a notebook's results hold, as a person reads it."""
+    return {k: shown(v) for k, v in result["numbers"].items() if isinstance(v, dict) and {"mean", "std", "n"} <= set(v)}
+
+
 def fill(text: str, preset: str, results: dict[str, dict]) -> str:
-    """`text` with what stands between `<!-- results: PRESET -->` and `<!-- /results -->` replaced by the table."""
-    pattern = rf"(<!-- results: {re.escape(preset)} -->\n).*?(\n<!-- /results -->)"
-    return re.sub(pattern, lambda m: m[1] + table(results) + m[2], text, flags=re.DOTALL)
+    """`text` with what stands between `<!-- results: PRESET -->` and `<!-- /results -->` replaced by the tables."""
+    pattern = rf"(<!-- results: {re.escape(preset)} -->\n).*?(<!-- /results -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}\n{table(results)}\n\n{m[2]}", text, flags=re.DOTALL)
