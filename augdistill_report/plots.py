@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
@@ -29,8 +29,17 @@ COLOURS = {
 
 
 def colour(name: str) -> str:
-    """The colour of a method: fixed for those of the report, stable for any other name."""
+    """The colour of a method: fixed for those of the report, stable for any other; "NAME on 10%" has that of NAME."""
+    name = name.split(" on ")[0]
     return COLOURS.get(name) or PALETTE[zlib.crc32(name.encode()) % len(PALETTE)]
+
+
+def log_scale(axis) -> None:
+    """A logarithmic y axis with ticks that read 0.02, not 2 x 10^-2."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def new_figure(width: float, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
@@ -70,20 +79,22 @@ def smooth(values: list[float], window: int) -> np.ndarray:
 def curves(histories: dict[str, list[dict]], loss: str = "matching loss") -> Figure:
     """The loss and alpha against iterations: each iteration thin, the mean over a tenth of the run bold."""
     figure, (left, right) = new_figure(10.5, 3.6, 2)
+    drawn = []
     for name, history in histories.items():
         x, y = [r["iteration"] for r in history], [r["loss"] for r in history]
+        look = dict(color=colour(name), linestyle=("-", "--", ":", "-.")[drawn.count(colour(name)) % 4], label=name)
+        drawn.append(colour(name))
         left.plot(x, y, color=colour(name), linewidth=0.5, alpha=0.25)
-        left.plot(x, smooth(y, max(1, len(y) // 10)), color=colour(name), label=name)
-        right.plot(x, [r["alpha"] for r in history], color=colour(name), label=name)
+        left.plot(x, smooth(y, max(1, len(y) // 10)), **look)
+        right.plot(x, [r["alpha"] for r in history], **look)
         if not np.isfinite(y[-1]) or len(y) < max(map(len, histories.values())):
             finite = [v for v in y if np.isfinite(v)]
             left.plot(x[len(finite) - 1], finite[-1], "x", color=colour(name), markersize=9, markeredgewidth=2)
     left.axhline(1, color="black", linewidth=0.7, linestyle=":")
-    left.set(xlabel="iteration", ylabel=loss, yscale="log")
-    right.set(xlabel="iteration", ylabel="alpha (the student's step size)", yscale="log")
-    for axis in (left, right):  # 0.02 reads better than 2 x 10^-2
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    left.set(xlabel="iteration", ylabel=loss)
+    right.set(xlabel="iteration", ylabel="alpha (the student's step size)")
+    log_scale(left)
+    log_scale(right)
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -94,7 +105,9 @@ def bars(scores: dict, reference: dict | None = None) -> Figure:
     for row, (name, score) in enumerate(scores.items()):
         axis.barh(row, 100 * score.mean, xerr=100 * score.std, color=colour(name), alpha=0.75, capsize=3)
         axis.plot([100 * v for v in score.test], [row] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
-        axis.text(1, row, str(score), va="center", fontsize=9, color="white" if score.mean > 0.3 else "black")
+        inside = score.mean > 0.3
+        place = 1 if inside else 100 * max(score.test) + 2
+        axis.text(place, row, str(score), va="center", fontsize=9, color="white" if inside else "black")
     for name, score in (reference or {}).items():
         axis.axvline(100 * score.mean, color=colour(name), linestyle="--", label=f"{name}: {score}")
         axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -179,7 +192,7 @@ def by_fraction(series: dict[str, dict[float, object]], full) -> Figure:
         x = [100 * f for f in scores]
         mean = np.array([100 * s.mean for s in scores.values()])
         std = np.array([100 * s.std for s in scores.values()])
-        axis.plot(x, mean, "o-", color=colour(name), label=name, linestyle=":" if name == "identity" else "-")
+        axis.plot(x, mean, "o:" if name == "identity" else "o-", color=colour(name), label=name)
         axis.fill_between(x, mean - std, mean + std, color=colour(name), alpha=0.2, linewidth=0)
     axis.axhline(100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}")
     axis.axhspan(100 * (full.mean - full.std), 100 * (full.mean + full.std), color=colour("all the data"), alpha=0.1)
