@@ -157,9 +157,16 @@ def preflight(settings: Settings) -> None:
             f"max_start_epoch={settings.max_start_epoch}: the experts' {snapshots} snapshots less "
             f"expert_epochs={settings.expert_epochs} leave start epochs in [0, {last}]"
         )
-    base = data.train.take(data.subset(settings.seed, per_class=settings.images_per_class)).images
+    try:
+        index = data.subset(settings.seed, per_class=settings.images_per_class)
+    except ValueError as error:
+        raise ValueError(f"images_per_class={settings.images_per_class}: too many ({error})") from None
+    base = data.train.take(index).images
     for fraction in settings.fraction_list:
-        data.subset(settings.seed, fraction=fraction)
+        try:
+            data.subset(settings.seed, fraction=fraction)
+        except ValueError as error:
+            raise ValueError(f"fractions={settings.fractions!r}: {error}") from None
     for name in sorted({settings.phi, "unet"}):
         phi = make_phi(name, base, len(data.classes), settings.seed)
         if settings.phi == name and getattr(phi, "bound", False):
