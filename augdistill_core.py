@@ -150,8 +150,8 @@ def check_student(student: nn.Module) -> None:
             raise ValueError(f"student's {name} ({kind}) draws from torch's global state: use p=0")
 
 
-def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """The number of classes `student` tells apart; a `ValueError` if images or labels are not ones it can take."""
+def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """A `ValueError` if images or labels are not ones that `student` can take."""
     check_student(student)
     if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -167,7 +167,6 @@ def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> int:
             f"labels from {labels.min().item()} to {labels.max().item()}: must be integers in [0, {classes - 1}], "
             f"of type int64 (they are {labels.dtype})"
         )
-    return classes
 
 
 def sgd(

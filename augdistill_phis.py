@@ -34,6 +34,11 @@ _REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
 PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
 
 
+def origin(build) -> tuple[str, str]:
+    """The module and the name under which a class or function was defined."""
+    return getattr(build, "__module__", ""), getattr(build, "__qualname__", repr(build))
+
+
 def register_phi(name: str):
     """Decorator: make `build(images, classes) -> Phi` (a class will do) available to everything as `PHIS[name]`.
 
@@ -41,9 +46,8 @@ def register_phi(name: str):
     """
 
     def register(build):
-        # a notebook's cell may be run again: what it registered before is replaced
-        again = name in PHIS and PHIS[name].__module__ == build.__module__ == "__main__"
-        if name in PHIS and not again:
+        # a notebook's cell may run again, and a worker may be told again: the same definition is replaced
+        if name in PHIS and origin(PHIS[name]) != origin(build):
             raise ValueError(f"phi {name!r} is registered already; choose another name")
         _REGISTRY[name] = build
         return build

@@ -120,7 +120,7 @@ class Run:
 
     @property
     def data(self):
-        return experts(self.settings.part(Setup))[0].data
+        return self.settings.load()
 
     @property
     def student(self):

@@ -86,7 +86,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        assert self.fraction_list  # refuses what is not a list of fractions
+        _ = self.fraction_list  # refuses what is not a list of fractions
 
     @property
     def fraction_list(self) -> list[float]:
@@ -94,8 +94,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
             values = [float(part) for part in self.fractions.split(",")]
         except ValueError:
             values = []
-        if not values or not all(0 < v <= 1 for v in values):
-            raise ValueError(f"fractions={self.fractions!r}: must be numbers in (0, 1] with commas between")
+        if not values or not all(0 < v <= 1 for v in values) or len(set(values)) < len(values):
+            raise ValueError(f"fractions={self.fractions!r}: must be different numbers in (0, 1], with commas between")
         return values
 
     @property

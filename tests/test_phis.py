@@ -315,3 +315,21 @@ def test_the_conditional_unet_sees_the_class_and_the_place():
     expected[labels == 1] += 1
     expected[labels == 2, :, 0, 0] = 5
     torch.testing.assert_close(moved, expected)
+
+
+def test_the_same_definition_may_be_registered_again_and_another_may_not():
+    def define():
+        class Mine(UNet):
+            pass
+
+        return Mine
+
+    first, again = define(), define()
+    try:
+        register_phi("mine")(first)
+        register_phi("mine")(again)
+        assert PHIS["mine"] is again
+        with pytest.raises(ValueError, match="'mine' is registered already"):
+            register_phi("mine")(DistNet)
+    finally:
+        augdistill_phis._REGISTRY.pop("mine", None)

@@ -136,6 +136,7 @@ BAD = {
     "snapshots": (["--set", "snapshot_steps=10000"], "snapshot_steps=10000"),
     "depth": (["--set", "depth=9"], "depth=9"),
     "fractions": (["--set", "fractions=0.1,2"], "fractions='0.1,2'"),
+    "fraction twice": (["--set", "fractions=0.1,0.10"], "must be different numbers"),
     "empty class": (["--set", "fractions=0.001"], "fractions='0.001': fraction=0.001: leaves class"),
     "notebook": (["--only", "02,77"], "no notebook 77"),
     "file as folder": (["--out", str(ROOT / "README.md")], "cannot be written|Not a directory"),
@@ -298,22 +299,26 @@ def test_readme_shows_the_published_numbers():
     assert gallery.fill(readme, "digits", published) == readme
 
 
-def test_readme_s_own_phi_runs_in_worker_processes(tmp_path):
-    """The phi that README adds in ten lines is taken by name, also by processes that never saw its source file."""
+@pytest.mark.parametrize("module", [False, True], ids=["in the script", "in a module of its own"])
+def test_readme_s_own_phi_runs_in_worker_processes(tmp_path, module):
+    """The phi that README adds in ten lines is taken by name, also by processes that take several jobs of it."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (mine,) = (block for block in blocks if "@register_phi" in block)
     assert len([line for line in mine.splitlines() if line.strip()]) <= 10
-    script = tmp_path / "mine.py"
+    script = tmp_path / "script.py"
+    (tmp_path / "own_phi.py").write_text(mine)
     script.write_text(
-        f"{mine}\n"
+        f"{'import own_phi' if module else mine}\n"
         "if __name__ == '__main__':\n"
         "    from augdistill_report import open_run\n"
         f"    run = open_run('mine', dict(preset='smoke', out={str(tmp_path / 'out')!r}, workers=2))\n"
         "    jobs = {name: run.distillation(name, run.base) for name in ('brightness', 'unet')}\n"
+        "    jobs |= {f'lr {k}': run.distillation('brightness', run.base, phi_lr=0.1 / k) for k in (1, 2, 3)}\n"
         "    run.distill(jobs)\n"
         "    scores = run.evaluate({name: run.evaluation(run.base, job) for name, job in jobs.items()})\n"
         "    print(scores['brightness'])\n"
     )
-    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "±" in done.stdout
