@@ -10,30 +10,39 @@ This is Algorithm 1 of "Dataset distillation by matching training trajectories" 
 in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student report's
 networks and ours are rows of one table. Five sections, each readable alone:
 
-    1 Student    2 Experts    3 The differentiable unroll    4 Phi models (augdistill_phis.py)    5 Distillation
+    1 Student (augdistill_student.py)   2 Experts   3 The differentiable unroll (augdistill_unroll.py)
+    4 Phi models (augdistill_phis.py)   5 Distillation
 
 Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
 trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a seed, or a CPU `torch.Generator`).
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import itertools
 import math
-import os
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from augdistill_config import Config, knob
 from augdistill_phis import PHIS, Phi, augmented, make_phi, register_phi  # noqa: F401 (section 4: offered here too)
+from augdistill_student import (  # noqa: F401 (section 1: offered here too)
+    ConvNet,
+    check_images,
+    flatten,
+    initial_parameters,
+    logits_of,
+    sgd,
+    unflatten,
+)
+from augdistill_unroll import MEMORY, choose_memory, matching_loss, unroll
 
 # ======================================================================================================================
 # 0. Randomness: a seed or a generator, which every section takes as an argument
@@ -61,141 +70,8 @@ def minibatches(count: int, batch: int, generator: torch.Generator) -> Iterator[
 
 
 # ======================================================================================================================
-# 1. Student
+# 1. Student: augdistill_student.py
 # ======================================================================================================================
-
-
-class ConvNet(nn.Module):
-    """The field's ConvNet (Gidaris & Komodakis 2018; MTT): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
-
-    Takes `[B, channels, size, size]`, returns logits `[B, classes]`. 320,010 parameters on CIFAR-10 at width 128.
-    """
-
-    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
-        super().__init__()
-        if depth < 1 or size >> depth < 1:
-            raise ValueError(
-                f"depth={depth}: {depth} poolings of {size}x{size} images must be at least 1, and leave something"
-            )
-        self.shape, self.classes = (channels, size, size), classes
-        blocks = []
-        for i in range(depth):
-            blocks += [
-                nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
-                nn.GroupNorm(width, width),  # one channel a group = instance norm without running statistics
-                nn.ReLU(),
-                nn.AvgPool2d(2),
-            ]
-        self.features = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * (size >> depth) ** 2, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.shape[1:] != self.shape:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}: this student takes {self.shape} (C, H, W)")
-        return self.classifier(self.features(images).flatten(1))
-
-
-def flatten(parameters: Iterable[Tensor]) -> Tensor:
-    """Parameters as one flat vector `[P]`: a copy, never an alias of live weights; differentiable."""
-    return torch.cat([p.reshape(-1) for p in parameters])
-
-
-def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
-    """The pieces of `theta` `[P]` as views in the shapes of `student`'s parameters (a shared one counts once)."""
-    parameters = list(student.parameters())
-    sizes = [p.numel() for p in parameters]
-    if theta.shape != (sum(sizes),):
-        raise ValueError(f"parameters of shape {tuple(theta.shape)}: this student has ({sum(sizes)},)")
-    return [piece.view_as(p) for piece, p in zip(theta.split(sizes), parameters, strict=True)]
-
-
-def logits_of(student: nn.Module, theta: Sequence[Tensor], images: Tensor) -> Tensor:
-    """`student`'s logits `[B, classes]` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
-    position = {id(p): i for i, p in enumerate(student.parameters())}
-    # every place that holds a parameter, once: torch's own tying of shared weights corrupts a module with two names
-    replaced = {
-        f"{path}.{name}".lstrip("."): theta[position[id(p)]]
-        for path, module in student.named_modules()
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
-    }
-    return functional_call(student, replaced, (images,), tie_weights=False)
-
-
-def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
-    """A fresh random initialisation `[P]` of `student`, by every layer's own `reset_parameters`."""
-    model = copy.deepcopy(student).cpu()  # the same weights whatever the device
-    seed = int(torch.randint(2**62, (), generator=seed)) if isinstance(seed, torch.Generator) else int(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, module in model.named_modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            elif next(module.parameters(recurse=False), None) is not None:
-                raise ValueError(
-                    f"student's {name or type(module).__name__} holds parameters but has no reset_parameters()"
-                )
-    return flatten(model.parameters()).detach()
-
-
-def check_student(student: nn.Module) -> None:
-    """Refuse layers whose draws or side effects make a second pass differ from the first, as the unroll needs."""
-    for name, module in student.named_modules():
-        kind = type(module).__name__
-        if getattr(module, "track_running_stats", False) and module.training:
-            raise ValueError(
-                f"student's {name} ({kind}) changes its running statistics in every pass: build it with "
-                "track_running_stats=False, or use GroupNorm"
-            )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
-            raise ValueError(f"student's {name} ({kind}) draws from torch's global state: use p=0")
-
-
-def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """A `ValueError` if images or labels are not ones that `student` can take."""
-    check_student(student)
-    if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"images {tuple(images.shape)} and labels {tuple(labels.shape)}: must be [B, C, H, W] and [B], B at least 1"
-        )
-    kinds = {p.dtype for p in student.parameters()}
-    if {images.dtype} != kinds:
-        raise ValueError(f"images are {images.dtype}, the student is {', '.join(map(str, kinds))}: must be the same")
-    with torch.no_grad():
-        classes = student(images[:1]).shape[1]
-    if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"labels from {labels.min().item()} to {labels.max().item()}: must be integers in [0, {classes - 1}], "
-            f"of type int64 (they are {labels.dtype})"
-        )
-
-
-def sgd(
-    student: nn.Module,
-    start: Tensor,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    lr: float | Callable[[int], float],
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Train a copy of `student` from `start` `[P]` by torch's SGD; after each step yield the live model and its loss.
-
-    Ordinary, non-differentiable training: experts are made by it, and fresh students are evaluated by it.
-    `lr` may be a function of the step number. Copy what you keep: the model goes on changing.
-    """
-    model = copy.deepcopy(student)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), unflatten(student, start), strict=True):
-            p.copy_(value)
-    rate = lr if callable(lr) else lambda step: lr
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=momentum, weight_decay=weight_decay)
-    for step, (images, labels) in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = rate(step)
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield model, loss.detach()
-
 
 # ======================================================================================================================
 # 2. Experts
@@ -213,6 +89,7 @@ class ExpertConfig(Config):
     expert_momentum: float = knob(0.0, "SGD momentum", low=0, high=1)
     expert_decay: float = knob(0.0, "weight decay", low=0)
     snapshot_steps: int = knob(0, "steps between two snapshots; 0 = one epoch", low=0)
+    expert_minutes: float = knob(0.0, "minutes after which each expert stops at the end of its epoch; 0 = none", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +98,18 @@ class Trajectories:
 
     student: nn.Module
     theta: Tensor
+
+    @classmethod
+    def of(cls, student: nn.Module, ways: Sequence[Tensor]) -> "Trajectories":
+        """From ways `[snapshots, P]`, all cut to the shortest (with a warning), where a time budget left some short."""
+        lengths = [len(way) for way in ways]
+        if min(lengths) < max(lengths):
+            warnings.warn(
+                f"expert_minutes ran out: the experts hold {min(lengths)} to {max(lengths)} snapshots, all are cut to "
+                f"{min(lengths)}",
+                stacklevel=2,
+            )
+        return cls(student, torch.stack([way[: min(lengths)] for way in ways]))
 
     def segment(self, expert: int, start: int, length: int) -> tuple[Tensor, Tensor]:
         """The parameters `[P]` where a segment starts, and those `length` snapshots later."""
@@ -262,10 +151,13 @@ def train_expert(
     """One expert's way `[snapshots, P]`, the first at its initialisation; it depends on (seed, expert) alone.
 
     `augment` is called like a phi on every batch; `on_snapshot(snapshot, mean loss since the last)` may report
-    progress, and may stop the training by raising. One snapshot an epoch, or every `snapshot_steps` steps.
+    progress, and may stop the training by raising. One snapshot an epoch, or every `snapshot_steps` steps. Where
+    `expert_minutes` run out, the way ends with the last snapshot of the epoch under way (how many, no seed decides).
     """
     check_images(student, images, labels)
     every, snapshots = snapshots_every(len(images), config)
+    epoch = -(-len(images) // config.expert_batch)
+    deadline = time.monotonic() + 60 * config.expert_minutes if config.expert_minutes else math.inf
     generator = seeded(seed, "expert", expert)
     start = initial_parameters(student, generator).to(images)
     batches = (
@@ -281,157 +173,20 @@ def train_expert(
             if on_snapshot is not None:
                 on_snapshot(step // every, float(torch.stack(losses).mean()))
             losses.clear()
+        if step % epoch == 0 and len(way) > 1 and time.monotonic() > deadline:
+            break
     return torch.stack(way)
 
 
 def train_experts(student: nn.Module, images: Tensor, labels: Tensor, config: ExpertConfig, seed: int, **options):
     """`Trajectories` of `config.experts` experts, one after the other; the options are those of `train_expert`."""
     ways = [train_expert(student, images, labels, config, seed, k, **options) for k in range(config.experts)]
-    return Trajectories(student, torch.stack(ways))
+    return Trajectories.of(student, ways)
 
 
 # ======================================================================================================================
-# 3. The differentiable unroll
+# 3. The differentiable unroll: augdistill_unroll.py
 # ======================================================================================================================
-
-
-def unroll(
-    student: nn.Module,
-    start: Tensor,
-    batches: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    alpha: Tensor | float,
-    *,
-    memory: str = "graph",
-) -> Tensor:
-    """The parameters `[P]` after N plain SGD steps of size `alpha` from `start` `[P]`, differentiable in all inputs.
-
-    `batches` are N tensors `[B, C, H, W]` with `labels` `[B]`; step n is taken on batch n (Algorithm 1, line 12). Exact
-    both ways: `memory` "graph" keeps the whole graph, which grows with N; "replay" keeps theta_0 .. theta_N alone and
-    walks back with one Hessian-vector product a step, for a third more work; it cannot be differentiated twice. Under
-    `torch.no_grad()` nothing is kept.
-    """
-    if len(batches) != len(labels):
-        raise ValueError(f"{len(batches)} batches and {len(labels)} label vectors: must be as many")
-    check_student(student)
-    if memory not in MEMORY:
-        raise ValueError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}")
-    alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
-    if memory == "replay":
-        return _Replay.apply(student, labels, start, alpha, *batches)
-    if not torch.is_grad_enabled():
-        return walk(student, start, batches, labels, alpha)[-1]
-    theta = unflatten(student, start if start.requires_grad else start.detach().requires_grad_())
-    for images, targets in zip(batches, labels, strict=True):
-        grads = step_gradient(student, theta, images, targets, create_graph=True)
-        theta = [p - alpha * g for p, g in zip(theta, grads, strict=True)]
-    return flatten(theta)
-
-
-MEMORY = ("graph", "replay")
-
-
-def step_gradient(student, theta: Sequence[Tensor], images: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:
-    """d loss / d theta, piece by piece; zero for a parameter that the loss does not use (it stands still)."""
-    loss = F.cross_entropy(logits_of(student, theta, images), labels)
-    return list(torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True, materialize_grads=True))
-
-
-def leaves(student: nn.Module, theta: Tensor) -> list[Tensor]:
-    """`theta` `[P]` as pieces to differentiate in, cut from whatever made it."""
-    return [p.detach().requires_grad_() for p in unflatten(student, theta)]
-
-
-def walk(student, start: Tensor, batches: Sequence[Tensor], labels: Sequence[Tensor], alpha: Tensor) -> list[Tensor]:
-    """theta_0 .. theta_N, each `[P]`, without a graph."""
-    way = [start.detach()]
-    for images, targets in zip(batches, labels, strict=True):
-        with torch.enable_grad():
-            grads = step_gradient(student, leaves(student, way[-1]), images.detach(), targets, create_graph=False)
-        way.append(way[-1] - alpha.detach() * flatten(grads))
-    return way
-
-
-class _Replay(torch.autograd.Function):
-    """The unroll with its way back: with v = dL/dtheta_(n+1), g the gradient of step n and H its Hessian,
-
-        dL/dtheta_n = v - alpha H v,    dL/dx_n = -alpha (d/dx_n)(g . v),    dL/dalpha = - sum_n g . v
-
-    where H v and (d/dx_n)(g . v) come from one backward pass through g (Maclaurin et al. 2015, without the reversal).
-    """
-
-    @staticmethod
-    def forward(ctx, student, labels, start, alpha, *batches):
-        way = walk(student, start, batches, labels, alpha)
-        ctx.student, ctx.labels = student, labels
-        ctx.save_for_backward(alpha, *batches, *way[:-1])
-        return way[-1]
-
-    @staticmethod
-    def backward(ctx, v):
-        if torch.is_grad_enabled():
-            raise RuntimeError("unroll(memory='replay') can be differentiated once only: for more, use memory='graph'")
-        student, labels, steps = ctx.student, ctx.labels, len(ctx.labels)
-        alpha, *rest = ctx.saved_tensors
-        batches, way = rest[:steps], rest[steps:]
-        d_alpha, d_batches = torch.zeros_like(alpha), [None] * steps
-        for n in reversed(range(steps)):
-            theta, x = leaves(student, way[n]), batches[n].detach().requires_grad_()
-            with torch.enable_grad():
-                g = step_gradient(student, theta, x, labels[n], create_graph=True)
-                gv = sum((a * b).sum() for a, b in zip(g, unflatten(student, v), strict=True))
-                wanted = [x] if n == 0 and not ctx.needs_input_grad[2] else [x, *theta]
-                dx, *hv = torch.autograd.grad(gv, wanted, allow_unused=True, materialize_grads=True)
-            d_alpha -= gv.detach()
-            d_batches[n] = -alpha * dx
-            v = v - alpha * flatten(hv) if hv else None
-        return None, None, v, d_alpha, *d_batches
-
-
-def choose_memory(memory: str, student: nn.Module, images: Tensor, labels: Tensor, steps: int) -> str:
-    """ "graph" if the whole graph of `steps` student steps on such a batch fits half of the free memory, else "replay".
-
-    The graph of one step is measured, not guessed. Anything but "auto" is returned as it is.
-    """
-    if memory != "auto":
-        return memory
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    theta = leaves(student, flatten(student.parameters()).to(images))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        grads = step_gradient(student, theta, images, labels[: len(images)], create_graph=True)
-        flatten(grads)
-    return "graph" if steps * sum(kept.values()) < 0.5 * free_memory(images.device) else "replay"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
-
-
-def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
-    """||end - target||^2 / ||start - target||^2 for one end `[P]` (MTT, equation 2).
-
-    With ends `[K, P]` of K independent draws: the mean over their pairs of <end_i - target, end_j - target>, over the
-    same. Its expectation is ||E end - target||^2 alone; the ordinary loss adds the variance of `end` to it and so
-    punishes a stochastic phi for being stochastic.
-    """
-    miss = end - target
-    distance = (start - target).square().sum()
-    if end.ndim == 1:
-        return miss.square().sum() / distance
-    draws = len(miss)
-    if draws < 2:
-        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must hold at least 2 draws; pass [P] for one")
-    pairs = miss.sum(0).square().sum() - miss.square().sum()  # the sum over ordered pairs i != j
-    return pairs / (draws * (draws - 1)) / distance
-
 
 # ======================================================================================================================
 # 4. Phi models: augdistill_phis.py
@@ -472,7 +227,13 @@ class DistillConfig(Config):
     real_batch: int = knob(256, "real images on which real_loss is taken", low=1)
 
 
-EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more
+EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more: the run stops
+STATES = {  # in which an iteration teaches phi nothing, whatever the loss says
+    "exploded": "phi(x) is over 10 times as large as x: a student with instance norm hides it; use a smaller phi_lr",
+    "alpha below zero": "the student climbs its loss; learn alpha in its logarithm, or fix it",
+    "alpha at zero": "the student stands still (it goes less than 2 % of the way), so the loss is 1 whatever phi does; "
+    "use a larger alpha, fix it, or give it a smaller alpha_lr",
+}
 
 
 @dataclasses.dataclass
@@ -512,9 +273,41 @@ class StepSize(nn.Module):
         return self.value.exp() if self.mode == "log" else self.value
 
 
+def dead_state(scale: float, alpha: float, moved: float | None) -> str:
+    """The one of `STATES` that an iteration is in, "" if phi can learn from it.
+
+    `scale` is how many times as large as x phi(x) is; `moved` is ||theta_N - theta_0|| / ||target - theta_0||: below
+    .02 it holds the loss between .98^2 and 1.02^2.
+    """
+    if scale > 10:
+        return "exploded"
+    if alpha < 0:
+        return "alpha below zero"
+    return "alpha at zero" if moved is not None and moved < 0.02 else ""
+
+
+def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
+    """A `ValueError` for a phi that can't be trained, by one look at a few base images: it changes the shape, returns
+    what is not finite, draws from something else than its generator, or has every parameter frozen."""
+    name, few = type(phi).__name__, slice(0, 8)
+    index = torch.arange(len(labels))[few]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        one, other = (augmented(phi, images[few], labels[few], index, seeded(0, "look")) for _ in range(2))
+    if not one.isfinite().all():
+        raise ValueError(f"phi ({name}): returns values that are not finite before it is trained at all")
+    if not torch.equal(one, other):
+        raise ValueError(
+            f"phi ({name}): gives two results for one seed; its noise must be drawn from `generator`, or no run repeats"
+        )
+    parameters = list(phi.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise ValueError(f"phi ({name}): every parameter is frozen (requires_grad=False); there is nothing to learn")
+
+
 def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectories, config: DistillConfig, real) -> None:
     """Everything about `distill`'s arguments that can be refused before work starts, as a `ValueError`."""
     check_images(experts.student, images, labels)
+    check_phi(phi, images, labels)
     if config.objective == "trajectory":
         try:
             experts.segment(0, config.max_start_epoch, config.expert_epochs)
@@ -551,12 +344,14 @@ def distill(
         augment: the differentiable augmentation A of line 12, applied after phi in every student step.
         real: images and labels for the objective "real_loss" (Wang et al. 2018), which starts from a new random
             initialisation in each iteration.
-        on_iteration: called with each record (iteration, loss, alpha, start_epoch, grad_norm: the norm of phi's
-            gradient, scale: how many times as large as x phi(x) is, by root mean square); may stop the run by raising.
+        on_iteration: called with each record, before the step is taken; may stop the run by raising. A record holds
+            iteration, loss, alpha, start_epoch, grad_norm (of phi's gradient), scale (how many times as large as x
+            phi(x) is, by root mean square), moved (how far the student went, in distances to the target) and state
+            ("", or one of `STATES`; the first iteration in each is a warning).
 
     A loss or a gradient that is not finite, or a phi(x) over `EXPLODED` times as large as x (which a student with
     instance norm hides from the loss), stops the run: `stopped` says so, and phi and alpha are the last before that.
-    A phi with parameters of which none receives a gradient is a `ValueError`.
+    A phi that cannot learn (`check_phi`), or whose parameters receive no gradient, is a `ValueError`.
     """
     check_distill(phi, images, labels, experts, config, real)
     # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
@@ -601,10 +396,15 @@ def distill(
         record = dict(iteration=iteration, loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
         record["grad_norm"] = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
         record["scale"] = max(scales)
+        record["moved"] = moved(start, ends[0], target)
+        record["state"] = dead_state(record["scale"], record["alpha"], record["moved"])
+        if record["state"] and record["state"] not in {r["state"] for r in history}:
+            warnings.warn(f"iteration {iteration}: {record['state']}: {STATES[record['state']]}", stacklevel=2)
         history.append(record)
         if on_iteration is not None:
             on_iteration(record)
-        finite = all(map(math.isfinite, record.values())) and all(p.grad.isfinite().all() for p in learned)
+        finite = all(map(math.isfinite, (record["loss"], record["alpha"], record["grad_norm"], record["scale"])))
+        finite = finite and all(p.grad.isfinite().all() for p in learned)
         if not finite or record["scale"] > EXPLODED:
             stopped = (
                 f"diverged at iteration {iteration}: phi(x) {record['scale']:.3g} times as large as x, "
@@ -687,10 +487,16 @@ def draw_batches(
             x = through_phi(x, y, index, torch.Generator().manual_seed(seed_phi))
         return augmented(augment, x, y, index, torch.Generator().manual_seed(seed_augment))
 
-    if memory == "replay":
+    if memory != "graph":
         draw = functools.partial(checkpoint, draw, use_reentrant=False)
     fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
     return fed, max(scales, key=lambda scale: math.inf if math.isnan(scale) else scale)
+
+
+def moved(start: Tensor, end: Tensor, target: Tensor) -> float | None:
+    """How far a student went, in distances to its target; None where there is no target but the start."""
+    distance = (target - start).norm()
+    return float((end - start).detach().norm() / distance) if distance else None
 
 
 def rms(images: Tensor) -> float:

@@ -23,6 +23,7 @@ class Phi(nn.Module):
 
     stochastic = False  # draws noise from the generator
     conditional = False  # reads the labels
+    positional = False  # holds something for each place in the image
     bound = False  # holds something for each base image, so it cannot take others
     starts_as_identity = False  # returns its input before it is trained
 
@@ -99,6 +100,7 @@ class Pixels(Phi):
     """The baseline: one free image for every base image, initialised there (MTT's synthetic set, real init)."""
 
     bound = True
+    positional = True
     starts_as_identity = True
 
     def __init__(self, images: Tensor, classes: int):
@@ -188,6 +190,8 @@ class Hallucinator(Phi):
     Nothing in it is nonlinear, skipped or random.
     """
 
+    positional = True
+
     def __init__(self, images: Tensor, classes: int):
         super().__init__()
         channels, height, width = images.shape[1:]
@@ -247,6 +251,7 @@ class ConditionalUNet(UNet):
     """
 
     conditional = True
+    positional = True
 
     def __init__(self, images: Tensor, classes: int, *, width: int = 16, noise: int = 0):
         super().__init__(images, classes, width=width, noise=noise)

@@ -6,6 +6,7 @@ torch.func and stepped by torch.optim, its gradient also with finite differences
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -336,6 +337,23 @@ def test_expert_training_stops_when_on_snapshot_raises():
     assert seen == [1, 2]
 
 
+@pytest.mark.parametrize(("snapshot_steps", "left"), [(0, 2), (1, 4), (2, 2), (4, 2)])
+def test_a_time_budget_stops_an_expert_at_the_end_of_an_epoch(snapshot_steps, left):
+    """Three steps an epoch, and no time: what is there is the beginning of the whole way, at least one snapshot."""
+    options = dict(epochs=4, snapshot_steps=snapshot_steps)
+    whole = train_expert(built(mlp), *toy(10), experts_config(**options), 0, 0)
+    for minutes, length in ((1e-9, left), (60, len(whole))):
+        cut = train_expert(built(mlp), *toy(10), experts_config(**options, expert_minutes=minutes), 0, 0)
+        assert torch.equal(cut, whole[:length])
+
+
+def test_experts_of_different_lengths_are_cut_to_the_shortest():
+    ways = [torch.randn(k, 5, generator=seeded(k)) for k in (4, 3, 6)]
+    with pytest.warns(UserWarning, match="3 to 6 snapshots, all are cut to 3"):
+        theta = Trajectories.of(mlp(), ways).theta
+    assert torch.equal(theta, torch.stack([way[:3] for way in ways]))
+
+
 def test_snapshots_further_apart_than_the_training_is_long_are_refused():
     with pytest.raises(ValueError, match="snapshot_steps=10: must be at most the 9 steps"):
         train_experts(built(mlp), *toy(10), experts_config(snapshot_steps=10), 0)
@@ -527,7 +545,7 @@ def experts():
 
 
 class Spy(Phi):
-    """Another phi, and a record of what it was given and gave."""
+    """Another phi, and a record of what it was given and gave in training (a mere look at it takes no gradient)."""
 
     def __init__(self, phi):
         super().__init__()
@@ -535,7 +553,8 @@ class Spy(Phi):
 
     def forward(self, images, *, labels, index, generator):
         out = self.phi(images, labels=labels, index=index, generator=generator)
-        self.seen.append((images, labels, index, out.detach().clone()))
+        if torch.is_grad_enabled():
+            self.seen.append((images, labels, index, out.detach().clone()))
         return out
 
 
@@ -782,7 +801,7 @@ def test_phi_is_drawn_in_every_step_or_once_an_unroll(experts, noise, calls, dra
     spy, fed = Spy(noisy(images)), []
     settings = config(iterations=2, syn_steps=3, noise=noise, draws=draws)
     distill(spy, images, labels, experts, settings, seed=0, augment=lambda x, **_: fed.append(x.detach()) or x)
-    assert len(spy.seen) == 2 * draws * calls + 1 and len(fed) == 2 * draws * 3  # one look after the last step
+    assert len(spy.seen) == 2 * draws * calls and len(fed) == 2 * draws * 3
     for i in range(0, len(fed), 3):  # the student's steps within one unroll
         assert torch.equal(fed[i], fed[i + 1]) == torch.equal(fed[i], fed[i + 2]) == (noise == "once")
     assert len({x.sum().item() for *_, x in spy.seen}) == len(spy.seen)  # the draws are independent
@@ -797,7 +816,7 @@ def test_an_episode_is_so_many_images_of_each_class_drawn_afresh(experts, noise)
         fed.append((x, labels, index, x))
         return x
 
-    settings = config(iterations=5, syn_steps=6, episode=2, batch_syn=4, noise=noise)
+    settings = config(iterations=5, syn_steps=6, episode=2, batch_syn=4, noise=noise, alpha_lr=0)
     distill(spy, images, labels, experts, settings, seed=0, augment=watch)
     for x, targets, index, _ in spy.seen + fed:  # each image stays with its label and index
         assert torch.equal(x, images[index]) and torch.equal(targets, labels[index])
@@ -816,7 +835,7 @@ def test_batches_smaller_than_the_base_set_go_through_it(experts, batch, sizes):
     images, labels = toy(6)
     spy = Spy(pixels(images))
     distill(spy, images, labels, experts, config(iterations=1, syn_steps=6, batch_syn=batch), seed=0)
-    indices = [index for _, _, index, _ in spy.seen[:-1]]  # one look after the last step
+    indices = [index for _, _, index, _ in spy.seen]
     assert [len(i) for i in indices] == sizes
     steps = 6 // sizes.count(sizes[0]) if batch == 4 else 1
     for k in range(0, 6, steps):
@@ -832,7 +851,9 @@ def test_fixed_alpha_stays_and_the_logarithm_keeps_it_positive(experts):
         return [h["alpha"] for h in result.history] + [result.alpha]
 
     assert alphas("fixed") == [1.0] * 5
-    raw, log = alphas("raw"), alphas("log")
+    with pytest.warns(UserWarning, match="alpha below zero"):
+        raw = alphas("raw")
+    log = alphas("log")
     assert raw[0] == log[0] == 1 and min(raw) < 0 < min(log) and len(set(log)) == 5
 
 
@@ -859,10 +880,11 @@ def test_divergence_warns_and_leaves_the_last_phi_that_worked(experts, phi_lr):
         settings = config(iterations=iterations, syn_steps=5, phi_lr=phi_lr)
         return distill(phi, images, labels, single, settings, seed=0), flatten(phi.parameters()), start
 
-    with pytest.warns(UserWarning, match="diverged at iteration") as caught:
+    with pytest.warns(UserWarning) as caught:
         result, theta, start = run(50)
     last = result.history[-1]
-    assert len(caught) == 1 and str(caught[0].message) == result.stopped
+    states = {record["state"] for record in result.history} - {""}
+    assert len(caught) == 1 + len(states) and str(caught[-1].message) == result.stopped
     assert f"iteration {last['iteration']}:" in result.stopped and last["iteration"] == len(result.history) - 1 < 49
     finite = [torch.tensor([h["loss"], h["grad_norm"]]).isfinite().all() for h in result.history]
     bad = [h for h, fine in zip(result.history, finite, strict=True) if not fine or h["scale"] > 100]
@@ -871,7 +893,109 @@ def test_divergence_warns_and_leaves_the_last_phi_that_worked(experts, phi_lr):
     assert torch.equal(theta, start) == (last["iteration"] == 1)
     # that is what the iteration before the last began with
     assert result.alpha == result.history[-2]["alpha"]
-    assert torch.equal(theta, run(last["iteration"] - 1)[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(theta, run(last["iteration"] - 1)[1])
+
+
+# --- what keeps phi from learning is named ---------------------------------------------------------------------------
+
+
+def states_of(result):
+    return [record["state"] for record in result.history]
+
+
+def test_a_student_that_stands_still_is_named_while_it_lasts(experts):
+    """alpha at zero holds the loss at exactly 1, and phi's gradient at zero."""
+    images, labels = toy(6)
+    settings = config(iterations=3, alpha=1e-9, alpha_lr=0)
+    with pytest.warns(UserWarning, match="iteration 0: alpha at zero: the student stands still") as caught:
+        result = distill(pixels(images), images, labels, experts, settings, seed=0)
+    assert len(caught) == 1 and states_of(result) == ["alpha at zero"] * 3
+    for record in result.history:
+        assert record["loss"] == pytest.approx(1, abs=1e-6) and record["grad_norm"] < 1e-6
+    # and it ends where alpha comes back: Adam lifts its logarithm by 5 in every step
+    settings = config(iterations=3, alpha=1e-4, alpha_mode="log", alpha_optimizer="Adam", alpha_lr=5.0)
+    with pytest.warns(UserWarning, match="alpha at zero"):
+        result = distill(pixels(images), images, labels, experts, settings, seed=0)
+    assert states_of(result)[0] == "alpha at zero" and states_of(result)[-1] == ""
+
+
+def test_a_student_that_climbs_is_named(experts):
+    images, labels = toy(6)
+    settings = config(iterations=3, alpha=0.01, alpha_lr=1.0)
+    with pytest.warns(UserWarning, match="alpha below zero"):
+        result = distill(make_phi("identity", images, 3, 0), images, labels, experts, settings, seed=0)
+    assert [record["alpha"] < 0 for record in result.history] == [s == "alpha below zero" for s in states_of(result)]
+    assert "alpha below zero" in states_of(result)
+
+
+def test_an_exploded_phi_is_named_before_it_is_stopped(experts):
+    """Twenty times as large as x: the loss does not see it, as the student has instance norm."""
+    images, labels = toy(6)
+    losses = []
+    for gain in (1.0, 20.0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = distill(gain_phi(gain), images, labels, experts, config(iterations=1, phi_lr=0.0), seed=0)
+        losses.append(result.history[0]["loss"])
+        assert states_of(result) == (["exploded"] if gain == 20 else [""]) and not result.stopped
+        assert [str(w.message)[:22] for w in caught] == (["iteration 0: exploded: "[:22]] if gain == 20 else [])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_how_far_a_student_moved_is_in_distances_to_its_target(experts):
+    images, labels = toy(6)
+    settings = config(iterations=1, alpha_lr=0)
+    record = distill(make_phi("identity", images, 3, 0), images, labels, experts, settings, seed=3).history[0]
+    found = []
+    for expert in range(2):
+        start, target = experts.segment(expert, record["start_epoch"], 1)
+        with torch.no_grad():
+            end = unroll(experts.student, start, [images] * 2, [labels] * 2, ALPHA)
+        if float(matching_loss(end, target, start)) == pytest.approx(record["loss"], rel=1e-9):
+            found.append(float((end - start).norm() / (target - start).norm()))
+    assert found and record["moved"] == pytest.approx(found[0], rel=1e-9)
+    # with no target there is no distance
+    settings = config(iterations=1, objective="real_loss")
+    record = distill(pixels(images), images, labels, experts, settings, seed=3, real=(images, labels)).history[0]
+    assert record["moved"] is None and record["state"] == ""
+
+
+class Frozen(Phi):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, images, **_):
+        return images * self.scale
+
+
+class Broken(Frozen):
+    def forward(self, images, **_):
+        return images / (images - images)
+
+
+class Stray(Frozen):
+    """Its noise comes from torch's global state."""
+
+    def forward(self, images, **_):
+        return images + torch.randn_like(images)
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        (Frozen, r"phi \(Frozen\): every parameter is frozen"),
+        (Broken, r"phi \(Broken\): returns values that are not finite before it is trained"),
+        (Stray, r"phi \(Stray\): gives two results for one seed; its noise must be drawn from `generator`"),
+    ],
+)
+def test_a_phi_that_cannot_be_trained_is_refused_by_name(experts, kind, says):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=says):
+        distill(kind(), *toy(6), experts, config(), seed=0)
+    assert torch.equal(torch.get_rng_state(), state)  # the look leaves the global state alone
 
 
 class Detached(Phi):
@@ -929,9 +1053,9 @@ def test_distillation_stops_when_on_iteration_raises(experts):
             raise Stop
 
     with pytest.raises(Stop):
-        distill(pixels(images), images, labels, experts, config(iterations=9), seed=0, on_iteration=stop)
+        distill(pixels(images), images, labels, experts, config(iterations=9, alpha_lr=0), seed=0, on_iteration=stop)
     assert [r["iteration"] for r in seen] == [0, 1]
-    assert set(seen[0]) == {"iteration", "loss", "alpha", "start_epoch", "grad_norm", "scale"}
+    assert set(seen[0]) == {"iteration", "loss", "alpha", "start_epoch", "grad_norm", "scale", "moved", "state"}
 
 
 @pytest.mark.parametrize(
@@ -1021,7 +1145,7 @@ def test_scale_is_what_phi_does_to_each_batch_and_nothing_else(experts):
     images, labels = toy(6)
     images[0] *= 20
     identity = make_phi("identity", images, 3, seed=0)
-    for settings in (config(iterations=3, batch_syn=1), config(iterations=3, draws=2, noise="once")):
+    for settings in (config(iterations=3, batch_syn=1, alpha_lr=0), config(iterations=3, draws=2, noise="once")):
         result = distill(identity, images, labels, experts, settings, seed=0, augment=lambda x, **_: x * 1000)
         assert not result.stopped and [r["scale"] for r in result.history] == [1.0] * 3
     result = distill(gain_phi(3.0), images, labels, experts, config(iterations=1, phi_lr=0.0), seed=0)

@@ -3,12 +3,17 @@
 The reference is autograd through the whole graph in double precision, over the table of awkward students.
 """
 
+import shutil
+import warnings
+
 import pytest
 import torch
-from test_core import STUDENTS, built, toy
+import torch.nn.functional as F
+from test_core import STUDENTS, assert_near, built, toy
 from torch import nn
 
 import augdistill_core
+import augdistill_unroll
 from augdistill_core import (
     ConvNet,
     DistillConfig,
@@ -16,12 +21,15 @@ from augdistill_core import (
     choose_memory,
     distill,
     initial_parameters,
+    logits_of,
     make_phi,
     seeded,
     train_experts,
+    unflatten,
     unroll,
 )
 from augdistill_report.augmentations import RandomAffine
+from augdistill_unroll import eager, stride
 
 
 def inputs(student, steps, seed=0, batch=5):
@@ -44,6 +52,81 @@ def test_replay_is_exact_in_every_batch_in_alpha_and_in_start(build, steps):
         found[memory] = end, *torch.autograd.grad((end * weight).sum(), [start, alpha, *batches])
     for whole, replayed in zip(*found.values(), strict=True):
         assert (whole - replayed).norm() <= 1e-12 * whole.norm() and whole.norm() > 0
+
+
+@pytest.mark.parametrize("build", STUDENTS.values(), ids=STUDENTS)
+def test_a_step_s_product_is_that_of_its_gradient(build):
+    """The pair that replay is made of, each alone, against autograd through plain functions of one flat vector."""
+    student = built(build)
+    images, labels = toy(7)
+    theta, v = (initial_parameters(student, k).double() for k in (0, 1))
+
+    def slope(theta, images):
+        loss = F.cross_entropy(logits_of(student, unflatten(student, theta), images), labels)
+        return torch.autograd.grad(loss, theta, create_graph=True)[0]
+
+    whole, seen = theta.clone().requires_grad_(), images.clone().requires_grad_()
+    g = slope(whole, seen)
+    product = (g @ v, *torch.autograd.grad(g @ v, [seen, whole]))
+    found = eager(student)
+    assert_near(found.gradient(theta, images, labels), g, g)
+    for one, other in zip(found.product(theta, images, labels, v), product, strict=True):
+        assert_near(one, other, other)
+        assert not one.requires_grad
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_keeping_fewer_parameters_gives_the_same_bits(steps):
+    student = built(STUDENTS["convnet"]).float()
+    start, batches, labels, alpha = (
+        x.float().detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs(student, steps)
+    )
+    batches = [x.detach().float().requires_grad_() for x in batches]
+    found, held = [], []
+    for keep in (0, 1, 2, 6, 11, 100):
+        end = unroll(student, start, batches, labels, alpha, memory="replay", keep=keep)
+        held.append(len(end.grad_fn.saved_tensors) - 1 - steps)
+        found.append([end, *torch.autograd.grad(end.square().sum(), [start, alpha, *batches])])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one, two)
+    assert held[0] == held[-1] == steps and all(h <= steps for h in held)
+
+
+@pytest.mark.parametrize(("steps", "keep", "every"), [(1, 20, 1), (19, 20, 1), (20, 20, 2), (50, 20, 3), (50, 0, 1)])
+def test_every_k_th_is_kept(steps, keep, every):
+    assert stride(steps, keep) == every
+    for n in range(1, 400):
+        k = stride(n, keep)
+        assert 1 <= k <= n and (not keep or -(-n // k) + k <= max(keep, 2 * n**0.5 + 2))
+
+
+def test_a_negative_number_to_keep_is_refused():
+    student = built(STUDENTS["mlp"])
+    with pytest.raises(ValueError, match="keep=-1: must be at least 1, or 0"):
+        unroll(student, *inputs(student, 1), memory="replay", keep=-1)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
+def test_compiled_replay_is_exact_and_compiled_once_for_students_of_one_structure():
+    for seed, stance in ((0, "default"), (1, "fail_on_recompile")):
+        student, found = built(STUDENTS["mlp"], seed), {}
+        for memory in ("graph", "compiled"):
+            start, batches, labels, alpha = inputs(student, 3, seed)
+            with warnings.catch_warnings(), torch.compiler.set_stance(stance):
+                warnings.simplefilter("ignore")  # the compiler's own
+                end = unroll(student, start, batches, labels, alpha, memory=memory)
+                found[memory] = end, *torch.autograd.grad(end.square().sum(), [start, alpha, *batches])
+        for whole, replayed in zip(*found.values(), strict=True):
+            assert (whole - replayed).norm() <= 1e-12 * whole.norm() and whole.norm() > 0
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    student = built(STUDENTS["mlp"])
+    with pytest.raises(ValueError, match=r"memory='compiled': needs a C\+\+ compiler.*memory='replay'"):
+        unroll(student, *inputs(student, 1), memory="compiled")
 
 
 def test_only_what_is_asked_for_is_needed():
@@ -140,12 +223,12 @@ def test_auto_keeps_the_graph_while_it_fits(monkeypatch):
     start = initial_parameters(student, 0)
     one = saved_bytes(lambda: unroll(student, start, [images], [labels], torch.tensor(0.1, requires_grad=True)))
     for free, expected in ((2.5 * 100 * one, "graph"), (1.0 * 100 * one, "replay")):
-        monkeypatch.setattr(augdistill_core, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(augdistill_unroll, "free_memory", lambda device, free=free: free)
         assert choose_memory("auto", student, images, labels, 100) == expected
         assert choose_memory("replay", student, images, labels, 100) == "replay"
     assert choose_memory("graph", student, images, labels, 10**9) == "graph"
     monkeypatch.undo()
-    assert 2**20 < augdistill_core.free_memory(images.device) < 2**50
+    assert 2**20 < augdistill_unroll.free_memory(images.device) < 2**50
 
 
 @pytest.mark.parametrize(
