@@ -1,4 +1,5 @@
-# Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter.
+# Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter;
+# COMPILE=1 make bench measures the compiled steps too (minutes more).
 PRESET ?= digits
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,8 +19,9 @@ lab: $(READY)  ## JupyterLab on the notebooks
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)
 
-bench: $(READY)  ## time and memory of the unroll, each way, against the official code's
-	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks/unroll.json
+bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one
+	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
+	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

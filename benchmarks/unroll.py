@@ -1,32 +1,65 @@
 """Time and peak memory of one outer gradient through N student steps, each way, as ratios to the official code's way.
 
-    python benchmarks/unroll.py [--shapes S P] [--steps 10 50] [--repeat 2] [--out figures/benchmarks/unroll.json]
+    python benchmarks/unroll.py [--shapes S P] [--steps 10 30 50] [--repeat 3] [--compile] [--out figures/benchmarks]
 
-The yardstick is MTT's official way written afresh: one flat parameter vector, `create_graph`, one backward pass. Each
-way runs in a process of its own on the same inputs, on one thread; time is process time, the least of the repeats;
-memory is the rise of the process's peak resident size over what it was before the first gradient.
+The yardstick is MTT's official way written afresh: torch's own layers, one flat parameter vector, `create_graph`, one
+backward pass. TESLA's gradient (Cui et al. 2023) needs little memory by leaving every Hessian out; its cosine to the
+true one stands beside it. "unet" is a whole iteration of `distill` with a U-Net phi drawn afresh in every step.
+
+Each way runs in a process of its own on the same inputs, on one thread. Time is process time, the least of the repeats;
+memory is the rise of the process's resident size, at its peak, over what it was before the first gradient. "of peak" is
+the share of this machine's best matrix product (2048 x 2048, float32) that the way's multiplications reach.
 """
 
 import argparse
+import ctypes
 import json
-import resource
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from augdistill_core import ConvNet, initial_parameters, seeded, unflatten, unroll
+from augdistill_core import (
+    ConvNet,
+    DistillConfig,
+    Trajectories,
+    distill,
+    initial_parameters,
+    make_phi,
+    seeded,
+    unflatten,
+    unroll,
+)
 from augdistill_report.artefacts import as_json, write
+from augdistill_report.plots import PALETTE, new_figure
 from augdistill_report.run import environment
+from augdistill_unroll import eager, leaves, step_gradient
 
 SHAPES = {  # channels, size, width, depth, batch
     "S": (1, 16, 32, 2, 10),
     "P": (3, 32, 128, 3, 10),
 }
+ALPHA = 0.01
+
+
+class Layers(ConvNet):
+    """The same student out of torch's own layers."""
+
+    forward_mode = False
+
+    def forward(self, images):
+        return self.classifier(self.features(images).flatten(1))
+
+
+# --- the ways: (shape's student, start, target, batches, labels) -> a function that makes the gradients ---------------
 
 
 def official(student, start, batches, labels, alpha):
@@ -41,75 +74,242 @@ def official(student, start, batches, labels, alpha):
     return theta
 
 
+def through(unrolled, kind=ConvNet, **options):
+    """The gradient of the squared distance at the end of `unrolled`, in alpha and every batch."""
+
+    def build(shape, start, target, batches, labels):
+        student, alpha = kind(*shape), torch.tensor(ALPHA, requires_grad=True)
+        batches = [x.clone().requires_grad_() for x in batches]
+
+        def gradients():
+            end = unrolled(student, start, batches, labels, alpha, **options)
+            return torch.autograd.grad((end - target).square().sum(), [alpha, *batches])
+
+        return gradients
+
+    return build
+
+
+def tesla(shape, start, target, batches, labels):
+    """TESLA: every step's batch gets -alpha (d/dx)(g . v) with the one v of the end, as if no Hessian were there."""
+    student = Layers(*shape)
+
+    def gradients():
+        steps, theta, g = eager(student), start, 0
+        for x, y in zip(batches, labels, strict=True):
+            g = g + steps.gradient(theta, x, y)
+            theta = start - ALPHA * g
+        v, theta, found = 2 * (theta - target), start, []
+        for images, y in zip(batches, labels, strict=True):
+            x, pieces = images.clone().requires_grad_(), leaves(student, theta)
+            slope = step_gradient(student, pieces, x, y, create_graph=True)
+            along = sum((a * b).sum() for a, b in zip(slope, unflatten(student, v), strict=True))
+            found.append(-ALPHA * torch.autograd.grad(along, x)[0])
+            theta = theta - ALPHA * torch.cat([s.detach().flatten() for s in slope])
+        return [-(g @ v), *found]
+
+    return gradients
+
+
+def through_unet(memory):
+    """One iteration of `distill`: the gradient in a U-Net's parameters and in alpha."""
+
+    def build(shape, start, target, batches, labels):
+        experts = Trajectories(ConvNet(*shape), torch.stack([start, target])[None])
+        options = dict(syn_steps=len(batches), expert_epochs=1, max_start_epoch=0, memory=memory)
+        phi = make_phi("unet_noise", batches[0], 10, seed=0)
+
+        def gradients():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a random target's loss
+                distill(phi, batches[0], labels[0], experts, DistillConfig(iterations=1, **options), seed=0)
+            return []
+
+        return gradients
+
+    return build
+
+
 WAYS = {
-    "official": official,
-    "graph": lambda *inputs: unroll(*inputs, memory="graph"),
-    "replay": lambda *inputs: unroll(*inputs, memory="replay"),
+    "official": through(official, Layers),
+    "graph": through(unroll, memory="graph"),
+    "replay": through(unroll, memory="replay"),
+    "replay, all kept": through(unroll, memory="replay", keep=0),
+    "replay, torch's layers": through(unroll, Layers, memory="replay"),
+    "tesla": tesla,
+    "unet, graph": through_unet("graph"),
+    "unet, replay": through_unet("replay"),
+    "compiled": through(unroll, memory="compiled"),
 }
+ONLY = {"tesla": (10, 50), "unet, graph": (10, 50), "unet, replay": (10, 50), "replay, torch's layers": (10,)}
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions (torch's own counter cannot follow
+    autograd.grad)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in flop_registry:
+            self.total += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
-def measure(way: str, shape: str, steps: int, repeat: int) -> dict:
-    """Seconds, rise of peak memory in MB, and the norms of the gradients, of one way in this process."""
+# --- one way, measured in this process --------------------------------------------------------------------------------
+
+
+def fresh_peak() -> float:
+    """Give back what is free, forget the peak so far, and return the resident size in MB (Linux with glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_mb("VmRSS")
+
+
+def status_mb(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def inputs(name: str, steps: int) -> tuple[tuple, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """A shape's ConvNet arguments, start, a target that as many steps on other images reach, batches and labels."""
+    channels, size, width, depth, batch = SHAPES[name]
+    shape, generator = (channels, 10, size, width, depth), seeded(0)
+    batches, others = (
+        [torch.randn(batch, channels, size, size, generator=generator) for _ in range(steps)] for _ in range(2)
+    )
+    labels, start = [torch.arange(batch) % 10] * steps, initial_parameters(ConvNet(*shape), 0)
+    with torch.no_grad():
+        target = unroll(ConvNet(*shape), start, others, labels, ALPHA)
+    return shape, start, target, batches, labels
+
+
+def measure(way: str, name: str, steps: int, repeat: int) -> dict:
+    """Seconds (of the first call too, if it compiles), rise of peak memory in MB, floating-point operations, and what
+    the gradients are compared by."""
     torch.set_num_threads(1)
-    channels, size, width, depth, batch = SHAPES[shape]
-    student, generator = ConvNet(channels, 10, size, width, depth), seeded(0)
-    batches = [torch.randn(batch, channels, size, size, generator=generator).requires_grad_() for _ in range(steps)]
-    labels = [torch.arange(batch) % 10] * steps
-    alpha = torch.tensor(0.01, requires_grad=True)
-    start, target = initial_parameters(student, 0), initial_parameters(student, 1)
-    F.cross_entropy(student(batches[0].detach()), labels[0]).backward()  # what any way needs is loaded before it counts
-    before, seconds = peak_mb(), []
+    given = inputs(name, steps)
+    gradients = WAYS[way](*given)
+    compiling = None
+    if way == "compiled":
+        compiling = time.perf_counter()
+        gradients()
+        compiling = time.perf_counter() - compiling
+    before, seconds = fresh_peak(), []
     for _ in range(repeat):
         begin = time.process_time()
-        loss = (WAYS[way](student, start, batches, labels, alpha) - target).square().sum()
-        gradients = torch.autograd.grad(loss, [alpha, *batches])
+        found = gradients()
         seconds.append(time.process_time() - begin)
-        del loss
-    return dict(seconds=min(seconds), memory_mb=peak_mb() - before, norms=[g.norm().item() for g in gradients])
+    result = dict(seconds=min(seconds), memory_mb=status_mb("VmHWM") - before, compile_seconds=compiling)
+    result["norms"] = [g.norm().item() for g in found]
+    if way == "tesla":
+        true = WAYS["replay"](*given)()
+        flat, of_true = (torch.cat([g.flatten() for g in gs[1:]]) for gs in (found, true))
+        result["cosine"] = F.cosine_similarity(flat, of_true, dim=0).item()
+        result["alpha_ratio"] = (found[0] / true[0]).item()
+    if way != "compiled":
+        with Flops() as flops:
+            gradients()
+        result["flops"] = flops.total
+    return result
 
 
-def table(shapes: list[str], all_steps: list[int], repeat: int) -> list[dict]:
+def matrix_product_peak() -> float:
+    """Floating-point operations a second of the fastest of ten products of two 2048 x 2048 matrices, on one thread."""
+    torch.set_num_threads(1)
+    a, seconds = torch.randn(2048, 2048), []
+    for _ in range(10):
+        begin = time.process_time()
+        a @ a
+        seconds.append(time.process_time() - begin)
+    return 2 * 2048**3 / min(seconds)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def table(shapes: list[str], all_steps: list[int], repeat: int, ways: list[str], peak: float) -> list[dict]:
     """A row for each shape, N and way, printed as it comes."""
     rows = []
-    print(f"{'shape':6}{'N':>4}  {'way':10}{'seconds':>9}{'of official':>13}{'MB':>8}{'of official':>13}")
+    print(f"{'shape':6}{'N':>3}  {'way':23}{'seconds':>8}{'ratio':>7}{'MB':>7}{'ratio':>7}{'of peak':>9}")
     for shape in shapes:
         for steps in all_steps:
             found = {}
-            for way in WAYS:
+            for way in ways:
+                if steps not in ONLY.get(way, all_steps):
+                    continue
                 call = [sys.executable, __file__, "--one", way, shape, "--steps", str(steps), "--repeat", str(repeat)]
-                out = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+                out = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
                 row = found[way] = json.loads(out)
-                first, pairs = found["official"], zip(row["norms"], found["official"]["norms"], strict=True)
-                row["largest_difference_of_norms"] = max(abs(a - b) / abs(b) for a, b in pairs)
+                first, norms = found["official"], row.pop("norms")
+                if way == "official":
+                    expected = norms
+                elif norms and way != "tesla":
+                    row["largest_difference_of_norms"] = max(
+                        abs(a - b) / abs(b) for a, b in zip(norms, expected, strict=True)
+                    )
                 row["time_ratio"] = row["seconds"] / first["seconds"]
                 row["memory_ratio"] = row["memory_mb"] / first["memory_mb"]
-                print(
-                    f"{shape:6}{steps:4}  {way:10}{row['seconds']:9.2f}{row['time_ratio']:13.2f}"
-                    f"{row['memory_mb']:8.0f}{row['memory_ratio']:13.2f}",
-                    flush=True,
-                )
-                rows.append(dict(shape=shape, steps=steps, way=way) | {k: v for k, v in row.items() if k != "norms"})
+                row["of_peak"] = "flops" in row and row["flops"] / row["seconds"] / peak
+                rows.append(dict(shape=shape, steps=steps, way=way) | row)
+                print(as_line(rows[-1]), flush=True)
     return rows
+
+
+def as_line(row: dict) -> str:
+    line = f"{row['shape']:6}{row['steps']:3}  {row['way']:23}{row['seconds']:8.2f}{row['time_ratio']:7.2f}"
+    line += f"{row['memory_mb']:7.0f}{row['memory_ratio']:7.2f}"
+    line += f"{row['of_peak']:9.2f}" if row["of_peak"] else f"{'':9}"
+    if "cosine" in row:
+        line += f"  cosine {row['cosine']:.3f}, d/dalpha x {row['alpha_ratio']:.2f}"
+    if row["compile_seconds"]:
+        line += f"  after {row['compile_seconds']:.0f} s of compiling"
+    return line
+
+
+def picture(rows: list[dict], shape: str):
+    """Peak memory and time against N, a line a way."""
+    figure, (left, right) = new_figure(10.5, 3.8, 2)
+    drawn = [way for way in WAYS if len([r for r in rows if r["shape"] == shape and r["way"] == way]) > 1]
+    for number, way in enumerate(drawn):
+        mine = [r for r in rows if r["shape"] == shape and r["way"] == way]
+        look = dict(color="black" if way == "official" else PALETTE[number - 1], label=way)
+        look["linestyle"] = "--" if way.startswith(("unet", "tesla")) else "-"
+        for axis, key in ((left, "memory_mb"), (right, "seconds")):
+            points = [(r["steps"], r[key]) for r in mine]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, **look)
+    left.set(xlabel="N, student steps", ylabel="peak extra memory in MB", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="N, student steps", ylabel="seconds for one gradient", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["S", "P"], choices=SHAPES)
-    parser.add_argument("--steps", nargs="+", default=[10, 50], type=int)
-    parser.add_argument("--repeat", default=2, type=int)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--steps", nargs="+", default=[10, 30, 50], type=int)
+    parser.add_argument("--repeat", default=3, type=int)
+    parser.add_argument("--ways", nargs="+", default=[], choices=WAYS, help="these only, beside the official way")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled pair too: minutes more")
+    parser.add_argument("--out", default="", help="a folder for unroll.json and unroll.png")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # way and shape: the call of a child
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, options.steps[0], options.repeat)))
         return
-    rows = table(options.shapes, options.steps, options.repeat)
+    wanted = options.ways or [way for way in WAYS if way != "compiled" or options.compile]
+    ways = [way for way in WAYS if way in ("official", *wanted)]
+    peak = matrix_product_peak()
+    print(f"matrix product: {peak / 1e9:.0f} Gflop/s on one thread")
+    rows = table(options.shapes, options.steps, options.repeat, ways, peak)
     if options.out:
-        write(Path(options.out), as_json({"environment": environment("cpu"), "rows": rows}))
+        found = {"environment": environment("cpu"), "matrix_product_flops": peak, "rows": rows}
+        write(Path(options.out) / "unroll.json", as_json(found))
+        picture(rows, options.shapes[-1]).savefig(
+            Path(options.out) / "unroll.png", dpi=110, metadata={"Software": None}
+        )
 
 
 if __name__ == "__main__":
