@@ -3,8 +3,25 @@
 A notebook opens its run with `open_run`; everything else hangs on what that returns.
 """
 
+from augdistill_core import PHIS
 from augdistill_report.evaluation import phi_images, student_path
+from augdistill_report.grid import read_grid
 from augdistill_report.jobs import Subset
-from augdistill_report.run import open_run, summary, tenths
+from augdistill_report.numbers import markdown, summary, tenths
+from augdistill_report.run import open_run
+from augdistill_report.settings import NOTEBOOKS
+from augdistill_report.study import Case
 
-__all__ = ["Subset", "open_run", "phi_images", "student_path", "summary", "tenths"]
+__all__ = [
+    "NOTEBOOKS",
+    "PHIS",
+    "Case",
+    "Subset",
+    "markdown",
+    "open_run",
+    "phi_images",
+    "read_grid",
+    "student_path",
+    "summary",
+    "tenths",
+]

@@ -5,13 +5,16 @@ the version of torch), so an equal configuration finds it and no other configura
 never pickles.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -34,7 +37,16 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def as_json(value) -> str:
-    return json.dumps(value, indent=1) + "\n"  # in the order in which it was put together
+    """For people and other programs: in the order in which it was put together; what is not finite becomes null."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(spec: dict) -> str:
@@ -53,6 +65,13 @@ class Store:
 
     def has(self, kind: str, spec: dict) -> bool:
         return self.path(kind, spec).is_file()
+
+    @contextlib.contextmanager
+    def making(self, kind: str, spec: dict):
+        """Held while a result is made: another process that wants it waits, and finds it. Ends with its process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f".{kind}-{digest(spec)}.lock"):
+            yield
 
     def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict) -> None:
         """Store tensors and plain JSON values; the specification goes with them."""

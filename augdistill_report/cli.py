@@ -1,6 +1,8 @@
-"""The command `augdistill`: `report` runs the notebooks, `figures` publishes a run, `data` checks or fetches a set."""
+"""The command `augdistill`: `report` runs the notebooks, `sweep` one of them over a grid, `figures` publishes a
+run, `data` checks or fetches a set."""
 
 import argparse
+import signal
 import sys
 
 
@@ -9,11 +11,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run the notebooks, write one page to read")
     report.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
-    report.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
-    report.add_argument("--fresh", action="store_true", help="forget finished work and do it again")
+    sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
+    sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
+    sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
+    sweep.add_argument("--short", action="store_true", help="only the rows that the grid names as its short form")
+    for command in (report, sweep):
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+        command.add_argument("--fresh", action="store_true", help="forget finished work and do it again")
     figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
-    for command in (report, figures):
-        command.add_argument("--preset", default="digits", help="a name in notebooks/presets, or a .yaml file")
+    figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
+    for command in (report, sweep, figures):
+        default = "" if command is sweep else "digits"
+        command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
@@ -38,26 +47,36 @@ def settings_changes(pairs: list[str]) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for a notebook that failed, 2 for a wrong argument, 130 for Ctrl-C."""
+    """The exit code: 0, 1 if a notebook (or every cell of a sweep) failed, 2 for a wrong argument, 130 for Ctrl-C."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C: no process is left behind
     # imported late, so that --help and a typing error answer at once
-    from augdistill_report import data, data_files, gallery, runner
+    from augdistill_report import data, data_files, execute, gallery, runner, sweep
 
     try:
         if options.command == "report":
             changes = settings_changes(options.set)
             page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
             print(f"report: {page}")
+        elif options.command == "sweep":
+            changes = settings_changes(options.set)
+            arguments = (options.grid, options.preset, options.out, changes, options.short, options.row, options.fresh)
+            folder, cells = sweep.sweep(*arguments)
+            print((folder / "table.md").read_text())
+            failed = sum("error" in cell for cell in cells)
+            print(f"sweep: {folder} ({len(cells)} cells{f', {failed} failed' if failed else ''})")
+            return 1 if failed == len(cells) else 0
         elif options.command == "data":
             if options.what == "fetch":
                 options.size, options.data = 0, str(data_files.fetch(options.name, options.mirror, options.data))
             print(data.describe(data.load(options.name, options.size, options.data)))
         else:
-            print(f"published: {gallery.publish(options.preset, options.out)}")
+            publish = gallery.publish_sweeps if options.sweeps else gallery.publish
+            print(f"published: {publish(options.preset, options.out)}")
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except runner.NotebookFailed as error:
+    except execute.NotebookFailed as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

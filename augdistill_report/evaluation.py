@@ -1,16 +1,25 @@
 """Scoring a method: fresh students, trained on what it makes of a subset, tested on images that nobody trained on."""
 
+import dataclasses
 import itertools
 
 import torch
 from torch import Tensor, nn
 
 from augdistill_core import (
+    DistillConfig,
+    Trajectories,
     augmented,
+    draw_base,
+    draw_batches,
+    draw_segment,
     flatten,
     initial_parameters,
     logits_of,
+    make_phi,
+    matching_loss,
     minibatches,
+    rms,
     seeded,
     sgd,
     unflatten,
@@ -95,3 +104,38 @@ def student_path(student: nn.Module, start: Tensor, phi, train: Split, alpha: fl
 def phi_images(phi, split: Split, seed: int) -> Tensor:
     """One draw of phi(x) for all images of a split that is phi's base set, `[n, C, H, W]`, without a gradient."""
     return augmented(phi, split.images, split.labels, torch.arange(len(split)), seeded(seed, "picture"))
+
+
+@torch.no_grad()
+def probe(
+    phi, alpha: float, train: Split, experts: Trajectories, config: DistillConfig, segments: int, seed: int
+) -> dict[str, list[float]]:
+    """What a student makes of phi(train) on `segments` random segments of the experts' ways, without learning anything.
+
+    A list a measure, a value a segment: `loss` (the matching loss), `identity` (the same without phi at the same
+    alpha), `variance` (the part of `loss` that is noise, as two independent draws of phi tell: E||end - E end||^2 in
+    units of the distance), `change` (how far phi(x) is from x) and `spread` (how far two draws are apart), both in
+    sizes of x.
+    """
+    config = dataclasses.replace(config, objective="trajectory")
+    generator, identity = seeded(seed, "probe"), make_phi("identity", train.images, 1, 0)
+    names = ("loss", "identity", "variance", "change", "spread")
+    found = {name: [] for name in names}
+    for segment in range(segments):
+        _, start, target = draw_segment(experts, config, generator)
+        base = draw_base(train.labels, config.episode, generator)
+        steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
+        batches = [base[batch] for batch in steps]
+        x, labels, ends, draws = train.images[base], [train.labels[b] for b in batches], [], []
+        for one in (phi, phi, identity):
+            own = seeded(seed, "probe", segment, len(ends))
+            draws.append(augmented(one, x, train.labels[base], base, own))
+            fed, _ = draw_batches(one, None, train.images, train.labels, base, batches, config, "graph", own)
+            ends.append(unroll(experts.student, start, fed, labels, alpha))
+        plain = [float(matching_loss(end, target, start)) for end in ends]
+        both = float(matching_loss(torch.stack(ends[:2]), target, start))
+        loss, size = (plain[0] + plain[1]) / 2, rms(x) or 1.0
+        values = (loss, plain[2], loss - both, rms(draws[0] - x) / size, rms(draws[0] - draws[1]) / size)
+        for name, value in zip(names, values, strict=True):
+            found[name].append(value)
+    return found

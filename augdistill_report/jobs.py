@@ -6,8 +6,10 @@ find what they build on (a distillation its experts, an evaluation its phi) in t
 
 import dataclasses
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from augdistill_core import (
     PHIS,
     DistillConfig,
     Distilled,
+    Phi,
     Trajectories,
     distill,
     make_phi,
@@ -24,20 +27,43 @@ from augdistill_core import (
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation
 from augdistill_report.data import Dataset
-from augdistill_report.evaluation import accuracy, evaluate
+from augdistill_report.evaluation import accuracy, evaluate, probe
 from augdistill_report.settings import ROOT, EvalConfig, Setup
 
-Tick = Callable[[int, int], None]  # tick(done, total)
+Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
 SOURCE = source_digest(ROOT)  # of the code that this process has imported
 
 
+class Task:
+    """A piece of work whose result is stored under what it depends on. `kind` names its files."""
+
+    kind = "task"
+
+    def spec(self) -> dict:
+        """All that the result depends on, as plain JSON values."""
+        raise NotImplementedError
+
+    def work(self, store: Store, tick: Tick) -> tuple[dict, dict]:
+        """Make the result: (tensors, plain JSON values)."""
+        raise NotImplementedError
+
+    def run(self, store: Store, tick: Tick = lambda done, total, note="": None) -> None:
+        """Make the result and store it, unless it is there; if another process is making it, wait for that."""
+        if not store.has(self.kind, self.spec()):
+            with store.making(self.kind, self.spec()):
+                if not store.has(self.kind, self.spec()):
+                    store.save(self.kind, self.spec(), *self.work(store, tick))
+
+    def stored(self, store: Store) -> tuple[dict, dict]:
+        self.run(store)
+        return store.load(self.kind, self.spec())
+
+
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A piece of work in a world. `kind` names its files."""
+class Job(Task):
+    """A piece of work in a world: data, student, experts, machine."""
 
     setup: Setup
-
-    kind = "job"
 
     def spec(self) -> dict:
         """The data count by their content, whatever they are called and wherever they lie."""
@@ -50,19 +76,6 @@ class Job:
 
     def student(self):
         return self.setup.student(self.data).to(self.setup.device)
-
-    def work(self, store: Store, tick: Tick) -> tuple[dict, dict]:
-        """Make the result: (tensors, plain JSON values)."""
-        raise NotImplementedError
-
-    def run(self, store: Store, tick: Tick = lambda done, total: None) -> None:
-        """Make the result and store it, unless it is there."""
-        if not store.has(self.kind, self.spec()):
-            store.save(self.kind, self.spec(), *self.work(store, tick))
-
-    def stored(self, store: Store) -> tuple[dict, dict]:
-        self.run(store)
-        return store.load(self.kind, self.spec())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +113,7 @@ def experts(setup: Setup) -> list[Expert]:
 
 def trajectories(setup: Setup, store: Store) -> Trajectories:
     jobs = experts(setup)
-    theta = torch.stack([job.stored(store)[0]["theta"] for job in jobs])
-    return Trajectories(jobs[0].student(), theta.to(setup.device))
+    return Trajectories.of(jobs[0].student(), [job.stored(store)[0]["theta"].to(setup.device) for job in jobs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +130,7 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Job):
-    """A phi trained on a subset. `stored_phi` gives it back as `Distilled`."""
+    """A phi trained on a subset. `stored_phi` gives it back as `Distilled`; `stored_way` as it was along the way."""
 
     phi: str
     subset: Subset
@@ -135,10 +147,18 @@ class Distillation(Job):
         train = self.data.train
         base = train.take(self.subset.index(self.data))
         real = (train.images, train.labels) if self.config.objective == "real_loss" else None
+        phi, way = self.fresh_phi(), {}
+
+        def on_iteration(record):
+            iteration = record["iteration"]
+            tick(iteration + 1, self.config.iterations, record["state"] and f"{self.phi}: {record['state']}")
+            if kept(iteration):
+                way.update({f"{iteration}/{name}": t.clone() for name, t in phi.state_dict().items()})
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a divergence is a result here: it is stored and shown
             result = distill(
-                self.fresh_phi(),
+                phi,
                 base.images,
                 base.labels,
                 trajectories(self.setup, store),
@@ -146,24 +166,39 @@ class Distillation(Job):
                 seed=self.setup.seed,
                 augment=augmentation(self.setup.augment, self.setup.dataset),
                 real=real,
-                on_iteration=lambda record: tick(record["iteration"] + 1, self.config.iterations),
+                on_iteration=on_iteration,
             )
         meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
-        return result.phi.state_dict(), meta
+        return way | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
 
     def stored_phi(self, store: Store) -> Distilled:
+        return Distilled(self.stored_way(store)["last"], **self.stored(store)[1])
+
+    def stored_way(self, store: Store) -> dict[str, Phi]:
+        """phi before iterations "0", "1", "2", "4", "8" ..., and "last": what the run returned."""
         tensors, meta = self.stored(store)
-        phi = self.fresh_phi()
-        phi.load_state_dict(tensors)
-        return Distilled(phi, **meta)
+        moments = [str(r["iteration"]) for r in meta["history"] if kept(r["iteration"])] + ["last"]
+        phis = {moment: self.fresh_phi() for moment in moments}
+        for moment, phi in phis.items():
+            start = f"{moment}/"
+            phi.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
+        return phis
+
+
+def kept(iteration: int) -> bool:
+    """Whether phi is kept as it was before this iteration: 0, 1, 2, 4, 8 ..., dense where things go wrong."""
+    return iteration & (iteration - 1) == 0
 
 
 def own_source(phi: str) -> str:
-    """The source of a phi that a user registered; "" for the core's, which `SOURCE` covers."""
+    """The source of a phi that a user registered, the whole of its file; "" for the core's, which `SOURCE` covers."""
     build = PHIS[phi]
-    if getattr(build, "__module__", "") == "augdistill_phis":
+    module = getattr(build, "__module__", "")
+    if module == "augdistill_phis":
         return ""
     try:
+        if module != "__main__" and (file := getattr(sys.modules.get(module), "__file__", None)):
+            return Path(file).read_text(encoding="utf-8")
         return inspect.getsource(build)
     except (OSError, TypeError):
         return repr(build)  # holds an address: found again in this process only, never mistaken for another
@@ -191,3 +226,31 @@ class Evaluation(Job):
         arguments = (self.student(), phi, train, scored, self.config, self.setup.seed)
         total = self.config.eval_students
         return {}, evaluate(*arguments, augment=augment, on_student=lambda done: tick(done, total))
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Job):
+    """The matching loss of a distilled phi on segments of its own, beside the identity's at the same alpha.
+
+    Of phi as it was at one `moment` of its way (`stored_way`), with the alpha that was learned by then, or another.
+    """
+
+    distilled: Distillation
+    moment: str = "last"
+    alpha: float | None = None
+    segments: int = 8
+
+    kind = "probe"
+
+    def spec(self):
+        return super().spec() | {"distilled": self.distilled.spec()}
+
+    def work(self, store, tick):
+        distilled = self.distilled
+        base, alpha = self.data.train.take(distilled.subset.index(self.data)), self.alpha
+        if alpha is None:
+            meta = distilled.stored(store)[1]
+            alpha = meta["alpha"] if self.moment == "last" else meta["history"][int(self.moment)]["alpha"]
+        phi = distilled.stored_way(store)[self.moment]
+        arguments = (phi, alpha, base, trajectories(self.setup, store), distilled.config)
+        return {}, probe(*arguments, self.segments, self.setup.seed)

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from augdistill_report.grid import level, over_seeds
+
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
 COLOURS = {
     "real images": "#777777",
@@ -201,4 +203,97 @@ def by_fraction(series: dict[str, dict[float, object]], full) -> Figure:
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
     axis.legend(frameon=False)
+    return figure
+
+
+def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
+    """What a sweep found: a row a choice, a square a seed (or a point on other axes), coloured by one of its numbers.
+
+    `cells` are `as_found` of each; `number` names what to show (the first there is, if it is empty); accuracies and
+    their differences are shown in points. A cross is a run that diverged; a grey row failed, and says why.
+    """
+    numbers = [cell["numbers"] for cell in cells if "numbers" in cell]
+    number = number or next((k for n in numbers for k, v in n.items() if level(v) is not None), "")
+    unit = 100 if any(isinstance(n.get(number), dict) for n in numbers) else 1
+    values = [unit * v for n in numbers if (v := level(n.get(number))) is not None and np.isfinite(v)]
+    lowest, highest = (min(values), max(values)) if values else (0, 1)
+    most = max(abs(lowest), abs(highest)) or 1
+    look = dict(cmap="RdBu", vmin=-most, vmax=most) if lowest < 0 < highest else dict(cmap="Blues", vmin=lowest)
+    panels: dict[str, dict[str, list[dict]]] = {}
+    for name, group in over_seeds(cells).items():
+        panel, _, rest = name.partition(": ") if ": " in name else ("", "", name)
+        panels.setdefault(panel, {})[rest] = group
+    sides: list[list[str]] = [[] for _ in range(min(columns, len(panels)))]
+    for panel in panels:  # each goes where there is most room left
+        min(sides, key=lambda side: sum(len(panels[p]) + 2 for p in side)).append(panel)
+    heights = [sum(len(panels[p]) + 2 for p in side) for side in sides]
+    figure = Figure(figsize=(5.4 * len(sides), 0.6 + 0.25 * max(heights)), layout="constrained")
+    for part, side, height in zip(figure.subfigures(1, len(sides), squeeze=False)[0], sides, heights, strict=True):
+        # the last one is empty: it keeps the rows of both sides equally high
+        ratios = [len(panels[p]) + 1 for p in side] + [max(heights) - height or 1e-3]
+        axes = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        axes[-1].set_axis_off()
+        for axis, panel in zip(axes, side, strict=False):
+            _heat_panel(axis, panels[panel], number, unit, look)
+            axis.set_title(panel, loc="left", fontsize=11, fontweight="bold")
+    unit_name = ", in points of accuracy" if unit == 100 else ""
+    figure.suptitle(f"{number}{unit_name}: a square a seed; a cross where it diverged", fontsize=10)
+    return figure
+
+
+def _heat_panel(axis, rows: dict[str, list[dict]], number: str, unit: float, look: dict) -> None:
+    width = max(map(len, rows.values()))
+    field = np.full((len(rows), width), np.nan)
+    for y, group in enumerate(rows.values()):
+        found = [level(cell.get("numbers", {}).get(number)) for cell in group]
+        field[y, : len(group)] = [np.nan if v is None else unit * v for v in found]
+        for x, cell in enumerate(group):
+            if cell.get("numbers", {}).get("stopped"):
+                axis.plot(x, y, "x", color="black", markersize=5)
+        known = field[y][np.isfinite(field[y])]
+        deviation = f" ± {known.std(ddof=1):.1f}" if len(known) > 1 else ""
+        text = f"{known.mean():+.1f}{deviation}" if len(known) else ""
+        errors = dict.fromkeys(c["error"].partition(": ")[2] or c["error"] for c in group if "error" in c)
+        axis.text(width - 0.35, y, text, va="center", fontsize=8.5)
+        axis.text(-0.45, y, "; ".join(errors)[:70], va="center", fontsize=7.5, zorder=3)
+    axis.imshow(np.ma.masked_invalid(field), aspect="auto", **look)
+    axis.set_facecolor("#dddddd")
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.set_xlim(-0.5, width + 2.6)
+    axis.axvspan(width - 0.5, width + 2.6, color="white", zorder=1)
+
+
+def lines(panels: dict[str, dict], *, x: str, y: str, log: str = "") -> Figure:
+    """A panel each, of curves by name (`[(x, y), ...]`); `log` names the logarithmic axes ("x", "y", "xy")."""
+    figure, axes = new_figure(5.2 * len(panels) + 0.5, 3.6, len(panels))
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for place, (name, points) in enumerate(curves.items()):
+            axis.plot(*zip(*points, strict=True), ".-", color=PALETTE[place % len(PALETTE)], label=name)
+        axis.set(xlabel=x, title=title, **({"xscale": "log"} if "x" in log else {}))
+        values = [abs(v) for points in curves.values() for _, v in points if v]
+        if "y" in log and max(values) < 1000 * min(values):
+            log_scale(axis)
+        elif "y" in log:
+            axis.set_yscale("log")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel(y)
+    return figure
+
+
+def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
+    """The first update of each tensor of phi, in sizes of the tensor itself, by optimiser: logarithmic bars."""
+    layers = list(next(iter(found.values())))
+    figure, (axis,) = new_figure(8.5, 1.2 + 0.33 * len(layers))
+    for place, (name, steps) in enumerate(found.items()):
+        sizes = [max(s["update"] / (s["weights"] or 1), 1e-9) for s in steps.values()]
+        y = np.arange(len(layers)) + 0.25 * (place - (len(found) - 1) / 2)
+        axis.plot(sizes, y, "o", color=PALETTE[place % len(PALETTE)], label=name)
+    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="first update, in sizes of what it updates (dotted: as large as itself)")
+    axis.set_yticks(range(len(layers)), layers)
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

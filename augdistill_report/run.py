@@ -21,9 +21,12 @@ import torch
 from augdistill_core import DistillConfig, Distilled, Trajectories
 from augdistill_report.artefacts import Store, as_json, digest, write
 from augdistill_report.data import Split
+from augdistill_report.grid import Grid, as_found
 from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, experts, own_source, trajectories
+from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import ROOT, EvalConfig, Settings, Setup, preset_path, resolve
+from augdistill_report.study import Case, run_cases
 
 CODE = ["augdistill_*.py", "augdistill_report", "notebooks", "pyproject.toml"]
 
@@ -55,7 +58,8 @@ def environment(device: str) -> dict:
 def configuration(settings: Settings) -> str:
     """A digest of all that a number may depend on: settings (not the number of processes), the data's content, code."""
     content = {"dataset": settings.load().fingerprint, "data": None}
-    return digest({"settings": settings.to_dict() | {"workers": None} | content, "source": SOURCE})
+    content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files], "workers": None}
+    return digest({"settings": settings.to_dict() | content, "source": SOURCE})
 
 
 def run_folder(preset: str, out: str = "") -> Path:
@@ -73,46 +77,12 @@ def start_folder(folder: Path, preset: str, settings: Settings) -> None:
         raise ValueError(f"out={str(folder)!r}: cannot be written ({error.strerror or error})") from None
 
 
-def summary(values: list[float]) -> dict:
-    """Mean, standard deviation (n - 1 in the denominator), n, and the values themselves, in their order."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "n": len(values), "values": values}
-
-
-def tenths(history: list[dict]) -> list[float]:
-    """The mean loss over the first and over the last tenth of a run."""
-    tenth = max(1, len(history) // 10)
-    return [float(np.mean([r["loss"] for r in part])) for part in (history[:tenth], history[-tenth:])]
-
-
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing."""
-
-    test: list[float]
-    validation: list[float]
-
-    @property
-    def mean(self) -> float:
-        return summary(self.test)["mean"]
-
-    @property
-    def std(self) -> float:
-        return summary(self.test)["std"]
-
-    def __str__(self):
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
-
-    def __sub__(self, other: "Accuracy") -> dict:
-        """The `summary` of the differences, student by student: each pair shares initialisation and batches."""
-        return summary([a - b for a, b in zip(self.test, other.test, strict=True)])
-
-
 class Run:
     """One notebook's run; made by `open_run`."""
 
-    def __init__(self, notebook: str, settings: Settings, folder: Path):
+    def __init__(self, notebook: str, settings: Settings, folder: Path, store: Path | None = None):
         self.notebook, self.settings, self.folder = notebook, settings, folder
-        self.store = Store(folder / "artefacts")
+        self.store = Store(store or folder / "artefacts")
         self.numbers: dict = {}
         self.figures: list[str] = []
 
@@ -143,7 +113,9 @@ class Run:
         """The experts' trajectories, and each one's validation accuracy by snapshot."""
         jobs = experts(self.settings.part(Setup))
         self._run(jobs, "experts")
-        return trajectories(jobs[0].setup, self.store), [job.stored(self.store)[1]["validation"] for job in jobs]
+        found = trajectories(jobs[0].setup, self.store)
+        scores = [job.stored(self.store)[1]["validation"][: found.theta.shape[1]] for job in jobs]
+        return found, scores
 
     def distillation(self, phi: str, subset: Subset, config: DistillConfig | None = None, **changes) -> Distillation:
         """The job of training `phi` on a subset: by `config` (or this run's settings), then changed."""
@@ -170,6 +142,35 @@ class Run:
         self._run(list(rows.values()), "evaluation")
         return {name: Accuracy(**job.stored(self.store)[1]) for name, job in rows.items()}
 
+    def probe(self, rows: dict) -> dict:
+        """What every `Probe` of the rows found."""
+        self._run(list(rows.values()), "probes")
+        return {name: job.stored(self.store)[1] for name, job in rows.items()}
+
+    def cases(self, cases: dict[str, Case]) -> None:
+        """Train and score every case, unless it is stored; raises what the first one raised that could not be made."""
+        for error in run_cases(list(cases.values()), self.store, self.settings.processes).values():
+            raise error
+
+    def study(self, grid: Grid, short: bool) -> tuple[list[dict], dict[str, list[Case]]]:
+        """What `augdistill sweep` finds in the cells of a grid of `one_phi.ipynb`, made here: `as_found` of each.
+
+        Beside them the cases by row, in the order of their seeds.
+        """
+        changes = {"iterations": self.settings.study_iterations} if self.settings.study_iterations else {}
+        cases = {choice: Case(choice.settings) for choice in grid.choices(self.settings, changes, short)}
+        errors = run_cases(list(cases.values()), self.store, self.settings.processes)
+        rows: dict[str, list[Case]] = {}
+        found = []
+        for choice, case in cases.items():
+            rows.setdefault(choice.row, []).append(case)
+            if case in errors:
+                outcome = {"error": f"{type(errors[case]).__name__}: {errors[case]}"}
+            else:
+                outcome = {"numbers": case.numbers(self.store)}
+            found.append(as_found(choice, outcome))
+        return found, rows
+
     # --- what it leaves -----------------------------------------------------------------------------------------------
 
     def titles(self, split: Split) -> list[str]:
@@ -180,15 +181,19 @@ class Run:
         """Put what the notebook shows into its results: a number, plain JSON values, or an `Accuracy`."""
         self.numbers[name] = summary(value.test) if isinstance(value, Accuracy) else value
 
+    def table(self, markdown: str) -> None:
+        """Show a table."""
+        from IPython.display import Markdown, display
+
+        display(Markdown(markdown))
+
     def figure(self, figure, name: str) -> None:
         """Show a figure once, and keep it as figures/<name>.png (the same bytes for the same picture)."""
         from IPython.display import Image, display
 
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110, metadata={"Software": None})
-        write(self.folder / "figures" / f"{name}.png", picture.getvalue())
+        write(self.folder / "figures" / f"{name}.png", picture(figure))
         self.figures.append(name)
-        display(Image(picture.getvalue(), alt=name.replace("_", " ")))
+        display(Image(picture(figure), alt=name.replace("_", " ")))
 
     def finish(self):
         """Write results/<notebook>.json: the numbers, with the settings and the environment that they come from.
@@ -199,8 +204,8 @@ class Run:
 
         results = {
             "notebook": self.notebook,
-            "settings": self.settings.to_dict() | {"data": ""},  # not where the data lay, which may be private,
-            "fingerprint": self.data.fingerprint,  # but what they held
+            "settings": self.settings.public(),
+            "fingerprint": self.data.fingerprint,
             "configuration": configuration(self.settings),
             "environment": environment(self.settings.device),
             "numbers": self.numbers,
@@ -211,15 +216,11 @@ class Run:
         return Markdown("\n".join([f"| results/{self.notebook}.json | |", "|---|---|", *lines]))
 
 
-def shown(value) -> str:
-    """A result as a person reads it."""
-    if isinstance(value, dict) and "mean" in value:
-        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']})"
-    if isinstance(value, list):
-        return " to ".join(map(shown, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def picture(figure) -> bytes:
+    """A figure as PNG: the same bytes for the same picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def file_name(name: str) -> str:
@@ -228,11 +229,14 @@ def file_name(name: str) -> str:
 
 
 def open_run(notebook: str, parameters: dict) -> Run:
-    """The run of a notebook from its parameters: `preset`, `out`, and every key of `Settings` that is not None."""
+    """The run of a notebook from its parameters: `preset`, `out`, and every key of `Settings` that is not None.
+
+    `store`, a folder of finished work, may be one that several runs share (as those of a sweep do).
+    """
     names = set(Settings.names())
     overrides = {k: v for k, v in parameters.items() if k in names and v is not None}
     settings = resolve(parameters["preset"], overrides)
     folder = run_folder(parameters["preset"], parameters.get("out") or "")
     start_folder(folder, parameters["preset"], settings)
     torch.set_num_threads(settings.threads)
-    return Run(notebook, settings, folder)
+    return Run(notebook, settings, folder, parameters.get("store"))

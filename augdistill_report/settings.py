@@ -5,14 +5,18 @@
 """
 
 import dataclasses
+import hashlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
+import cloudpickle
 import torch
 import yaml
 
 from augdistill_config import Config, knob
-from augdistill_core import PHIS, ConvNet, DistillConfig, ExpertConfig, make_optimizer, make_phi, snapshots_every
+from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer, make_phi, snapshots_every
 from augdistill_report.augmentations import AUGMENTATIONS
 from augdistill_report.data import Dataset, check_name, load_data
 
@@ -74,7 +78,10 @@ class Settings(Setup, DistillConfig, EvalConfig):
     """All of it. What notebooks compare beyond these (rows of a table) stands in the notebooks."""
 
     images_per_class: int = knob(1, "images a class in the base set of notebooks 02 and 03", low=1)
-    phi: str = knob("unet_noise", "the phi of notebooks 03 and 05: any name in PHIS")
+    phi: str = knob("unet_noise", "the phi of notebooks 03 and 05, and of a sweep: any name in PHIS")
+    phis: str = knob("", "Python files that register phis of your own, with commas between")
+    study_iterations: int = knob(0, "outer steps of each phi in the study of notebook 04; 0 = as its grid says", low=0)
+    study_rows: str = knob("short", "which rows of the study notebook 04 shows", choices=("short", "whole"))
     pixel_optimizer: str = knob("SGD", "for the pixels of notebook 02: any of torch.optim")
     pixel_lr: float = knob(100.0, "its step size (MTT: 100 to 1000)", low=0)
     pixel_momentum: float = knob(0.5, "its momentum, where it has one", low=0, high=1)
@@ -87,6 +94,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
     def __post_init__(self):
         super().__post_init__()
         _ = self.fraction_list  # refuses what is not a list of fractions
+        files = (absolute(part.strip()) for part in self.phis.split(","))
+        object.__setattr__(self, "phis", ", ".join(file for file in files if file))
 
     @property
     def fraction_list(self) -> list[float]:
@@ -97,6 +106,28 @@ class Settings(Setup, DistillConfig, EvalConfig):
         if not values or not all(0 < v <= 1 for v in values) or len(set(values)) < len(values):
             raise ValueError(f"fractions={self.fractions!r}: must be different numbers in (0, 1], with commas between")
         return values
+
+    def public(self) -> dict:
+        """The settings as results name them: not where data and files lay on this machine, which may be private."""
+        return self.to_dict() | {"data": "", "phis": ", ".join(path.name for path in self.phi_files)}
+
+    @property
+    def phi_files(self) -> list[Path]:
+        return [Path(part.strip()) for part in self.phis.split(",") if part.strip()]
+
+    def load_phis(self) -> None:
+        """Run the files that register phis of the user's own; a `ValueError` that names one that cannot be run."""
+        for path in self.phi_files:
+            if not path.is_file():
+                raise ValueError(f"phis={str(path)!r}: no such file; must be Python files that register phis")
+            name = f"phis_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:
+                raise ValueError(f"phis={str(path)!r}: {type(error).__name__}: {error}") from error
+            cloudpickle.register_pickle_by_value(module)  # worker processes cannot import it by that name
 
     @property
     def pixel_config(self) -> DistillConfig:
@@ -141,7 +172,9 @@ def resolve(preset: str, overrides: dict | None = None) -> Settings:
         Settings.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Settings.from_dict(values | (overrides or {}))
+    settings = Settings.from_dict(values | (overrides or {}))
+    settings.load_phis()
+    return settings
 
 
 def preflight(settings: Settings) -> None:
@@ -167,12 +200,7 @@ def preflight(settings: Settings) -> None:
             data.subset(settings.seed, fraction=fraction)
         except ValueError as error:
             raise ValueError(f"fractions={settings.fractions!r}: {error}") from None
-    for name in sorted({settings.phi, "unet"}):
-        phi = make_phi(name, base, len(data.classes), settings.seed)
-        if settings.phi == name and getattr(phi, "bound", False):
-            raise ValueError(
-                f"phi={name!r}: is the baseline, bound to its base images; use another of {', '.join(PHIS)}"
-            )
+    make_phi(settings.phi, base, len(data.classes), settings.seed)
     for key, prefix in (("phi", "phi"), ("alpha", "alpha"), ("pixel", "pixel")):
         kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{prefix}_momentum")
         try:

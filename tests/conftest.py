@@ -5,6 +5,8 @@ import contextlib
 import pytest
 import torch
 
+import augdistill_phis
+
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # torch reports some warnings once a process, so which test failed would hang on the order
 
@@ -20,3 +22,12 @@ def rng_untouched():
         assert torch.equal(before, torch.get_rng_state()), "the global random state has changed"
 
     return check
+
+
+@pytest.fixture(scope="module")
+def module_phis():
+    """Phis that a test file registers are forgotten behind it, so that no other file meets them in `PHIS`."""
+    before = dict(augdistill_phis._REGISTRY)
+    yield
+    augdistill_phis._REGISTRY.clear()
+    augdistill_phis._REGISTRY.update(before)

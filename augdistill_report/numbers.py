@@ -1,0 +1,59 @@
+"""Numbers that say how sure they are: means with their deviation and n, and how a person reads them."""
+
+import dataclasses
+
+import numpy as np
+
+
+def summary(values: list[float]) -> dict:
+    """Mean, standard deviation (n - 1 in the denominator), n, and the values themselves, in their order."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "n": len(values), "values": values}
+
+
+def tenths(history: list[dict]) -> list[float]:
+    """The mean loss over the first and over the last tenth of a run."""
+    tenth = max(1, len(history) // 10)
+    return [float(np.mean([r["loss"] for r in part])) for part in (history[:tenth], history[-tenth:])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing."""
+
+    test: list[float]
+    validation: list[float]
+
+    @property
+    def mean(self) -> float:
+        return summary(self.test)["mean"]
+
+    @property
+    def std(self) -> float:
+        return summary(self.test)["std"]
+
+    def __str__(self):
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+
+    def __sub__(self, other: "Accuracy") -> dict:
+        """The `summary` of the differences, student by student: each pair shares initialisation and batches."""
+        return summary([a - b for a, b in zip(self.test, other.test, strict=True)])
+
+
+def shown(value) -> str:
+    """A result as a person reads it."""
+    if value is None or value != value:
+        return "not finite"
+    if isinstance(value, dict) and "mean" in value:
+        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']})"
+    if isinstance(value, list):
+        return " to ".join(map(shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of equal keys as a Markdown table; True is a dot."""
+    cells = [[("●" if v else "") if isinstance(v, bool) else shown(v) for v in row.values()] for row in rows]
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in [list(rows[0]), *cells]]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"

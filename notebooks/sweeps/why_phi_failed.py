@@ -1,0 +1,72 @@
+"""Phis that only the study needs: those of the zoo with one thing taken away. why_phi_failed.yaml names this file."""
+
+import torch
+
+from augdistill_phis import DistNet, Phi, UNet, randn, register_phi
+
+
+@register_phi("distnet2_quiet")
+def quiet(images, classes):
+    """distnet2 without its noise."""
+    return DistNet(images, classes, widths=[6, 12], noise="none")
+
+
+@register_phi("distnet2_bare")
+def bare(images, classes):
+    """distnet2 without the skip from x to the output."""
+    return DistNet(images, classes, widths=[6, 12], skip=False)
+
+
+@register_phi("distnet2_wide")
+def wide(images, classes):
+    """distnet2 with about as many parameters as the U-Net."""
+    return DistNet(images, classes, widths=[48, 96])
+
+
+@register_phi("unet_bare")
+class BareUNet(UNet):
+    """The U-Net with noise, without the skip; its last layer starts at random, since zero would be a blank image."""
+
+    starts_as_identity = False
+
+    def __init__(self, images, classes):
+        super().__init__(images, classes, noise=1)
+        self.last.reset_parameters()
+
+    def forward(self, images, *, generator, **_):
+        return self.residual(images, generator)
+
+
+@register_phi("shake")
+class Shake(Phi):
+    """x plus white noise, of which the size is learned: a phi that can do nothing but be random."""
+
+    stochastic = True
+
+    def __init__(self, images, classes):
+        super().__init__()
+        self.log_size = torch.nn.Parameter(torch.tensor(0.3).log())
+
+    def forward(self, images, *, generator, **_):
+        return images + self.log_size.exp() * randn(images, generator)
+
+
+class Cut(torch.nn.Module):
+    """A phi with the graph cut behind it, as in the student report's first runs."""
+
+    def __init__(self, phi):
+        super().__init__()
+        self.phi = phi
+
+    def forward(self, images, **given):
+        return self.phi(images, **given).detach()
+
+
+@register_phi("distnet2_cut")
+def distnet2_cut(images, classes):
+    return Cut(DistNet(images, classes, widths=[6, 12]))
+
+
+@register_phi("unet_cut")
+def unet_cut(images, classes):
+    return Cut(UNet(images, classes, noise=1))

@@ -1,0 +1,278 @@
+"""A sweep runs every cell of its grid once, says why one failed, goes on where it was, and refuses a wrong grid."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from augdistill_report import gallery, open_run
+from augdistill_report.cli import main
+from augdistill_report.grid import over_seeds, read_grid, table
+from augdistill_report.settings import ROOT, resolve
+
+SWEEPS = ROOT / "notebooks" / "sweeps"
+TINY = {"iterations": 3, "eval_students": 2}
+
+
+def grid_file(folder: Path, **content) -> Path:
+    """A grid over `one_phi.ipynb`, which is copied beside it."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(SWEEPS / "one_phi.ipynb", folder)
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"notebook": "one_phi.ipynb", "preset": "smoke", "set": TINY} | content))
+    return path
+
+
+CUT = """
+import torch
+from augdistill_core import Phi, register_phi
+
+
+@register_phi("cut")
+class Cut(Phi):
+    def __init__(self, images, classes):
+        super().__init__()
+        self.size = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images, **_):
+        return (self.size * images).detach()
+
+
+@register_phi("deadly")
+def deadly(images, classes):
+    import os
+
+    if "JPY_PARENT_PID" in os.environ:  # in the cell's own kernel, not where the sweep is checked
+        os.kill(os.getpid(), 9)
+    return Cut(images, classes)
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, module_phis):
+    """A sweep of two phis that work, one that is refused and one whose kernel dies, at two seeds each."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "grid").mkdir()
+    (folder / "grid" / "own.py").write_text(CUT)
+    rows = {"U-Net": {"phi": "unet"}, "cut": {"phi": "cut"}, "dies": {"phi": "deadly"}, "none": {"phi": "identity"}}
+    path = grid_file(folder / "grid", set=TINY | {"phis": "own.py"}, rows=rows, axes={"seed": [0, 1]}, picture="gain")
+    assert main(["sweep", str(path), "--out", str(folder / "run"), "--set", "workers=2"]) == 0
+    return path, folder / "run", folder / "run" / "sweeps" / "mine"
+
+
+def found(sweep: Path) -> list[dict]:
+    return json.loads((sweep / "mine.json").read_text())["cells"]
+
+
+def test_a_cell_that_fails_is_a_row_that_says_why(swept):
+    _, _, sweep = swept
+    cells = over_seeds(found(sweep))
+    assert list(cells) == ["U-Net", "cut", "dies", "none"] and all(len(group) == 2 for group in cells.values())
+    for name in ("U-Net", "none"):
+        assert all("numbers" in cell and "error" not in cell for cell in cells[name])
+    assert all("no gradient reaches phi (Cut)" in cell["error"] for cell in cells["cut"])
+    assert all("kernel died" in cell["error"] for cell in cells["dies"])
+    text = (sweep / "table.md").read_text()
+    assert re.search(r"\| cut \|.*no gradient reaches phi", text) and re.search(r"\| U-Net \|.*± .*\| 2 \|  \|", text)
+    assert (sweep / "mine.png").read_bytes().startswith(b"\x89PNG")
+    assert (sweep / "cells" / "U-Net__seed_0" / "notebooks" / "one_phi.ipynb").exists()
+    assert (sweep / "cells" / "cut__seed_1" / "notebooks" / "one_phi.failed.ipynb").exists()
+
+
+def test_results_do_not_say_where_files_lie(swept):
+    _, run, sweep = swept
+    text = (sweep / "mine.json").read_text() + "".join(p.read_text() for p in sweep.glob("cells/*/results/*.json"))
+    assert str(run.parent) not in text and '"phis": "own.py"' in text
+
+
+def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path):
+    """`run.study` makes its cells without papermill: other processes, another store, the same numbers."""
+    path, _, sweep = swept
+    run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "study_iterations": 0})
+    cells, cases = run.study(read_grid(path), short=False)
+    expected = {(c["row"], c["point"]["seed"]): c for c in found(sweep) if c["row"] in ("U-Net", "none", "cut")}
+    assert set(cases) == {"U-Net", "cut", "dies", "none"}
+    for cell in cells:
+        other = expected.get((cell["row"], cell["point"]["seed"]))
+        if other:
+            assert cell.get("numbers") == other.get("numbers") and ("error" in cell) == ("error" in other)
+    assert {c["row"] for c in cells if "error" in c} == {"cut", "dies"}
+
+
+def test_a_second_sweep_runs_what_is_missing_and_nothing_else(swept, capsys):
+    path, run, sweep = swept
+    before = {p: p.stat().st_mtime_ns for p in sweep.rglob("*.ipynb") if "failed" not in p.name}
+    assert main(["sweep", str(path), "--out", str(run), "--set", "workers=2"]) == 0
+    assert "8 cells, 4 failed" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    gone = sweep / "cells" / "none__seed_0"
+    shutil.rmtree(gone)
+    for artefact in (run / "artefacts").glob("cell-*"):
+        artefact.unlink()
+    numbers = [cell.get("numbers") for cell in found(sweep)]
+    assert main(["sweep", str(path), "--out", str(run)]) == 0  # one after the other, on what the cells had made
+    assert [cell.get("numbers") for cell in found(sweep)] == numbers and gone.exists()
+
+
+def test_the_identity_s_row_is_its_own_control(swept):
+    cells = over_seeds(found(swept[2]))
+    for cell in cells["none"]:
+        numbers = cell["numbers"]
+        assert numbers["test accuracy"] == numbers["real images"] and numbers["gain"]["mean"] == 0
+        assert numbers["matching loss"] == pytest.approx(numbers["identity at the same alpha"])
+        assert numbers["change of x"] == numbers["spread of draws"] == 0
+    seeds = [[cell["numbers"]["test accuracy"] for cell in group] for group in (cells["none"], cells["U-Net"])]
+    assert seeds[0][0] != seeds[0][1]  # a seed is another experiment
+
+
+def test_a_sweep_is_published_alone_unless_its_code_is_uncommitted(swept, tmp_path):
+    _, run, _ = swept
+    other = tmp_path / "smoke"
+    shutil.copytree(run / "sweeps", other / "sweeps")
+    path = other / "sweeps" / "mine" / "mine.json"
+    for uncommitted in (True, False):
+        result = json.loads(path.read_text())
+        result["environment"] |= {"uncommitted": uncommitted, "commit": "0" * 40}
+        path.write_text(json.dumps(result))
+        if uncommitted:
+            with pytest.raises(ValueError, match="mine was swept with uncommitted code"):
+                gallery.publish_sweeps("smoke", str(other), tmp_path / "gallery")
+    target = gallery.publish_sweeps("smoke", str(other), tmp_path / "gallery")
+    assert sorted(p.name for p in target.iterdir()) == ["mine.json", "mine.png"]
+    with pytest.raises(ValueError, match="holds no sweep"):
+        gallery.publish_sweeps("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
+
+
+def test_any_notebook_can_be_swept(tmp_path):
+    path = grid_file(
+        tmp_path / "grid", notebook="01_expert_trajectories.ipynb", axes={"expert_lr": [0.01, 0.1]}, set={}
+    )
+    assert main(["sweep", str(path), "--out", str(tmp_path / "run")]) == 0
+    cells = found(tmp_path / "run" / "sweeps" / "mine")
+    assert [cell["point"] for cell in cells] == [{"expert_lr": 0.01}, {"expert_lr": 0.1}]
+    assert [cell["settings"]["expert_lr"] for cell in cells] == [0.01, 0.1]
+    assert cells[0]["numbers"] != cells[1]["numbers"]
+
+
+def test_a_sweep_of_which_every_cell_fails_says_so(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise RuntimeError('ill | here')")])
+    notebook.metadata["language_info"] = {"name": "python"}
+    path = grid_file(tmp_path / "grid", notebook="ill.ipynb", axes={"seed": [0]})
+    nbformat.write(notebook, tmp_path / "grid" / "ill.ipynb")
+    assert main(["sweep", str(path), "--out", str(tmp_path / "run")]) == 1
+    assert "RuntimeError: ill / here" in (tmp_path / "run" / "sweeps" / "mine" / "table.md").read_text()
+
+
+def test_short_keeps_the_rows_that_the_grid_names_and_set_changes_all(tmp_path):
+    rows = {"a": {"phi": "unet"}, "b": {"phi": "identity"}, "c": {"iterations": 7}}
+    grid = read_grid(grid_file(tmp_path, rows=rows, axes={"seed": [3, 4], "width": [4, 8]}, short=["c", "a"]))
+    choices = grid.choices(resolve("smoke"), {"syn_steps": "2"}, short=True)
+    assert [c.row for c in choices] == ["c"] * 4 + ["a"] * 4
+    assert [(c.settings.seed, c.settings.width) for c in choices[:4]] == [(3, 4), (3, 8), (4, 4), (4, 8)]
+    assert {c.settings.syn_steps for c in choices} == {2}
+    assert [c.settings.iterations for c in choices] == [7] * 4 + [3] * 4  # a row's own is what the row is about
+    assert {c.row for c in grid.choices(resolve("smoke"), only=["b"])} == {"b"}
+    with pytest.raises(ValueError, match=r"row 'd': is none of .*must be among a, b, c"):
+        grid.choices(resolve("smoke"), only=["b", "d"])
+    assert len({c.name for c in choices}) == 8 and len(grid.choices(resolve("smoke"))) == 12
+
+
+def test_a_table_groups_seeds_and_shows_means():
+    def cell(row, seed, **outcome):
+        return {"row": row, "point": {"seed": seed, "width": 8}} | outcome
+
+    numbers = [{"score": {"mean": m, "std": 0.0, "n": 2, "values": [m, m]}, "note": "x"} for m in (0.2, 0.4)]
+    text = table([cell("a", k, numbers=n) for k, n in enumerate(numbers)] + [cell("b", 0, error="no\nway")])
+    assert "| a, width 8 | 0.3 ± 0.14 | 2 |  |" in text and "| b, width 8 |  | 0 | no way |" in text
+    assert "note" not in text
+
+
+ROW = {"a": {"phi": "unet"}}
+BAD = {
+    "no rows": (dict(), "neither rows nor axes"),
+    "unknown key": (dict(rows=ROW, axis={"seed": [1]}), "unknown key 'axis': must be one of notebook, preset"),
+    "unknown setting in a row": (dict(rows={"a": {"phy": 1}}), "unknown setting 'phy'"),
+    "unknown setting as an axis": (dict(axes={"sead": [1]}), "unknown setting 'sead'"),
+    "unknown setting in set": (dict(rows=ROW, set={"sett": 1}), "unknown setting 'sett'"),
+    "workers": (dict(rows=ROW, set={"workers": 1}), "unknown setting 'workers'"),
+    "empty axis": (dict(axes={"seed": []}), "axes=.*at least one value"),
+    "axis of one value": (dict(axes={"seed": 3}), "axes=.*at least one value"),
+    "twice the same": (dict(axes={"seed": [1, 1]}), "must be different"),
+    "row that is a list": (dict(rows={"a": [1]}), "rows=.*must be settings by name"),
+    "wrong value": (dict(rows={"a": {"phi_lr": "fast"}}), "row 'a': phi_lr='fast'"),
+    "wrong phi": (dict(rows={"a": {"phi": "nonesuch"}}), "a: unknown phi 'nonesuch'"),
+    "short that is no row": (dict(rows=ROW, short=["b"]), "short: 'b' is no row"),
+    "no notebook": (dict(rows=ROW, notebook="nowhere.ipynb"), "notebook='nowhere.ipynb'"),
+    "preset": (dict(rows=ROW, preset="digit"), "preset='digit'"),
+    "file of phis": (dict(rows=ROW, set={"phis": "nowhere.py"}), "phis=.*nowhere.py.*no such file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_grid_is_refused_by_name_before_anything_runs(case, tmp_path, capsys):
+    content, message = BAD[case]
+    path = grid_file(tmp_path / "grid", **content)
+    assert main(["sweep", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+def test_other_wrong_arguments(tmp_path, capsys):
+    path = grid_file(tmp_path / "grid", axes={"seed": [0]})
+    for arguments, message in (
+        ([str(tmp_path / "nowhere.yaml")], "nowhere.yaml: no such file"),
+        ([str(path), "--set", "seed=3"], "seed: is an axis"),
+        ([str(path), "--set", "sed=3"], "unknown key 'sed'"),
+        ([str(path), "--preset", "smok"], "preset='smok'"),
+    ):
+        assert main(["sweep", *arguments, "--out", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+    for text in ("- a", "a: [", "\xff"):
+        path.write_bytes(text.encode("latin1"))
+        assert main(["sweep", str(path)]) == 2
+
+
+def test_the_study_is_such_a_grid():
+    """Every row of the committed study can be run on every preset that is named for it."""
+    grid = read_grid(SWEEPS / "why_phi_failed.yaml")
+    choices = grid.choices(resolve("digits"))
+    assert len(choices) == 3 * len(grid.rows) and {c.settings.seed for c in choices} == {0, 1, 2}
+    assert len({json.dumps(c.settings.to_dict()) for c in choices}) == len(choices)  # no row says what another says
+    assert set(grid.short) < set(grid.rows)
+    for preset in ("smoke", "fashion", "cifar10-small"):
+        assert len(grid.choices(resolve(preset), {"iterations": 5}, short=True)) == 3 * len(grid.short)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_the_cells_that_were_finished_and_leaves_no_process_behind(tmp_path, how):
+    from test_report import processes_of
+
+    path = grid_file(tmp_path / "grid", rows={"quick": {}, "slow": {"syn_steps": 9999}}, axes={"seed": [0, 1]})
+    command = [sys.executable, "-c", "import sys; from augdistill_report.cli import main; sys.exit(main())", "sweep"]
+    process = subprocess.Popen(
+        [*command, str(path), "--out", str(tmp_path / "run"), "--set", "workers=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OF_THIS_TEST": str(tmp_path)},
+    )
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "run").glob("artefacts/cell-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, how)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "stopped" in error, error
+    deadline = time.monotonic() + 20
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+    assert len(list((tmp_path / "run").glob("artefacts/cell-*.safetensors"))) == 2
