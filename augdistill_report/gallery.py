@@ -1,4 +1,4 @@
-"""`augdistill figures`: publish a finished run's pictures and numbers to figures/<preset>, on purpose.
+"""`augdistill figures`: publish a finished run's (or only its sweeps') pictures and numbers to figures/<preset>.
 
 The same run gives the same bytes. A run of uncommitted code is refused: its numbers could not be made again.
 """
@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 
 from augdistill_report.artefacts import as_json, write
+from augdistill_report.grid import read_grid
 from augdistill_report.html import finished
-from augdistill_report.run import configuration, run_folder, shown
+from augdistill_report.numbers import shown
+from augdistill_report.run import configuration, run_folder
 from augdistill_report.runner import notebooks
-from augdistill_report.settings import ROOT, Settings, preset_path
+from augdistill_report.settings import NOTEBOOKS, ROOT, Settings, preset_path
+from augdistill_report.study import points, values
 
 
 def publish(preset: str, out: str = "", gallery: Path | None = None) -> Path:
@@ -35,10 +38,54 @@ def publish(preset: str, out: str = "", gallery: Path | None = None) -> Path:
         write(target / f"{name}.json", as_json(result))
         for figure in result["figures"]:
             write(target / f"{figure}.png", (folder / "figures" / f"{figure}.png").read_bytes())
+    if any(folder.glob("sweeps/*/*.json")):
+        publish_sweeps(preset, out, gallery)
     if gallery is None:
         readme = ROOT / "README.md"
         write(readme, fill(readme.read_text(encoding="utf-8"), target.name, ours))
     return target
+
+
+def publish_sweeps(preset: str, out: str = "", gallery: Path | None = None) -> Path:
+    """Copy the JSON and the picture of every sweep in a run's folder; a `ValueError` if there is none."""
+    folder, target = run_folder(preset, out), (gallery or ROOT / "figures") / preset_path(preset).stem
+    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("sweeps/*/*.json"))}
+    if not found:
+        raise ValueError(f"{folder} holds no sweep: make one first (augdistill sweep GRID.yaml --preset {preset})")
+    for path, result in found.items():
+        if result["environment"]["uncommitted"] or not result["environment"]["commit"]:
+            raise ValueError(f"{path.stem} was swept with uncommitted code: commit, sweep again, then publish")
+    for path in found:
+        for file in (path, path.with_suffix(".png")):
+            write(target / file.name, file.read_bytes())
+    if gallery is None:
+        readme = ROOT / "README.md"
+        write(readme, fill_study(readme.read_text(encoding="utf-8"), target.parent))
+    return target
+
+
+STUDY = "why_phi_failed"
+
+
+def study_table(gallery: Path) -> str:
+    """README's table of the study: what phi adds to the accuracy, by row (those of its short form) and data set."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(gallery.glob(f"*/{STUDY}.json"))}
+    if not found:
+        return ""
+    sets = sorted(found, key=lambda name: (name != "digits", name != "fashion", name))
+    lines = ["| gain over the real images | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
+    for row in read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short:
+        gains = [values(found[name]["cells"], row, "gain") for name in sets]
+        ran = [any(cell["row"] == row for cell in found[name]["cells"]) for name in sets]
+        shown = [points(g) if g else "refused" if r else "not run" for g, r in zip(gains, ran, strict=True)]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def fill_study(text: str, gallery: Path) -> str:
+    """`text` with what stands between `<!-- study -->` and `<!-- /study -->` replaced by the study's table."""
+    pattern = r"(<!-- study -->\n).*?(<!-- /study -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}\n{study_table(gallery)}\n\n{m[2]}", text, flags=re.DOTALL)
 
 
 def table(results: dict[str, dict]) -> str:

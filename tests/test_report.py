@@ -129,6 +129,7 @@ BAD = {
     "data set": (["--set", "dataset=cats"], "dataset='cats'.*digits.*folder:PATH"),
     "data folder": (["--set", "dataset=folder:/nowhere"], "dataset='folder:/nowhere'.*no such folder"),
     "data root": (["--set", "dataset=mnist", "--set", "data=/nowhere"], "data='/nowhere'.*no such folder"),
+    "phis": (["--set", "phis=nowhere.py"], "phis='.*nowhere.py': no such file"),
     "optimizer": (["--set", "phi_optimizer=Adamm"], "phi_optimizer='Adamm'"),
     "momentum": (["--set", "phi_momentum=0.5"], "phi_optimizer='Adam'.*momentum"),
     "too many images": (["--set", "images_per_class=1000"], "images_per_class=1000: too many .*124 training images"),
@@ -195,7 +196,7 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_
         "--out",
         str(out),
         "--only",
-        "01,02",
+        "02",
         "--set",
         "syn_steps=9999",
         "--set",
@@ -297,13 +298,48 @@ def test_readme_shows_the_published_numbers():
     published = {n: json.loads((ROOT / "figures" / "digits" / f"{n}.json").read_text()) for n in NAMES}
     assert "<!-- results: digits -->" in readme
     assert gallery.fill(readme, "digits", published) == readme
+    assert "<!-- study -->" in readme
+    assert gallery.fill_study(readme, ROOT / "figures") == readme
+
+
+def readme_s_phi() -> str:
+    """The phi that README adds in ten lines."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (mine,) = (block for block in blocks if "@register_phi" in block)
+    return mine
+
+
+def test_every_notebook_takes_a_phi_from_a_file_by_name(smoke, tmp_path):
+    (tmp_path / "own.py").write_text(readme_s_phi())
+    out, own = tmp_path / "out", ["--set", f"phis={tmp_path / 'own.py'}", "--set", "phi=brightness"]
+    arguments = ["report", "--preset", "smoke", "--out", str(out), *own, "--set", "workers=2"]
+    assert main([*arguments, "--only", "03,04,05"]) == 0
+    found = {p.stem: json.loads(p.read_text()) for p in (out / "results").iterdir()}
+    assert "brightness" in found["03_phi_distillation"]["numbers"]
+    assert "brightness" in [row["phi"] for row in found["04_why_phi_failed"]["numbers"]["zoo"]]
+    assert any(name.startswith("brightness, ") for name in found["05_subset_evaluation"]["numbers"])
+    for result in found.values():
+        assert result["settings"]["phis"] == "own.py"  # and not where it lies
+        assert str(tmp_path) not in json.dumps(result)
+    # what it says is part of what results depend on
+    before = found["03_phi_distillation"]["configuration"]
+    (tmp_path / "own.py").write_text(readme_s_phi() + "\n# another\n")
+    changed = settings.resolve("smoke", {"phis": str(tmp_path / "own.py"), "phi": "brightness"})
+    assert runner.configuration(changed) != before
+
+
+def test_a_file_of_phis_that_cannot_be_run_is_named(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("import nowhere_at_all\n")
+    assert (
+        main(["report", "--preset", "smoke", "--set", f"phis={tmp_path / 'own.py'}", "--out", str(tmp_path / "o")]) == 2
+    )
+    assert re.search("phis=.*own.py.*ModuleNotFoundError: No module named 'nowhere_at_all'", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("module", [False, True], ids=["in the script", "in a module of its own"])
 def test_readme_s_own_phi_runs_in_worker_processes(tmp_path, module):
     """The phi that README adds in ten lines is taken by name, also by processes that take several jobs of it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (mine,) = (block for block in blocks if "@register_phi" in block)
+    mine = readme_s_phi()
     assert len([line for line in mine.splitlines() if line.strip()]) <= 10
     script = tmp_path / "script.py"
     (tmp_path / "own_phi.py").write_text(mine)
