@@ -40,6 +40,7 @@ from augdistill_student import (  # noqa: F401 (section 1: offered here too)
     initial_parameters,
     logits_of,
     sgd,
+    sgd_together,
     unflatten,
 )
 from augdistill_unroll import MEMORY, choose_memory, matching_loss, unroll
@@ -155,33 +156,85 @@ def train_expert(
     `expert_minutes` run out, the way ends with the last snapshot of the epoch under way (how many, no seed decides).
     """
     check_images(student, images, labels)
-    every, snapshots = snapshots_every(len(images), config)
-    epoch = -(-len(images) // config.expert_batch)
-    deadline = time.monotonic() + 60 * config.expert_minutes if config.expert_minutes else math.inf
+    start, batches = expert_start(student, images, labels, config, seed, expert, augment)
+    steps = sgd(student, start, batches, config.expert_lr, config.expert_momentum, config.expert_decay)
+
+    def read(model: nn.Module) -> Tensor:
+        return flatten(model.parameters()).detach()
+
+    return collect(start, steps, read, len(images), config, on_snapshot)
+
+
+def train_together(
+    student: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: ExpertConfig,
+    seed: int,
+    experts: Sequence[int],
+    *,
+    augment: Callable | None = None,
+    on_snapshot: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The ways `[E, snapshots, P]` of the experts of these numbers, all trained at once, as many as memory holds.
+
+    Each is what `train_expert` makes of its number, to rounding: its own start, batches and draws. For a GPU, which one
+    expert of the recipe leaves idle; on a CPU one process a core is faster. `on_snapshot` is told the losses `[E]`;
+    `expert_minutes` counts for all of them together.
+    """
+    check_images(student, images, labels)
+    own = [expert_start(student, images, labels, config, seed, k, augment) for k in experts]
+    start = torch.stack([theta for theta, _ in own])
+    batches = zip(*(batches for _, batches in own), strict=True)
+    steps = sgd_together(student, start, batches, config.expert_lr, config.expert_momentum, config.expert_decay)
+    return collect(start, steps, Tensor.clone, len(images), config, on_snapshot).transpose(0, 1).contiguous()
+
+
+def expert_start(
+    student, images, labels, config: ExpertConfig, seed: int, expert: int, augment
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+    """Where an expert starts `[P]`, and its batches without end."""
     generator = seeded(seed, "expert", expert)
     start = initial_parameters(student, generator).to(images)
     batches = (
         (augmented(augment, images[i], labels[i], i, generator), labels[i])
         for i in minibatches(len(images), config.expert_batch, generator)
     )
-    steps = sgd(student, start, batches, config.expert_lr, config.expert_momentum, config.expert_decay)
+    return start, batches
+
+
+def collect(
+    start: Tensor, steps: Iterator, read: Callable, count: int, config: ExpertConfig, on_snapshot: Callable | None
+) -> Tensor:
+    """Snapshots of a training on `count` images, stacked: `steps` yield what `read` copies theta from, and a loss."""
+    every, snapshots = snapshots_every(count, config)
+    epoch = -(-count // config.expert_batch)
+    deadline = time.monotonic() + 60 * config.expert_minutes if config.expert_minutes else math.inf
     way, losses = [start], []
-    for step, (model, loss) in enumerate(itertools.islice(steps, snapshots * every), 1):
+    for step, (state, loss) in enumerate(itertools.islice(steps, snapshots * every), 1):
         losses.append(loss)
         if step % every == 0:
-            way.append(flatten(model.parameters()).detach())
+            way.append(read(state))
             if on_snapshot is not None:
-                on_snapshot(step // every, float(torch.stack(losses).mean()))
+                mean = torch.stack(losses).mean(0)
+                on_snapshot(step // every, mean if mean.ndim else float(mean))
             losses.clear()
         if step % epoch == 0 and len(way) > 1 and time.monotonic() > deadline:
             break
     return torch.stack(way)
 
 
-def train_experts(student: nn.Module, images: Tensor, labels: Tensor, config: ExpertConfig, seed: int, **options):
-    """`Trajectories` of `config.experts` experts, one after the other; the options are those of `train_expert`."""
-    ways = [train_expert(student, images, labels, config, seed, k, **options) for k in range(config.experts)]
-    return Trajectories.of(student, ways)
+def train_experts(
+    student: nn.Module, images: Tensor, labels: Tensor, config: ExpertConfig, seed: int, **options
+) -> Trajectories:
+    """`Trajectories` of `config.experts` experts: all at once on a GPU, one after the other on a CPU.
+
+    The options are those of `train_expert` and `train_together`.
+    """
+    arguments, experts = (student, images, labels, config, seed), range(config.experts)
+    if images.is_cuda:
+        return Trajectories(student, train_together(*arguments, experts, **options))
+    return Trajectories.of(student, [train_expert(*arguments, k, **options) for k in experts])
 
 
 # ======================================================================================================================

@@ -157,6 +157,52 @@ def sgd(
         yield model, loss.detach()
 
 
+def sgd_together(
+    student: nn.Module,
+    start: Tensor,
+    batches: Iterable[Sequence[tuple[Tensor, Tensor]]],
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`sgd` for E students at once, from `start` `[E, P]`; after each step yield all of theta `[E, P]` and E losses.
+
+    Each element of `batches` holds E pairs of equal shapes. Where memory does not hold all of them, parts of them
+    follow each other.
+    """
+
+    def loss(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(student, unflatten(student, theta), images), labels)
+
+    slope, part = torch.func.grad_and_value(loss), len(start)
+    theta, velocity, decay = start, None, None
+    for pairs in batches:
+        images, labels = map(torch.stack, zip(*pairs, strict=True))
+        gradient = None
+        while gradient is None:
+            try:
+                gradient, losses = torch.vmap(slope, chunk_size=part)(theta, images, labels)
+            except torch.OutOfMemoryError:
+                if part == 1:
+                    raise
+                part = -(-part // 2)
+        if decay is None:
+            decay = weight_decay * used(student, theta[0], images[0], labels[0])
+        gradient = gradient + decay * theta
+        velocity = gradient if velocity is None else momentum * velocity + gradient
+        theta = theta - lr * velocity
+        yield theta, losses
+
+
+def used(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """`[P]`: 1 for what the loss depends on, 0 for the rest, which torch's SGD leaves alone, its decay included."""
+    with torch.enable_grad():
+        pieces = [p.detach().requires_grad_() for p in unflatten(student, theta)]
+        loss = F.cross_entropy(logits_of(student, pieces, images), labels)
+        found = torch.autograd.grad(loss, pieces, allow_unused=True)
+    return flatten(torch.full_like(p.detach(), g is not None) for p, g in zip(pieces, found, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Instance norm, ReLU and 2x2 average pooling as one operation
 #

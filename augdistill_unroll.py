@@ -47,7 +47,8 @@ def unroll(
         batches, labels: N tensors `[B, C, H, W]` and `[B]`; step n is taken on batch n (Algorithm 1, line 12).
         memory: "graph" keeps the whole graph, which grows with N. "replay" walks back with one Hessian-vector product a
             step, and cannot be differentiated twice. "compiled" is replay under torch.compile: the first steps of each
-            shape take a minute, and it needs a C++ compiler.
+            shape take a minute, and it needs a C++ compiler. "auto" keeps the graph if it fits (`choose_memory`), which
+            costs a step to find out; a phi in front of the batches wants the choice made before it is drawn.
         keep: how many of theta_0 .. theta_N replay may hold at once. With fewer than N it keeps every k-th, and takes
             the steps between them a second time on the way back: the same bits for up to a gradient a step more. 0
             keeps them all.
@@ -57,11 +58,13 @@ def unroll(
     if len(batches) != len(labels):
         raise ValueError(f"{len(batches)} batches and {len(labels)} label vectors: must be as many")
     check_student(student)
-    if memory not in MEMORY:
-        raise ValueError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}")
+    if memory not in (*MEMORY, "auto"):
+        raise ValueError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}, auto")
     if keep < 0:
         raise ValueError(f"keep={keep}: must be at least 1, or 0 for all parameters on the way")
     alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
+    if batches and torch.is_grad_enabled():
+        memory = choose_memory(memory, student, batches[0], labels[0], len(batches))
     if memory in STEPS:
         return _Replay.apply(STEPS[memory](student), stride(len(batches), keep), labels, start, alpha, *batches)
     if not torch.is_grad_enabled():

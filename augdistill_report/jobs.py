@@ -23,6 +23,7 @@ from augdistill_core import (
     make_phi,
     snapshots_every,
     train_expert,
+    train_together,
 )
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation
@@ -92,23 +93,54 @@ class Expert(Job):
         return spec | {"setup": spec["setup"] | {"experts": None, "augment": None}}
 
     def work(self, store, tick):
-        train, student, losses = self.data.train, self.student(), []
-        snapshots = snapshots_every(len(train), self.setup)[1]
+        losses = []
+        theta = trained(self.setup, train_expert, self.expert, losses, tick)
+        return self.scored(theta, losses)
 
-        def on_snapshot(snapshot, loss):
-            losses.append(loss)
-            tick(snapshot, snapshots)
-
-        augment = augmentation(self.setup.expert_augment, self.setup.dataset)
-        # all of it as floats while this expert trains (CIFAR-10: 550 MB), since the core takes tensors of floats
-        arguments = (student, train.images, train.labels, self.setup, self.setup.seed, self.expert)
-        theta = train_expert(*arguments, augment=augment, on_snapshot=on_snapshot)
+    def scored(self, theta: torch.Tensor, losses: list[float]) -> tuple[dict, dict]:
+        """What is kept of a way `[snapshots, P]`."""
+        student = self.student()
         scores = [accuracy(student, t, self.data.validation) for t in theta]
         return {"theta": theta}, {"loss": losses, "validation": scores}
 
 
+@dataclasses.dataclass(frozen=True)
+class Together(Job):
+    """All of a set-up's experts that the store lacks, trained at once; each is stored as if it had been made alone."""
+
+    kind = "experts"
+
+    def work(self, store, tick):
+        missing, losses = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())], []
+        if missing:
+            ways = trained(self.setup, train_together, [job.expert for job in missing], losses, tick)
+            losses = torch.stack(losses, 1).tolist()
+            for job, *found in zip(missing, ways, losses, strict=True):
+                store.save(job.kind, job.spec(), *job.scored(*found))
+        return {}, {"made": [job.expert for job in missing]}
+
+
+def trained(setup: Setup, how: Callable, which, losses: list, tick: Tick) -> torch.Tensor:
+    """The experts `which` by `how` (one of the core's two ways), and their losses by snapshot."""
+    data = setup.load()
+    images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
+
+    def on_snapshot(snapshot, loss):
+        losses.append(loss)
+        tick(snapshot, snapshots)
+
+    # all of it as floats meanwhile (CIFAR-10: 550 MB), since the core takes tensors of floats
+    arguments = (setup.student(data).to(setup.device), images, data.train.labels, setup, setup.seed, which)
+    return how(*arguments, augment=augmentation(setup.expert_augment, setup.dataset), on_snapshot=on_snapshot)
+
+
 def experts(setup: Setup) -> list[Expert]:
     return [Expert(setup, k) for k in range(setup.experts)]
+
+
+def to_train(setup: Setup) -> list[Job]:
+    """The jobs that make a set-up's experts: all at once on a GPU, one a process on a CPU."""
+    return [Together(setup)] if setup.device == "cuda" else experts(setup)
 
 
 def trajectories(setup: Setup, store: Store) -> Trajectories:

@@ -22,7 +22,7 @@ from augdistill_core import DistillConfig, Distilled, Trajectories
 from augdistill_report.artefacts import Store, as_json, digest, write
 from augdistill_report.data import Split
 from augdistill_report.grid import Grid, as_found
-from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, experts, own_source, trajectories
+from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, experts, own_source, to_train, trajectories
 from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import ROOT, EvalConfig, Settings, Setup, preset_path, resolve
@@ -111,9 +111,9 @@ class Run:
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
         """The experts' trajectories, and each one's validation accuracy by snapshot."""
-        jobs = experts(self.settings.part(Setup))
-        self._run(jobs, "experts")
-        found = trajectories(jobs[0].setup, self.store)
+        setup = self.settings.part(Setup)
+        self._run(to_train(setup), "experts")
+        found, jobs = trajectories(setup, self.store), experts(setup)
         scores = [job.stored(self.store)[1]["validation"][: found.theta.shape[1]] for job in jobs]
         return found, scores
 

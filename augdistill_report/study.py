@@ -12,7 +12,7 @@ import numpy as np
 from augdistill_core import DistillConfig
 from augdistill_report.artefacts import Store
 from augdistill_report.grid import level, over_seeds
-from augdistill_report.jobs import Distillation, Evaluation, Probe, Subset, experts, own_source
+from augdistill_report.jobs import Distillation, Evaluation, Probe, Subset, own_source, to_train
 from augdistill_report.numbers import Accuracy, summary, tenths
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import EvalConfig, Settings, Setup
@@ -75,7 +75,7 @@ def run_cases(cases: list[Case], store: Store, workers: int) -> dict[Case, Excep
     """Make what the cases lack; returns the errors of those that could not be made."""
     failures: dict = {}
     worlds = {case.settings.part(Setup): None for case in cases}
-    run_jobs([job for setup in worlds for job in experts(setup)], store, workers, Progress("experts"))
+    run_jobs([job for setup in worlds for job in to_train(setup)], store, workers, Progress("experts"))
     run_jobs([case.distilled for case in cases], store, workers, Progress("distillation"), failures)
     errors = {case: failures[case.distilled] for case in cases if case.distilled in failures}
     scored = [case for case in cases if case not in errors]

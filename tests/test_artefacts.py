@@ -1,11 +1,14 @@
 """Stored results are whole or not there, and a damaged or foreign file is named, never half read."""
 
+import dataclasses
 import pickle
 
 import pytest
 import torch
 
+from augdistill_report import jobs
 from augdistill_report.artefacts import Store, digest, write
+from augdistill_report.settings import Setup
 
 SPEC = {"a": 1, "b": [0.1, None, "x"]}
 TENSORS = {"theta": torch.arange(1000.0).view(10, 100), "n": torch.tensor(3)}
@@ -63,3 +66,22 @@ def test_a_write_that_dies_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypa
         write(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_experts_made_together_are_stored_as_if_each_had_been_made_alone(tmp_path):
+    setup = Setup(size=8, width=4, depth=1, experts=3, epochs=2, expert_augment="dsa")
+    together, alone = Store(tmp_path / "together"), Store(tmp_path / "alone")
+    jobs.experts(setup)[1].run(together)  # one is there already
+    before = together.path("expert", jobs.Expert(setup, 1).spec()).stat().st_mtime_ns
+    jobs.Together(setup).run(together)
+    assert jobs.Together(setup).stored(together)[1] == {"made": [0, 2]}
+    assert together.path("expert", jobs.Expert(setup, 1).spec()).stat().st_mtime_ns == before
+    for job in jobs.experts(setup):
+        assert together.has(job.kind, job.spec())
+        (tensors, meta), (other, other_meta) = job.stored(together), job.stored(alone)
+        torch.testing.assert_close(tensors["theta"], other["theta"], rtol=1e-3, atol=1e-4)  # float32
+        assert meta["loss"] == pytest.approx(other_meta["loss"], rel=1e-4) and len(meta["validation"]) == 3
+    assert jobs.to_train(setup) == jobs.experts(setup)
+    assert jobs.to_train(dataclasses.replace(setup, device="cuda")) == [
+        jobs.Together(dataclasses.replace(setup, device="cuda"))
+    ]

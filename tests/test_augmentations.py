@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from augdistill_core import PHIS, ConvNet, DistillConfig, Trajectories, distill, initial_parameters, make_phi, seeded
 from augdistill_report import augmentations, jobs
+from augdistill_report.artefacts import Store
 from augdistill_report.augmentations import AUGMENTATIONS, DSA, OPERATIONS, RandomAffine, augmentation
 from augdistill_report.data import load
 from augdistill_report.evaluation import evaluate, train_student
@@ -391,9 +392,15 @@ class Caught(Exception):
 
 
 @pytest.mark.parametrize(
-    "key, function", [("expert_augment", "train_expert"), ("augment", "distill"), ("eval_augment", "evaluate")]
+    "key, function",
+    [
+        ("expert_augment", "train_expert"),
+        ("expert_augment", "train_together"),
+        ("augment", "distill"),
+        ("eval_augment", "evaluate"),
+    ],
 )
-def test_every_job_takes_its_own_augmentation_and_no_other(key, function, monkeypatch):
+def test_every_job_takes_its_own_augmentation_and_no_other(key, function, monkeypatch, tmp_path):
     def catch(*_, augment, **__):
         raise Caught(augment)
 
@@ -406,11 +413,12 @@ def test_every_job_takes_its_own_augmentation_and_no_other(key, function, monkey
         setup = settings.part(Setup)
         job = {
             "train_expert": jobs.Expert(setup, 0),
+            "train_together": jobs.Together(setup),
             "distill": jobs.Distillation(setup, "unet", subset, settings.part(DistillConfig)),
             "evaluate": jobs.Evaluation(setup, subset, settings.part(EvalConfig)),
         }[function]
         with pytest.raises(Caught) as caught:
-            job.work(None, lambda done, total: None)
+            job.work(Store(tmp_path), lambda done, total: None)
         assert caught.value.args[0] == augmentation(chosen, "digits")
 
 

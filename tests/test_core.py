@@ -31,10 +31,12 @@ from augdistill_core import (
     sgd,
     train_expert,
     train_experts,
+    train_together,
     unflatten,
     unroll,
 )
 from augdistill_phis import randn
+from augdistill_report.augmentations import DSA
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Students and data of these tests: 8x8 images with one channel, three classes
@@ -345,6 +347,43 @@ def test_a_time_budget_stops_an_expert_at_the_end_of_an_epoch(snapshot_steps, le
     for minutes, length in ((1e-9, left), (60, len(whole))):
         cut = train_expert(built(mlp), *toy(10), experts_config(**options, expert_minutes=minutes), 0, 0)
         assert torch.equal(cut, whole[:length])
+
+
+@pytest.mark.parametrize("options", [{}, dict(expert_momentum=0.9, expert_decay=0.01, snapshot_steps=2)], ids=str)
+@pytest.mark.parametrize("build", STUDENTS.values(), ids=STUDENTS)
+def test_experts_trained_together_are_those_trained_alone(build, options):
+    student, config, reports = built(build), experts_config(**options), []
+    ways = train_together(
+        student, *toy(10), config, 3, [4, 0, 1], augment=DSA(), on_snapshot=lambda *a: reports.append(a)
+    )
+    for k, way, column in zip((4, 0, 1), ways, range(3), strict=True):
+        alone = []
+        expected = train_expert(
+            student, *toy(10), config, 3, k, augment=DSA(), on_snapshot=lambda *a, to=alone: to.append(a)
+        )
+        torch.testing.assert_close(way, expected, rtol=1e-9, atol=1e-12)
+        assert [n for n, _ in reports] == [n for n, _ in alone]
+        assert [float(losses[column]) for _, losses in reports] == pytest.approx([loss for _, loss in alone], rel=1e-9)
+
+
+def test_experts_of_which_not_all_fit_are_trained_in_parts(monkeypatch):
+    student, parts, vmap = built(mlp), [], torch.vmap
+    whole = train_together(student, *toy(10), experts_config(), 0, range(5))
+
+    def small(function, chunk_size):
+        parts.append(chunk_size)
+        if chunk_size > 2:
+            raise torch.OutOfMemoryError("no room")
+        return vmap(function, chunk_size=chunk_size)
+
+    monkeypatch.setattr(torch, "vmap", small)
+    torch.testing.assert_close(
+        train_together(student, *toy(10), experts_config(), 0, range(5)), whole, rtol=1e-12, atol=0
+    )
+    assert parts[:3] == [5, 3, 2] and set(parts[3:]) == {2}  # found once, kept
+    monkeypatch.setattr(torch, "vmap", lambda function, chunk_size: small(function, 9))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_together(student, *toy(10), experts_config(), 0, range(2))
 
 
 def test_experts_of_different_lengths_are_cut_to_the_shortest():

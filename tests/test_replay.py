@@ -222,10 +222,15 @@ def test_auto_keeps_the_graph_while_it_fits(monkeypatch):
     student = built(STUDENTS["convnet"])
     start = initial_parameters(student, 0)
     one = saved_bytes(lambda: unroll(student, start, [images], [labels], torch.tensor(0.1, requires_grad=True)))
+    walked = unroll(student, start, [images], [labels], 0.1).detach()
     for free, expected in ((2.5 * 100 * one, "graph"), (1.0 * 100 * one, "replay")):
         monkeypatch.setattr(augdistill_unroll, "free_memory", lambda device, free=free: free)
         assert choose_memory("auto", student, images, labels, 100) == expected
         assert choose_memory("replay", student, images, labels, 100) == "replay"
+        end = unroll(student, start.requires_grad_(), [images] * 100, [labels] * 100, 0.1, memory="auto")
+        assert (type(end.grad_fn).__name__ == "_ReplayBackward") == (expected == "replay")
+        with torch.no_grad():
+            assert torch.equal(unroll(student, start, [images], [labels], 0.1, memory="auto"), walked)
     assert choose_memory("graph", student, images, labels, 10**9) == "graph"
     monkeypatch.undo()
     assert 2**20 < augdistill_unroll.free_memory(images.device) < 2**50
