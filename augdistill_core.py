@@ -11,7 +11,7 @@ in the place of the synthetic pixels. The pixels are one phi among others here, 
 networks and ours are rows of one table. Five sections, each readable alone:
 
     1 Student (augdistill_student.py)   2 Experts   3 The differentiable unroll (augdistill_unroll.py)
-    4 Phi models (augdistill_phis.py)   5 Distillation
+    4 Phi models (augdistill_phis.py, augdistill_policies.py)   5 Distillation
 
 Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
 trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a seed, or a CPU `torch.Generator`).
@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from augdistill_config import Config, knob
 from augdistill_phis import PHIS, Phi, augmented, make_phi, register_phi  # noqa: F401 (section 4: offered here too)
+from augdistill_policies import Policy  # noqa: F401 (section 4: registers the policies)
 from augdistill_student import (  # noqa: F401 (section 1: offered here too)
     ConvNet,
     check_images,
@@ -242,7 +243,7 @@ def train_experts(
 # ======================================================================================================================
 
 # ======================================================================================================================
-# 4. Phi models: augdistill_phis.py
+# 4. Phi models: augdistill_phis.py, augdistill_policies.py
 # Section 5 needs of them only that they are called as `phi(images, labels=, index=, generator=)`, and their parameters.
 # ======================================================================================================================
 
@@ -272,7 +273,11 @@ class DistillConfig(Config):
     phi_lr: float = knob(1e-3, "its step size", low=0)
     phi_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
     alpha: float = knob(0.02, "the student's step size, or where it starts", low=1e-12)
-    alpha_mode: str = knob("log", "learn its logarithm, learn it raw, or fix it", choices=("log", "raw", "fixed"))
+    alpha_mode: str = knob(
+        "log",
+        "learn its logarithm; the same, but held while the loss is not below 1; learn it raw; or fix it",
+        choices=("log", "held", "raw", "fixed"),
+    )
     alpha_optimizer: str = knob("Adam", "any of torch.optim")
     alpha_lr: float = knob(0.01, "its step size", low=0)
     alpha_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
@@ -316,14 +321,16 @@ def make_optimizer(kind: str, parameters: list[Tensor], lr: float, momentum: flo
 class StepSize(nn.Module):
     """alpha, the student's step size: learned in its logarithm (so it stays positive), learned raw, or fixed."""
 
+    of_logarithm = ("log", "held")
+
     def __init__(self, alpha: float, mode: str, like: Tensor):
         super().__init__()
         self.mode = mode
         value = torch.tensor(alpha, dtype=like.dtype, device=like.device)
-        self.value = nn.Parameter(value.log() if mode == "log" else value, requires_grad=mode != "fixed")
+        self.value = nn.Parameter(value.log() if mode in self.of_logarithm else value, requires_grad=mode != "fixed")
 
     def forward(self) -> Tensor:
-        return self.value.exp() if self.mode == "log" else self.value
+        return self.value.exp() if self.mode in self.of_logarithm else self.value
 
 
 def dead_state(scale: float, alpha: float, moved: float | None) -> str:
@@ -337,6 +344,15 @@ def dead_state(scale: float, alpha: float, moved: float | None) -> str:
     if alpha < 0:
         return "alpha below zero"
     return "alpha at zero" if moved is not None and moved < 0.02 else ""
+
+
+def alpha_is_held(config: DistillConfig, history: list[dict]) -> bool:
+    """With alpha "held": whether the loss of the last 10 iterations is not below 1 on average.
+
+    While phi teaches nothing, the loss is above 1 and alpha would run to zero, where phi gets no gradient any more.
+    """
+    losses = [record["loss"] for record in history[-10:]]
+    return config.alpha_mode == "held" and not sum(losses) < len(losses)
 
 
 def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
@@ -399,7 +415,8 @@ def distill(
             initialisation in each iteration.
         on_iteration: called with each record, before the step is taken; may stop the run by raising. A record holds
             iteration, loss, alpha, start_epoch, grad_norm (of phi's gradient), scale (how many times as large as x
-            phi(x) is, by root mean square), moved (how far the student went, in distances to the target) and state
+            phi(x) is, by root mean square), phi (what it reports of itself, if anything), moved (how far the student
+            went, in distances to the target) and state
             ("", or one of `STATES`; the first iteration in each is a warning).
 
     A loss or a gradient that is not finite, or a phi(x) over `EXPLODED` times as large as x (which a student with
@@ -447,6 +464,7 @@ def distill(
         for p, g in zip(learned, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
         record = dict(iteration=iteration, loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
+        record |= {"phi": watched} if (watched := getattr(phi, "report", dict)()) else {}
         record["grad_norm"] = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
         record["scale"] = max(scales)
         record["moved"] = moved(start, ends[0], target)
@@ -466,6 +484,8 @@ def distill(
             )
             break
         good = [p.detach().clone() for p in learned]
+        for p in of_alpha if alpha_is_held(config, history) else []:
+            p.grad = None  # its optimiser passes over it
         for optimizer in optimizers:
             optimizer.step()
     else:  # nothing has looked at the last step yet

@@ -30,9 +30,55 @@ class Phi(nn.Module):
     def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
+    def report(self) -> dict[str, float]:
+        """Numbers of its own that are worth watching while it learns; `distill` keeps them in each record."""
+        return {}
+
+
+class Chain(Phi):
+    """Phis one after the other, the first first: `make_phi("unet+policy", ...)`."""
+
+    def __init__(self, phis: Sequence[Phi]):
+        super().__init__()
+        self.phis = nn.ModuleList(phis)
+        for claim in ("stochastic", "conditional", "positional", "bound"):
+            setattr(self, claim, any(getattr(phi, claim, False) for phi in phis))
+        self.starts_as_identity = all(getattr(phi, "starts_as_identity", False) for phi in phis)
+
+    def forward(self, images, **given):
+        for phi in self.phis:
+            images = phi(images, **given)
+        return images
+
+    def report(self):
+        return {k: v for phi in self.phis for k, v in phi.report().items()}
+
+
+class Applied(Phi):
+    """How strongly and how often a phi is used: x + strength (phi(x) - x), on each image with a `probability`."""
+
+    def __init__(self, phi: Phi, strength: float = 1.0, probability: float = 1.0):
+        super().__init__()
+        self.phi, self.strength, self.probability = phi, strength, probability
+        for claim in ("conditional", "positional", "bound", "starts_as_identity"):
+            setattr(self, claim, getattr(phi, claim, False))
+        self.stochastic = getattr(phi, "stochastic", False) or probability < 1
+
+    def forward(self, images, *, generator, **given):
+        out = self.phi(images, generator=generator, **given)
+        if self.strength != 1:
+            out = images + self.strength * (out - images)
+        if self.probability < 1:
+            taken = torch.rand(len(images), generator=generator, device=generator.device) < self.probability
+            out = torch.where(taken.to(images.device).view(-1, 1, 1, 1), out, images)
+        return out
+
 
 _REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
 PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
+
+
+OURS = ("augdistill_phis", "augdistill_policies")  # the modules of all phis but a user's
 
 
 def origin(build) -> tuple[str, str]:
@@ -47,6 +93,8 @@ def register_phi(name: str):
     """
 
     def register(build):
+        if "+" in name:
+            raise ValueError(f"phi {name!r}: a + joins the names of a chain; choose another name")
         # a notebook's cell may run again, and a worker may be told again: the same definition is replaced
         if name in PHIS and origin(PHIS[name]) != origin(build):
             raise ValueError(f"phi {name!r} is registered already; choose another name")
@@ -56,13 +104,21 @@ def register_phi(name: str):
     return register
 
 
+def builders(name: str) -> list:
+    """The entries of `PHIS` that a name stands for: one, or those of a chain ("unet+policy"), in their order."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in PHIS:
+            raise ValueError(f"unknown phi {part!r}: must be one of {', '.join(PHIS)}, or several with + between")
+    return [PHIS[part] for part in parts]
+
+
 def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
-    """A fresh `PHIS[name]` for base images `[n, C, H, W]`, initialised from `seed`."""
-    if name not in PHIS:
-        raise ValueError(f"unknown phi {name!r}: must be one of {', '.join(PHIS)}")
+    """A fresh phi of that name (or chain of names) for base images `[n, C, H, W]`, initialised from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PHIS[name](images, classes).to(images)
+        phis = [build(images, classes) for build in builders(name)]
+        return (phis[0] if len(phis) == 1 else Chain(phis)).to(images)
 
 
 def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,59 +9,45 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from augdistill_config import Config, knob
-
-
-def warp(images: Tensor, matrix: Tensor, *, padding: str, align_corners: bool) -> Tensor:
-    """Each image's output at (x, y) is what stands, bilinearly, where its `matrix` `[B, 2, 3]` sends (x, y, 1).
-
-    The origin is the middle, y points down, and half a side is 1, measured to the middle of the border pixels (with
-    `align_corners`) or to their outer edge. The identity gives back the very same bits.
-    """
-    height, width = (side - align_corners for side in images.shape[-2:])
-    of_sides = matrix.new_tensor([[1, height / width, 1], [width / height, 1, 1]])  # ones for a square
-    grid = F.affine_grid(matrix * of_sides, list(images.shape), align_corners=align_corners)
-    moved = F.grid_sample(images, grid, padding_mode=padding, align_corners=align_corners)
-    still = (matrix == torch.eye(2, 3, device=matrix.device)).all((1, 2))
-    return torch.where(still.view(-1, 1, 1, 1), images, moved)
+from augdistill_phis import Phi
+from augdistill_policies import Policy, affine, color, flip, warp
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomAffine:
-    """Each image turned, scaled and shifted by its own normal draw.
+    """Each image turned, scaled and shifted by its own normal draw, and flipped with a probability.
 
-    `rotation` in radians, `scale` of the logarithm, `shift` as a fraction of the image's side: standard deviations.
+    `rotation` in radians, `scale` of the logarithm, `shift` as a part of the image's side: standard deviations.
     Pixels from outside the image repeat its border (the background, for digits).
     """
 
     rotation: float = 0.15
     scale: float = 0.10
     shift: float = 0.087
+    flip: float = 0.0
 
     def __call__(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
-        draw = torch.randn(len(images), 4, generator=generator, device=generator.device).to(images)
-        angle, scale = self.rotation * draw[:, 0], torch.exp(self.scale * draw[:, 1])
-        cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-        shift = -2 * self.shift * draw[:, 2:]  # grid coordinates run from -1 to 1, and point from output to input
-        matrix = torch.stack([cos, sin, shift[:, 0], -sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
-        return warp(images, matrix, padding="border", align_corners=False)
+        angle, size, right, down = (
+            torch.randn(len(images), 4, generator=generator, device=generator.device).to(images).unbind(1)
+        )
+        images = affine(
+            images,
+            self.rotation * angle,
+            self.scale * size,
+            torch.zeros_like(angle),
+            self.shift * right,
+            self.shift * down,
+        )
+        if self.flip:
+            flipped = torch.rand(len(images), generator=generator, device=generator.device) < self.flip
+            images = flip(images, flipped.to(images.device))
+        return images
 
 
 # --- the operations of DSA: images [B, C, H, W], then for each image its own parameters [B] ---------------------------
-
-
-def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """x + brightness; then away from each pixel's mean over channels; then away from the image's mean.
-
-    "Away" by s is x + s (x - mean): 0 changes nothing, -1 leaves the mean alone.
-    """
-    brightness, saturation, contrast = (p.view(-1, 1, 1, 1) for p in (brightness, saturation, contrast))
-    images = images + brightness
-    images = images + saturation * (images - images.mean(1, keepdim=True))
-    return images + contrast * (images - images.mean((1, 2, 3), keepdim=True))
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -81,11 +67,6 @@ def cutout(images: Tensor, top: Tensor, left: Tensor, box: tuple[int, int]) -> T
     columns = (count(images.shape[3], images) - left[:, None])[:, None, None, :]
     inside = (rows >= 0) & (rows < box[0]) & (columns >= 0) & (columns < box[1])
     return images.masked_fill(inside, 0)
-
-
-def flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Left and right exchanged in the images that `flipped` (truth values) marks."""
-    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def scale(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -165,14 +146,24 @@ class DSA(Config):
         return (uniform(-math.radians(self.rotate), math.radians(self.rotate)),)
 
 
-AUGMENTATIONS = {"none": None, "affine": RandomAffine(rotation=math.radians(8.6)), "dsa": DSA()}
+AUGMENTATIONS = {"none": None, "affine": RandomAffine(), "flip_affine": RandomAffine(flip=0.5), "dsa": DSA()}
 
 NEVER_FLIPPED = ("digits", "mnist")  # data sets where a mirror image is of no class or of another
 
 
 def augmentation(name: str, dataset: str) -> Callable | None:
-    """`AUGMENTATIONS[name]` as it fits a data set: DSA without its flip where a flip changes what an image shows."""
+    """`AUGMENTATIONS[name]` as it fits a data set: without its flip where a flip changes what an image shows."""
     augment = AUGMENTATIONS[name]
-    if isinstance(augment, DSA) and dataset in NEVER_FLIPPED:
+    if augment is None or dataset not in NEVER_FLIPPED:
+        return augment
+    if isinstance(augment, DSA):
         return dataclasses.replace(augment, strategy=tuple(s for s in augment.strategy if s != "flip"))
-    return augment
+    return dataclasses.replace(augment, flip=0.0)
+
+
+def fitted(phi: Phi, dataset: str) -> Phi:
+    """`phi`, its policies without the flip where a flip changes what an image shows."""
+    for policy in phi.modules():
+        if isinstance(policy, Policy) and dataset in NEVER_FLIPPED:
+            policy.leave_out("flip")
+    return phi

@@ -80,15 +80,20 @@ class Dataset:
         """Standardised images back as pixels in [0, 1] (clamped), for pictures and for policies that want them."""
         return (images * self.std + self.mean).clamp(0, 1)
 
-    def subset(self, seed: int, *, fraction: float | None = None, per_class: int | None = None) -> Tensor:
+    def subset(
+        self, seed: int, *, fraction: float | None = None, per_class: int | None = None, skip: float = 0.0
+    ) -> Tensor:
         """Indices `[n]` into `train`: a stratified subset, by fraction in (0, 1] or by images a class.
 
-        Nested for one seed: a smaller subset is inside every larger one. Sorted by class.
+        Nested for one seed: a smaller subset is inside every larger one. With `skip`, the first images of each class
+        are left out (this fraction of it), so that nothing of a subset that small is in it. Sorted by class.
         """
         if (fraction is None) == (per_class is None):
             raise ValueError("subset: pass either fraction or per_class")
         if fraction is not None and not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction}: must be in (0, 1]")
+        if not 0 <= skip < 1:
+            raise ValueError(f"skip={skip}: must be in [0, 1)")
         picks = []
         for c, name in enumerate(self.classes):
             members = torch.nonzero(self.train.labels == c).flatten().cpu()
@@ -98,12 +103,14 @@ class Dataset:
                     f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: leaves class {name} "
                     f"of {self.name} empty; it has {len(members)} images"
                 )
-            if count > len(members):
+            first = round(skip * len(members))
+            if count > len(members) - first:
                 raise ValueError(
-                    f"per_class={per_class}: class {name} of {self.name} has {len(members)} training images"
+                    f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: class {name} of "
+                    f"{self.name} has {len(members)} training images" + (f", less {first} skipped" if first else "")
                 )
             order = torch.randperm(len(members), generator=seeded(seed, "subset", c))
-            picks.append(members[order[:count]])
+            picks.append(members[order[first : first + count]])
         return torch.cat(picks)
 
 

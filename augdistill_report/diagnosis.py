@@ -36,7 +36,7 @@ def receptive_field(phi: Phi, image: Tensor) -> int:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for p in phi.parameters():
-                nn.init.normal_(p, std=0.5)
+                nn.init.normal_(p, std=0.1)
             x = torch.randn(1, *image.shape).requires_grad_()
         out = augmented(phi, x, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), seeded(seed))
         if out.requires_grad:

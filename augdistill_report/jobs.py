@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from augdistill_core import (
-    PHIS,
     DistillConfig,
     Distilled,
     Phi,
@@ -25,8 +24,9 @@ from augdistill_core import (
     train_expert,
     train_together,
 )
+from augdistill_phis import OURS, Applied, builders, origin
 from augdistill_report.artefacts import Store, source_digest
-from augdistill_report.augmentations import augmentation
+from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.data import Dataset
 from augdistill_report.evaluation import accuracy, evaluate, probe
 from augdistill_report.settings import ROOT, EvalConfig, Setup
@@ -150,14 +150,18 @@ def trajectories(setup: Setup, store: Store) -> Trajectories:
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Which training images: so many a class, or a stratified fraction, of the nested order of `seed`."""
+    """Which training images: so many a class, or a stratified fraction, of the nested order of `seed`.
+
+    The first `skip` of each class (a fraction) are passed over: images that a phi trained on the rest has never seen.
+    """
 
     seed: int
     per_class: int | None = None
     fraction: float | None = None
+    skip: float = 0.0
 
     def index(self, data: Dataset) -> torch.Tensor:
-        return data.subset(self.seed, per_class=self.per_class, fraction=self.fraction)
+        return data.subset(self.seed, per_class=self.per_class, fraction=self.fraction, skip=self.skip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Distillation(Job):
 
     def fresh_phi(self):
         base = self.data.train.take(self.subset.index(self.data)).images
-        return make_phi(self.phi, base, len(self.data.classes), self.setup.seed)
+        return fitted(make_phi(self.phi, base, len(self.data.classes), self.setup.seed), self.setup.dataset)
 
     def work(self, store, tick):
         train = self.data.train
@@ -223,11 +227,12 @@ def kept(iteration: int) -> bool:
 
 
 def own_source(phi: str) -> str:
-    """The source of a phi that a user registered, the whole of its file; "" for the core's, which `SOURCE` covers."""
-    build = PHIS[phi]
-    module = getattr(build, "__module__", "")
-    if module == "augdistill_phis":
-        return ""
+    """The source of what a user registered for this phi, whole files; "" for the core's, which `SOURCE` covers."""
+    return "".join(source(build) for build in builders(phi) if origin(build)[0] not in OURS)
+
+
+def source(build) -> str:
+    module = origin(build)[0]
     try:
         if module != "__main__" and (file := getattr(sys.modules.get(module), "__file__", None)):
             return Path(file).read_text(encoding="utf-8")
@@ -251,7 +256,9 @@ class Evaluation(Job):
 
     def work(self, store, tick):
         data = self.data
-        phi = self.distilled.stored_phi(store).phi if self.distilled else None
+        phi = self.distilled and self.distilled.stored_phi(store).phi
+        if phi is not None:
+            phi = Applied(phi, self.config.phi_strength, self.config.phi_probability)
         train = data.train.take(self.subset.index(data))
         scored = {"validation": data.validation, "test": data.test}
         augment = augmentation(self.config.eval_augment, self.setup.dataset)

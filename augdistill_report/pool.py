@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from loky import get_reusable_executor
 
-from augdistill_phis import PHIS, register_phi
+from augdistill_phis import OURS, PHIS, origin, register_phi
 from augdistill_report.artefacts import Store, write
 
 REFRESH = 0.5  # seconds between two looks at the progress
@@ -74,7 +74,7 @@ def run_jobs(
                 job.run(store, lambda done, total, note="", n=number: show(n + done / total, len(missing), note))
             show(number + 1, len(missing), "")
         return
-    own = {n: b for n, b in PHIS.items() if getattr(b, "__module__", "") != "augdistill_phis"}
+    own = {n: b for n, b in PHIS.items() if origin(b)[0] not in OURS}
     threads = torch.get_num_threads()
     # the workers stay for the next call: starting one costs seconds
     executor = get_reusable_executor(workers, timeout=120, initializer=_start_worker, initargs=(threads,))

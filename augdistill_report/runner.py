@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from augdistill_core import PHIS
+from augdistill_phis import builders
 from augdistill_report.artefacts import as_json, write
 from augdistill_report.execute import execute
 from augdistill_report.html import build_report
@@ -98,7 +98,9 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     settings: Settings = resolve(preset, changes)
     chosen = notebooks(only)
     preflight(settings)
-    if getattr(PHIS[settings.phi], "bound", False):  # notebook 05 shows what phi makes of images that it was not given
+    if any(
+        getattr(build, "bound", False) for build in builders(settings.phi)
+    ):  # notebook 05 shows what phi makes of images that it was not given
         raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; use another")
     folder = run_folder(preset, out)
     start_folder(folder, preset, settings)

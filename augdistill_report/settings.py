@@ -71,6 +71,8 @@ class EvalConfig(Config):
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
+    phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
+    phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)

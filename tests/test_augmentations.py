@@ -364,11 +364,13 @@ def test_an_impossible_strength_is_refused_by_name(key, value):
         DSA(**{key: value})
 
 
-def test_dsa_leaves_its_flip_out_where_a_mirror_image_is_no_digit():
+def test_the_flip_is_left_out_where_a_mirror_image_is_no_digit():
     for dataset in ("digits", "mnist"):
         assert augmentation("dsa", dataset) == DSA(strategy=("color", "crop", "cutout", "scale", "rotate"))
     assert augmentation("dsa", "cifar10") == DSA() == AUGMENTATIONS["dsa"]
-    assert augmentation("affine", "digits") is AUGMENTATIONS["affine"]
+    assert augmentation("affine", "digits") == AUGMENTATIONS["affine"] == augmentation("affine", "fashion")
+    assert augmentation("flip_affine", "mnist") == AUGMENTATIONS["affine"]
+    assert augmentation("flip_affine", "fashion") == RandomAffine(flip=0.5)
     assert augmentation("none", "digits") is None
     assert set(augmentations.NEVER_FLIPPED) <= {"digits", "mnist"}
 
@@ -378,7 +380,7 @@ def test_settings_know_the_augmentations_and_use_none_unless_told(key):
     assert getattr(Settings(), key) == "none"
     for name in AUGMENTATIONS:
         assert getattr(Settings(**{key: name}), key) == name
-    with pytest.raises(ValueError, match=f"{key}='dsa2': must be one of none, affine, dsa"):
+    with pytest.raises(ValueError, match=f"{key}='dsa2': must be one of none, affine, flip_affine, dsa"):
         Settings(**{key: "dsa2"})
 
 

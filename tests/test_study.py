@@ -59,7 +59,9 @@ def test_the_zoo_s_table(world):
         assert count[""] == row["parameters"]
         assert row["positions"] == (count["positions"] > count[""])
         assert row["labels"] == (count["labels"] > count[""])
-    assert {name for name, row in rows.items() if row["noise"]} == {n for n in rows if "noise" in n or "dist" in n} - {
+    assert {name for name, row in rows.items() if row["noise"]} == {
+        n for n in rows if any(part in n for part in ("noise", "dist", "policy"))
+    } - {
         "distnet4",
         "distnet5",
     }

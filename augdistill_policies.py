@@ -1,0 +1,162 @@
+"""Policies: phi models that know the transformations, and learn how far each may go. Section 4 of `augdistill_core`.
+
+A policy turns, scales, shears, shifts, flips and recolours every image by draws of its own, and what it learns is their
+ranges: one set for all images, one a class, or one an image (a small network looks at it, as in InstaAug; Miao et al.
+2022). All draws are reparameterised, so that a range gets its gradient through the images that it made.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from augdistill_phis import Phi, randn, register_phi
+
+# --- differentiable transformations: images [B, C, H, W], then for each image its own parameters [B] ------------------
+
+
+def warp(images: Tensor, matrix: Tensor, *, padding: str, align_corners: bool) -> Tensor:
+    """Each image's output at (x, y) is what stands, bilinearly, where its `matrix` `[B, 2, 3]` sends (x, y, 1).
+
+    The origin is the middle, y points down, and half a side is 1, measured to the middle of the border pixels (with
+    `align_corners`) or to their outer edge. The identity gives back the very same bits; where a matrix is not finite,
+    the image is not a number.
+    """
+    height, width = (side - align_corners for side in images.shape[-2:])
+    of_sides = matrix.new_tensor([[1, height / width, 1], [width / height, 1, 1]])  # ones for a square
+    finite = matrix.isfinite().all((1, 2)).view(-1, 1, 1, 1)
+    grid = F.affine_grid(matrix * of_sides, list(images.shape), align_corners=align_corners)
+    grid = torch.where(finite, grid, 0).clamp(-1e4, 1e4)  # torch reads outside the image elsewhere, and crashes
+    moved = F.grid_sample(images, grid, padding_mode=padding, align_corners=align_corners)
+    still = (matrix == torch.eye(2, 3, device=matrix.device)).all((1, 2)).view(-1, 1, 1, 1)
+    return torch.where(still, images, torch.where(finite, moved, torch.nan))
+
+
+def affine(images: Tensor, angle: Tensor, log_scale: Tensor, shear: Tensor, right: Tensor, down: Tensor) -> Tensor:
+    """Images turned by `angle` (radians), `exp(log_scale)` times as large, sheared along x, and shifted by parts of
+    their side. Pixels from outside repeat the border (the background, for digits)."""
+    cos, sin, size = torch.cos(angle), torch.sin(angle), torch.exp(log_scale)
+    # from output to input, in coordinates that run from -1 to 1
+    rows = [cos / size, (cos * shear + sin) / size, -2 * right, -sin / size, (cos - sin * shear) / size, -2 * down]
+    return warp(images, torch.stack(rows, 1).view(-1, 2, 3), padding="border", align_corners=False)
+
+
+def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
+    """x + brightness; then away from each pixel's mean over channels; then away from the image's mean.
+
+    "Away" by s is x + s (x - mean): 0 changes nothing, -1 leaves the mean alone.
+    """
+    brightness, saturation, contrast = (p.view(-1, 1, 1, 1) for p in (brightness, saturation, contrast))
+    images = images + brightness
+    images = images + saturation * (images - images.mean(1, keepdim=True))
+    return images + contrast * (images - images.mean((1, 2, 3), keepdim=True))
+
+
+def turn_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """Three channels turned about the grey axis by `angle` (radians): Rodrigues' formula, a third of a turn permutes
+    them."""
+    grey = images.mean(1, keepdim=True)
+    across = (images.roll(1, 1) - images.roll(-1, 1)) / 3**0.5  # grey axis x colour
+    cos, sin = (f(angle).view(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    return grey + cos * (images - grey) + sin * across
+
+
+def flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Left and right exchanged in the images that `flipped` (truth values) marks."""
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def drawn_flip(images: Tensor, probability: Tensor, noise: Tensor) -> Tensor:
+    """`flip` with a `probability`, by uniform `noise` in (0, 1); the probability's gradient is straight-through.
+
+    An image is flipped or not; the gradient is that of the relaxed draw (Maddison et al. 2017; Jang et al. 2017).
+    """
+    soft = torch.sigmoid(torch.logit(probability) + torch.logit(noise))
+    path = (soft - soft.detach()).view(-1, 1, 1, 1)  # zero, with soft's gradient
+    return flip(images, soft > 0.5) + path * (images.flip(3) - images).detach()
+
+
+# --- the phi ----------------------------------------------------------------------------------------------------------
+
+GEOMETRY = ("rotation", "scale", "shear", "shift_x", "shift_y")  # radians; of the logarithm; radians; parts of the side
+COLOURS = ("brightness", "contrast")  # in standard deviations of the data; of the factor's logarithm
+OF_RGB = ("saturation", "hue")  # of the factor's logarithm; radians
+START = 0.03  # every range, and the probability of a flip, before anything is learned
+PACE = 7.0  # a step of a parameter, in steps of its range's logarithm: so one step size serves a U-Net and its policy
+
+
+class Policy(Phi):
+    """Random transformations of which the ranges are learned: standard deviations, and a probability for the flip.
+
+    `by` is "all" (one set of ranges), "class" or "image". `ranges` gives them; `kinds` names them.
+    """
+
+    stochastic = True
+
+    def __init__(self, images: Tensor, classes: int, *, by: str = "all", start: float = START):
+        super().__init__()
+        channels = images.shape[1]
+        self.by, self.conditional = by, by == "class"
+        self.kinds = [*GEOMETRY, *COLOURS, *(OF_RGB if channels == 3 else ()), "flip"]
+        first = torch.full((len(self.kinds),), start).log()
+        first[-1] = torch.logit(torch.tensor(start))
+        self.register_buffer("first", first)
+        if by == "image":
+            layers = nn.Conv2d(channels, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.SiLU()
+            self.look = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.last = nn.Linear(16, len(self.kinds))
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+        else:
+            self.change = nn.Parameter(torch.zeros(classes if by == "class" else 1, len(self.kinds)))
+
+    def leave_out(self, kind: str) -> None:
+        """Take a kind away, where it changes what an image shows (a digit's flip)."""
+        keep = [i for i, k in enumerate(self.kinds) if k != kind]
+        self.kinds, self.first = [self.kinds[i] for i in keep], self.first[keep]
+        if self.by == "image":
+            self.last.weight, self.last.bias = (
+                nn.Parameter(p.detach()[keep].clone()) for p in (self.last.weight, self.last.bias)
+            )
+        else:
+            self.change = nn.Parameter(self.change.detach()[:, keep].clone())
+
+    def ranges(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Each kind's range for each image, `[B]`."""
+        if self.by == "image":
+            change = self.last(self.look(images))
+        else:
+            change = self.change[labels] if self.by == "class" else self.change.expand(len(images), -1)
+        of = self.first + PACE * change
+        return {k: of[:, i].sigmoid() if k == "flip" else of[:, i].exp() for i, k in enumerate(self.kinds)}
+
+    def report(self) -> dict[str, float]:
+        """Each kind's range, the geometric mean over classes where they differ; nothing where an image decides."""
+        if self.by == "image":
+            return {}
+        of = (self.first + PACE * self.change.detach()).mean(0)
+        return {k: float(v.sigmoid() if k == "flip" else v.exp()) for k, v in zip(self.kinds, of, strict=True)}
+
+    def forward(self, images, *, labels, generator, **_):
+        noise = randn(images, generator, (len(images), len(self.kinds)))
+        ranges = self.ranges(images, labels)
+        draw = {k: ranges[k] * noise[:, i] for i, k in enumerate(self.kinds) if k != "flip"}
+        nothing = images.new_zeros(len(images))
+
+        def factor(kind: str) -> Tensor:  # a factor, less the one that changes nothing
+            return draw[kind].exp() - 1 if kind in draw else nothing
+
+        def drawn(kinds: Sequence[str]) -> list[Tensor]:
+            return [draw.get(kind, nothing) for kind in kinds]
+
+        images = affine(images, *drawn(GEOMETRY))
+        if "flip" in ranges:
+            images = drawn_flip(images, ranges["flip"], torch.special.ndtr(noise[:, self.kinds.index("flip")]))
+        images = color(images, draw.get("brightness", nothing), factor("saturation"), factor("contrast"))
+        return turn_hue(images, draw["hue"]) if "hue" in draw else images
+
+
+register_phi("policy")(Policy)
+register_phi("policy_class")(lambda images, classes: Policy(images, classes, by="class"))
+register_phi("policy_image")(lambda images, classes: Policy(images, classes, by="image"))

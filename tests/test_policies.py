@@ -1,0 +1,245 @@
+"""Learned policies: each transformation against an independent computation, and what their ranges learn from."""
+
+import math
+
+import pytest
+import torch
+from scipy import ndimage
+
+import augdistill_policies as policies
+from augdistill_core import DistillConfig, distill, make_phi, seeded, train_experts
+from augdistill_phis import Applied, Chain, UNet
+from augdistill_policies import Policy
+from augdistill_report.augmentations import fitted
+from augdistill_report.settings import resolve
+
+
+def images(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def per_image(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+ZERO = per_image(0.0, 0.0)
+
+
+def call(phi, x, labels=None, seed=0):
+    labels = torch.zeros(len(x), dtype=torch.int64) if labels is None else labels
+    return phi(x, labels=labels, index=torch.arange(len(x)), generator=seeded(seed))
+
+
+# --- the transformations ----------------------------------------------------------------------------------------------
+
+
+def test_an_affine_is_scipy_s():
+    x = images(2, 1, 12, 12)
+    angle, size, shear = per_image(0.4, -0.2), per_image(0.3, -0.1), per_image(0.2, -0.3)
+    right, down = per_image(0.1, -0.05), per_image(-0.2, 0.15)
+    out = policies.affine(x, angle, size, shear, right, down)
+    for k in range(2):
+        a, s, h = angle[k].item(), math.exp(size[k].item()), shear[k].item()
+        # the content is shifted, turned back by -a ... : from output (y, x) to input, about the middle
+        turn = torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]], dtype=torch.float64)  # of (y, x)
+        slant = torch.tensor([[1.0, 0.0], [h, 1.0]], dtype=torch.float64)
+        matrix = turn @ slant / s
+        middle = torch.tensor([5.5, 5.5], dtype=torch.float64)
+        offset = middle - matrix @ middle - 12 * torch.stack([down[k], right[k]])
+        expected = ndimage.affine_transform(x[k, 0].numpy(), matrix.numpy(), offset.numpy(), order=1, mode="nearest")
+        torch.testing.assert_close(out[k, 0], torch.from_numpy(expected))
+
+
+def test_each_part_of_an_affine_does_what_its_name_says():
+    x = torch.zeros(2, 1, 9, 9, dtype=torch.float64)
+    x[:, :, 4, 6] = 1  # right of the middle
+    quarter = per_image(math.pi / 2, math.pi / 2)
+    turned = policies.affine(x, quarter, ZERO, ZERO, ZERO, ZERO)
+    assert turned[0, 0].argmax() in (2 * 9 + 4, 6 * 9 + 4)
+    moved = policies.affine(x, ZERO, ZERO, ZERO, per_image(1 / 9, 0.0), per_image(0.0, -2 / 9))
+    assert moved[0, 0].argmax() == 4 * 9 + 7 and moved[1, 0].argmax() == 2 * 9 + 6
+    larger = policies.affine(x, ZERO, per_image(math.log(2), 0.0), ZERO, ZERO, ZERO)
+    assert larger[0, 0].argmax() == 4 * 9 + 8 and torch.equal(larger[1], x[1])
+
+
+def test_a_hue_s_third_of_a_turn_permutes_the_channels_and_keeps_grey():
+    x = images(2, 3, 4, 4)
+    third = per_image(2 * math.pi / 3, -2 * math.pi / 3)
+    out = policies.turn_hue(x, third)
+    permuted = {tuple(p) for p in ((1, 2, 0), (2, 0, 1)) for k in range(2) if torch.allclose(out[k], x[k, list(p)])}
+    assert permuted == {(1, 2, 0), (2, 0, 1)}
+    torch.testing.assert_close(policies.turn_hue(x, per_image(0.3, 1.0)).mean(1), x.mean(1))
+    torch.testing.assert_close(policies.turn_hue(x, per_image(0.3, 1.0)).norm(dim=1), x.norm(dim=1))
+    assert torch.equal(policies.turn_hue(x, ZERO), x.mean(1, keepdim=True) + (x - x.mean(1, keepdim=True)))
+
+
+def test_a_drawn_flip_is_one_or_none_and_as_likely_as_it_says():
+    x, n = images(1, 1, 3, 4).expand(20_000, -1, -1, -1), 20_000
+    probability = torch.full((n,), 0.3, dtype=torch.float64, requires_grad=True)
+    noise = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = policies.drawn_flip(x, probability, noise)
+    flipped = (out == x.flip(3)).all((1, 2, 3))
+    assert ((out == x).all((1, 2, 3)) ^ flipped).all()
+    assert flipped.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / n) ** 0.5)
+    # the straight-through gradient points as d E[out] / d p = flip(x) - x does
+    weights = (x.flip(3) - x)[:1]
+    (out * weights).sum().backward()
+    assert (probability.grad > 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_a_transformation_that_explodes_is_not_a_number_and_no_crash(bad, padding):
+    x = images(2, 1, 8, 8).requires_grad_()
+    matrix = torch.eye(2, 3, dtype=torch.float64).repeat(2, 1, 1)
+    matrix[0, 0, 0] = bad
+    out = policies.warp(x, matrix.requires_grad_(), padding=padding, align_corners=False)
+    assert torch.equal(out[1], x[1]) and (math.isfinite(bad) or out[0].isnan().all())
+    out[1].sum().backward()
+    assert x.grad[1].eq(1).all()
+
+
+# --- the phi ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["all", "class", "image"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_policy_s_spread_grows_with_its_ranges_and_vanishes_without(by, channels):
+    x, labels = images(6, channels, 8, 8), torch.arange(6) % 3
+    for start, low, high in ((1e-9, 0.0, 1e-6), (0.03, 1e-3, 0.8)):
+        policy = Policy(x, 3, by=by, start=start).double()
+        change = (call(policy, x, labels) - x).square().mean().sqrt().item()
+        assert low <= change <= high
+    assert ("hue" in policy.kinds) == ("saturation" in policy.kinds) == (channels == 3)
+    ranges = policy.ranges(x, labels)
+    assert list(ranges) == policy.kinds and all(r.shape == (6,) for r in ranges.values())
+
+
+def test_ranges_belong_to_all_to_a_class_or_to_an_image():
+    x, labels = images(6, 1, 8, 8), torch.arange(6) % 3
+    generator = torch.Generator().manual_seed(0)
+    for by, different in (("all", 1), ("class", 3), ("image", 6)):
+        policy = Policy(x, 3, by=by).double()
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        assert len(policy.ranges(x, labels)["rotation"].unique()) == different
+        report = policy.report()
+        if by == "image":
+            assert report == {}
+        else:
+            own = policy.ranges(x[:3], labels[:3])
+            assert report["scale"] == pytest.approx(own["scale"].log().mean().exp().item())
+            assert list(report) == policy.kinds
+
+
+@pytest.mark.parametrize("by", ["all", "class", "image"])
+def test_a_kind_that_is_left_out_changes_nothing_any_more(by):
+    x = images(400, 1, 4, 4)
+    policy = Policy(x, 2, by=by, start=0.4).double()
+    for kind in list(policy.kinds)[:-1]:
+        policy.leave_out(kind)
+    out = call(policy, x)
+    flipped = (out == x.flip(3)).all((1, 2, 3))
+    assert policy.kinds == ["flip"] and ((out == x).all((1, 2, 3)) | flipped).all()
+    assert flipped.double().mean() == pytest.approx(0.4, abs=0.1)
+    policy.leave_out("flip")
+    assert torch.equal(call(policy, x), x)
+
+
+@pytest.mark.parametrize("name", ["policy", "unet+policy_class", "policy_image"])
+def test_no_digit_is_flipped(name):
+    x = images(4, 1, 8, 8)
+    for dataset, flips in (("digits", False), ("mnist", False), ("fashion", True), ("folder:x", True)):
+        phi = fitted(make_phi(name, x, 3, 0), dataset)
+        (policy,) = (m for m in phi.modules() if isinstance(m, Policy))
+        assert ("flip" in policy.kinds) == flips
+        call(phi, x)
+
+
+def test_a_chain_is_one_phi_after_the_other_and_claims_what_they_claim():
+    x, labels = images(4, 1, 8, 8), torch.arange(4) % 3
+    chain = make_phi("unet_class+policy", x, 3, 0)
+    assert isinstance(chain, Chain) and chain.stochastic and chain.conditional and not chain.bound
+    assert not chain.starts_as_identity and make_phi("unet+identity", x, 3, 0).starts_as_identity
+    assert torch.equal(call(chain, x, labels), call(make_phi("policy", x, 3, 0), x, labels))  # the U-Net starts as x
+    assert chain.report() == make_phi("policy", x, 3, 0).report()
+    with pytest.raises(ValueError, match="unknown phi 'nonesuch'"):
+        make_phi("unet+nonesuch", x, 3, 0)
+
+
+# --- how strongly and how often ---------------------------------------------------------------------------------------
+
+
+class Add(torch.nn.Module):
+    def forward(self, x, **_):
+        return x + 1
+
+
+def test_strength_and_probability():
+    x = images(4000, 1, 2, 2)
+    assert torch.equal(call(Applied(Add()), x), x + 1)
+    torch.testing.assert_close(call(Applied(Add(), strength=0.25), x), x + 0.25)
+    assert torch.equal(call(Applied(Add(), strength=0.0), x), x)
+    out = call(Applied(Add(), probability=0.3), x)
+    taken = (out != x).all((1, 2, 3))
+    assert torch.equal(out[taken], x[taken] + 1) and torch.equal(out[~taken], x[~taken])
+    assert taken.double().mean() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(call(Applied(Add(), probability=0.0), x), x)
+    assert Applied(UNet(x.repeat(1, 1, 2, 2), 3)).starts_as_identity and Applied(Add(), probability=0.5).stochastic
+
+
+# --- what they learn --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world():
+    settings = resolve("smoke", {"size": 16})
+    data = settings.load()
+    student = settings.student(data)
+    experts = train_experts(student, data.train.images, data.train.labels, settings, 0)
+    base = data.train.take(data.subset(0, per_class=2))
+    return settings, experts, base
+
+
+def test_distill_records_the_ranges(world):
+    settings, experts, base = world
+    config = settings.part(DistillConfig, iterations=3, draws=2)
+    phi = make_phi("unet+policy", base.images, 10, 0)
+    history = distill(phi, base.images, base.labels, experts, config, seed=0).history
+    assert history[0]["phi"]["rotation"] == pytest.approx(0.03) and len(history[0]["phi"]) == 8
+    assert history[2]["phi"]["rotation"] != history[0]["phi"]["rotation"]
+    plain = distill(make_phi("unet", base.images, 10, 0), base.images, base.labels, experts, config, seed=0)
+    assert "phi" not in plain.history[0]
+
+
+def test_alpha_is_held_while_the_loss_is_not_below_one(world):
+    """A phi that blanks its images teaches nothing: the loss is above 1, and a free alpha runs down."""
+    settings, experts, base = world
+
+    class Noise(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.size = torch.nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x, *, generator, **_):
+            return self.size * torch.randn(x.shape, generator=generator)
+
+    alphas = {}
+    for mode in ("log", "held"):
+        config = settings.part(DistillConfig, iterations=25, alpha=0.3, alpha_mode=mode, alpha_lr=0.1)
+        result = distill(Noise(), base.images, base.labels, experts, config, seed=0)
+        alphas[mode] = [r["alpha"] for r in result.history]
+        losses = [r["loss"] for r in result.history]
+        if mode == "held":
+            held = [sum(losses[max(0, i - 9) : i + 1]) >= min(i + 1, 10) for i in range(len(losses))]
+            assert held[0]
+            for i in range(len(losses) - 1):
+                assert (alphas[mode][i + 1] == alphas[mode][i]) == held[i]
+    assert alphas["log"][-1] < 0.5 * alphas["log"][0]
+    # where the loss is below 1 from the start, the two are the same
+    easy = [
+        distill(make_phi("unet", base.images, 10, 0), base.images, base.labels, experts, c, seed=0).history
+        for c in (settings.part(DistillConfig, iterations=4, alpha_mode=m, alpha=0.01) for m in ("log", "held"))
+    ]
+    assert easy[0] == easy[1]
