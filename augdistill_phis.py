@@ -318,6 +318,20 @@ class ConditionalUNet(UNet):
         return images + self.gain[labels] * self.residual(images, generator) + self.bias[labels]
 
 
+class Stored(Phi):
+    """The control of a `ConditionalUNet`: the free image that it holds for each class, whatever image is given."""
+
+    conditional = True
+    positional = True
+
+    def __init__(self, phi: ConditionalUNet):
+        super().__init__()
+        self.bias = phi.bias
+
+    def forward(self, images, *, labels, **_):
+        return self.bias[labels]
+
+
 register_phi("unet")(UNet)
 register_phi("unet_noise")(lambda images, classes: UNet(images, classes, noise=1))
 register_phi("unet_class")(ConditionalUNet)

@@ -11,6 +11,7 @@ from augdistill_report.numbers import markdown, summary, tenths
 from augdistill_report.run import open_run
 from augdistill_report.settings import NOTEBOOKS
 from augdistill_report.study import Case
+from augdistill_report.unseen import repetitions
 
 __all__ = [
     "NOTEBOOKS",
@@ -21,6 +22,7 @@ __all__ = [
     "open_run",
     "phi_images",
     "read_grid",
+    "repetitions",
     "student_path",
     "summary",
     "tenths",

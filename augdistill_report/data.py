@@ -97,13 +97,14 @@ class Dataset:
         picks = []
         for c, name in enumerate(self.classes):
             members = torch.nonzero(self.train.labels == c).flatten().cpu()
-            count = per_class if fraction is None else round(fraction * len(members))
+            first = round(skip * len(members))
+            # so that a part and the part that skips it are the whole, however they are rounded
+            count = per_class if fraction is None else round((skip + fraction) * len(members)) - first
             if count < 1:
                 raise ValueError(
                     f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: leaves class {name} "
                     f"of {self.name} empty; it has {len(members)} images"
                 )
-            first = round(skip * len(members))
             if count > len(members) - first:
                 raise ValueError(
                     f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: class {name} of "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,20 @@ def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
     return right / len(split)
 
 
+def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
+    """What the experts, as they ended, say of images `[B, C, H, W]`: their mean probabilities `[B, classes]`."""
+    student, ends = experts.student, [unflatten(experts.student, theta[-1]) for theta in experts.theta]
+    return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
+
+
 def train_student(
-    student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed, augment=None
+    student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed, augment=None, teacher=None
 ) -> Tensor:
     """One fresh student's final parameters `[P]`: trained on augment(phi(images)), both drawn afresh in every step.
 
     `phi` None trains on the images themselves. The step size falls to a tenth halfway. One `seed` (path) gives the same
-    initialisation, batches and augmentations for every phi, so that methods are compared in pairs.
+    initialisation, batches and augmentations for every phi, so that methods are compared in pairs. With a `teacher`
+    the labels are what it says of each image that is fed (Qin et al. 2024).
     """
     generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
     start = initial_parameters(student, generator).to(images)
@@ -55,7 +63,8 @@ def train_student(
     def batches():
         for i in minibatches(len(images), config.eval_batch, generator):
             fed = augmented(phi, images[i], labels[i], i, noise)
-            yield augmented(augment, fed, labels[i], i, shaking), labels[i]
+            fed = augmented(augment, fed, labels[i], i, shaking)
+            yield fed, teacher(fed) if teacher else labels[i]
 
     def rate(step: int) -> float:
         return config.eval_lr * (0.1 if step >= config.eval_steps // 2 else 1.0)
@@ -74,15 +83,18 @@ def evaluate(
     seed: int,
     *,
     augment=None,
+    teacher=None,
     on_student=None,
 ) -> dict[str, list[float]]:
     """For each split of `scored`, the accuracy of each of `config.eval_students` students trained on phi(train).
 
-    `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data.
+    `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data,
+    and so is the `teacher` for `config.eval_labels`.
     """
     values = {name: [] for name in scored}
     for k in range(config.eval_students):
-        theta = train_student(student, phi, train.images, train.labels, config, seed, "student", k, augment=augment)
+        arguments = (student, phi, train.images, train.labels, config, seed, "student", k)
+        theta = train_student(*arguments, augment=augment, teacher=teacher)
         for name, split in scored.items():
             values[name].append(accuracy(student, theta, split))
         if on_student is not None:

@@ -24,11 +24,11 @@ from augdistill_core import (
     train_expert,
     train_together,
 )
-from augdistill_phis import OURS, Applied, builders, origin
+from augdistill_phis import OURS, Applied, ConditionalUNet, Stored, builders, origin
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.data import Dataset
-from augdistill_report.evaluation import accuracy, evaluate, probe
+from augdistill_report.evaluation import accuracy, evaluate, probe, teacher_of
 from augdistill_report.settings import ROOT, EvalConfig, Setup
 
 Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
@@ -243,11 +243,15 @@ def source(build) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Job):
-    """Fresh students trained on a subset, through a distilled phi or (None) plainly; scored on validation and test."""
+    """Fresh students trained on a subset, through a distilled phi or (None) plainly; scored on validation and test.
+
+    `only` "stored": through nothing but the images that a class-conditioned phi stores.
+    """
 
     subset: Subset
     config: EvalConfig
     distilled: Distillation | None = None
+    only: str = ""
 
     kind = "accuracy"
 
@@ -257,14 +261,18 @@ class Evaluation(Job):
     def work(self, store, tick):
         data = self.data
         phi = self.distilled and self.distilled.stored_phi(store).phi
+        if self.only:
+            phi = Stored(next(m for m in phi.modules() if isinstance(m, ConditionalUNet)))
         if phi is not None:
             phi = Applied(phi, self.config.phi_strength, self.config.phi_probability)
         train = data.train.take(self.subset.index(data))
         scored = {"validation": data.validation, "test": data.test}
         augment = augmentation(self.config.eval_augment, self.setup.dataset)
         arguments = (self.student(), phi, train, scored, self.config, self.setup.seed)
-        total = self.config.eval_students
-        return {}, evaluate(*arguments, augment=augment, on_student=lambda done: tick(done, total))
+        soft, total = self.config.eval_labels == "soft", self.config.eval_students
+        teacher = teacher_of(trajectories(self.setup, store)) if soft else None
+        options = dict(augment=augment, teacher=teacher, on_student=lambda done: tick(done, total))
+        return {}, evaluate(*arguments, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,6 +283,29 @@ def lines(panels: dict[str, dict], *, x: str, y: str, log: str = "") -> Figure:
     return figure
 
 
+def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figure:
+    """A policy's ranges against iterations, a panel each: a line a repetition, dashed where the experts' true ones lie.
+
+    `panels` hold histories by name, one a repetition; kinds that the experts' augmentation has not are grey.
+    """
+    figure, axes = new_figure(4.2 * len(panels) + 1.2, 3.6, len(panels), sharey=True)
+    for axis, (title, histories) in zip(axes, panels.items(), strict=True):
+        for kind in histories[0][0]["phi"]:
+            place = list(truth).index(kind) if kind in truth else None
+            look = dict(color="#bbbbbb" if place is None else PALETTE[place], linewidth=0.9 if place is None else 1.6)
+            for k, history in enumerate(histories):
+                name = kind.replace("_", " ") if place is not None else "not in the experts'"
+                label = name if k == 0 and name not in axis.get_legend_handles_labels()[1] else None
+                axis.plot([r["iteration"] for r in history], [r["phi"][kind] for r in history], label=label, **look)
+            if place is not None:
+                axis.axhline(truth[kind], color=PALETTE[place], linestyle="--", linewidth=0.9)
+        axis.set(xlabel="iteration", title=title)
+        log_scale(axis)
+    axes[0].set_ylabel("range (dashed: the experts')")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
     """The first update of each tensor of phi, in sizes of the tensor itself, by optimiser: logarithmic bars."""
     layers = list(next(iter(found.values())))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from augdistill_core import DistillConfig, Distilled, Trajectories
+from augdistill_core import DistillConfig, Trajectories
 from augdistill_report.artefacts import Store, as_json, digest, write
 from augdistill_report.data import Split
 from augdistill_report.grid import Grid, as_found
@@ -122,9 +122,10 @@ class Run:
         config = dataclasses.replace(config or self.settings.part(DistillConfig), **changes)
         return Distillation(self.settings.part(Setup), phi, subset, config, own_source(phi))
 
-    def distill(self, rows: dict[str, Distillation]) -> dict[str, Distilled]:
-        """Train every row's phi; leaves each one's curve as JSON lines in curves/."""
-        self.experts()
+    def distill(self, rows: dict) -> dict:
+        """Train every row's phi, a `Distilled` each; leaves each one's curve as JSON lines in curves/."""
+        worlds = dict.fromkeys(job.setup for job in rows.values())
+        self._run([job for setup in worlds for job in to_train(setup)], "experts")
         self._run(list(rows.values()), "distillation")
         results = {name: job.stored_phi(self.store) for name, job in rows.items()}
         for name, result in results.items():
@@ -137,10 +138,23 @@ class Run:
         config = self.settings.part(EvalConfig, **changes)
         return Evaluation(self.settings.part(Setup), subset, config, distilled)
 
-    def evaluate(self, rows: dict[str, Evaluation]) -> dict[str, Accuracy]:
-        """Score every row."""
+    def evaluate(self, rows: dict) -> dict:
+        """Score every row, an `Accuracy` each."""
         self._run(list(rows.values()), "evaluation")
         return {name: Accuracy(**job.stored(self.store)[1]) for name, job in rows.items()}
+
+    def choose(self, options: dict) -> dict:
+        """For each method, which of its options scores best on the validation split (the first, if several do).
+
+        `options` holds jobs by (method, option). The test split has no say.
+        """
+        scores = self.evaluate(options)
+        best: dict = {}
+        for (method, option), score in scores.items():
+            value = float(np.mean(score.validation))
+            if method not in best or value > best[method][0]:
+                best[method] = (value, option)
+        return {method: option for method, (_, option) in best.items()}
 
     def probe(self, rows: dict) -> dict:
         """What every `Probe` of the rows found."""
@@ -223,8 +237,9 @@ def picture(figure) -> bytes:
     return buffer.getvalue()
 
 
-def file_name(name: str) -> str:
-    """A row's name as a file's."""
+def file_name(name: str | tuple) -> str:
+    """A row's name (or its parts) as a file's."""
+    name = name if isinstance(name, str) else ", ".join(map(str, name))
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 

@@ -71,6 +71,7 @@ class EvalConfig(Config):
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
+    eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
 
@@ -91,6 +92,12 @@ class Settings(Setup, DistillConfig, EvalConfig):
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
     subset_iterations: int = knob(150, "outer steps when phi learns on a fraction", low=1)
     subset_eval_steps: int = knob(300, "SGD steps of a student that is scored in notebook 05", low=2)
+    repeats: int = knob(1, "repetitions of notebook 07: other experts, other images, another phi", low=1)
+    teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
+    phi_fraction: float = knob(0.1, "the part of the data that it sends through phi", low=1e-6, high=1)
+    late_start_epoch: int = knob(0, "T+ of its phis that learn on that part, or ranges; 0 = as late as can be", low=0)
+    policy_iterations: int = knob(150, "outer steps of those phis", low=1)
+    episode_iterations: int = knob(300, "outer steps of the phis that meet new images in each", low=1)
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
 
     def __post_init__(self):
@@ -187,21 +194,25 @@ def preflight(settings: Settings) -> None:
     student = settings.student(data)
     snapshots = snapshots_every(len(data.train), settings)[1]
     last = snapshots - settings.expert_epochs
-    if not settings.max_start_epoch <= last:
-        raise ValueError(
-            f"max_start_epoch={settings.max_start_epoch}: the experts' {snapshots} snapshots less "
-            f"expert_epochs={settings.expert_epochs} leave start epochs in [0, {last}]"
-        )
+    for key in ("max_start_epoch", "late_start_epoch"):
+        if not getattr(settings, key) <= last:
+            raise ValueError(
+                f"{key}={getattr(settings, key)}: the experts' {snapshots} snapshots less "
+                f"expert_epochs={settings.expert_epochs} leave start epochs in [0, {last}]"
+            )
     try:
         index = data.subset(settings.seed, per_class=settings.images_per_class)
     except ValueError as error:
         raise ValueError(f"images_per_class={settings.images_per_class}: too many ({error})") from None
     base = data.train.take(index).images
-    for fraction in settings.fraction_list:
+    for key, value, fraction in [
+        *(("fractions", settings.fractions, fraction) for fraction in settings.fraction_list),
+        ("phi_fraction", settings.phi_fraction, settings.phi_fraction),
+    ]:
         try:
             data.subset(settings.seed, fraction=fraction)
         except ValueError as error:
-            raise ValueError(f"fractions={settings.fractions!r}: {error}") from None
+            raise ValueError(f"{key}={value!r}: {error}") from None
     make_phi(settings.phi, base, len(data.classes), settings.seed)
     for key, prefix in (("phi", "phi"), ("alpha", "alpha"), ("pixel", "pixel")):
         kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{prefix}_momentum")

@@ -1,0 +1,144 @@
+"""A phi for images that it never saw: what notebook 07 trains and scores, one repetition (another world) at a time.
+
+Three ideas that the student report did not have: episodes (phi meets new images in every iteration, as it will when it
+is used), experts that were trained with an augmentation (they have something to teach), and two draws (a loss that does
+not punish randomness).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from augdistill_core import DistillConfig, snapshots_every
+from augdistill_report.augmentations import RandomAffine, augmentation
+from augdistill_report.jobs import Distillation, Evaluation, Subset, own_source
+from augdistill_report.numbers import Accuracy, summary
+from augdistill_report.settings import EvalConfig, Settings, Setup
+
+POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
+BLIND, CONDITIONED, POLICY = "unet_noise", "unet_class_noise", "policy"
+USES = [(1.0, 1.0), (1.0, 0.5), (0.5, 1.0)]  # strength and probability, one of which the validation split chooses
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """One world, that of `settings`: its experts, its images, its phis."""
+
+    settings: Settings
+
+    @property
+    def part(self) -> Subset:
+        """The part of the data that goes through phi."""
+        return Subset(self.settings.seed, fraction=self.settings.phi_fraction)
+
+    @property
+    def few(self) -> Subset:
+        """A few images a class that no phi of episodes has seen."""
+        return Subset(self.settings.seed, per_class=self.settings.images_per_class)
+
+    @property
+    def rest(self) -> Subset:
+        """Where those phis come from: all of the data but the `POOL`."""
+        return Subset(self.settings.seed, fraction=1 - POOL, skip=POOL)
+
+    def setup(self, augment: str) -> Setup:
+        """The world with experts that were trained with an augmentation."""
+        return self.settings.part(Setup, expert_augment=augment)
+
+    def distillation(self, phi: str, subset: Subset, augment: str, **changes) -> Distillation:
+        config = self.settings.part(DistillConfig, alpha_mode="held", **changes)
+        return Distillation(self.setup(augment), phi, subset, config, own_source(phi))
+
+    @property
+    def late(self) -> dict:
+        """How phis learn that are to be of use on much of the data: on later segments of the experts' ways (DATM)."""
+        s = self.settings
+        snapshots = snapshots_every(len(s.load().train), s)[1]
+        start = s.late_start_epoch or snapshots - s.expert_epochs
+        return dict(iterations=s.policy_iterations, batch_syn=s.subset_batch, max_start_epoch=start)
+
+    def ranges(self) -> dict[str, Distillation]:
+        """Policies that are to find the experts' augmentation: by two draws, by the ordinary loss, and a control."""
+        teach, everything = self.settings.teach, Subset(self.settings.seed, fraction=1.0)
+        return {
+            "two draws": self.distillation(POLICY, everything, teach, draws=2, **self.late),
+            "ordinary loss": self.distillation(POLICY, everything, teach, **self.late),
+            "two draws, plain experts": self.distillation(POLICY, everything, "none", draws=2, **self.late),
+        }
+
+    def episodes(self) -> dict[str, Distillation]:
+        """Phis that meet new images in every iteration, none of which they are scored on."""
+        s = self.settings
+        options = dict(iterations=s.episode_iterations, episode=s.images_per_class)
+        return {
+            "class-blind phi": self.distillation(BLIND, self.rest, s.teach, **options),
+            "conditioned phi": self.distillation(CONDITIONED, self.rest, s.teach, **options),
+        }
+
+    def of_part(self) -> dict[str, Distillation]:
+        """Phis trained on the part that goes through them, by two draws; and the identity, which learns nothing."""
+        teach = self.settings.teach
+        phis = {"policy": POLICY, "U-Net and policy": f"{CONDITIONED}+{POLICY}"}
+        jobs = {name: self.distillation(phi, self.part, teach, draws=2, **self.late) for name, phi in phis.items()}
+        return jobs | {"identity": self.distillation("identity", self.part, teach, iterations=1)}
+
+    def evaluation(
+        self, subset: Subset, distilled: Distillation | None = None, only: str = "", **changes
+    ) -> Evaluation:
+        config = self.settings.part(EvalConfig, eval_steps=self.settings.subset_eval_steps, **changes)
+        setup = distilled.setup if distilled else self.setup(self.settings.teach)
+        return Evaluation(setup, subset, config, distilled, only)
+
+    def used(self, subset: Subset, distilled: Distillation | None, **changes) -> dict[tuple, Evaluation]:
+        """An evaluation for each way to use a phi: by strength and probability."""
+        return {
+            use: self.evaluation(subset, distilled, phi_strength=use[0], phi_probability=use[1], **changes)
+            for use in USES
+        }
+
+
+def repetitions(settings: Settings) -> list[Repetition]:
+    """As many as `settings.repeats`, each with a seed of its own."""
+    return [Repetition(dataclasses.replace(settings, seed=settings.seed + k)) for k in range(settings.repeats)]
+
+
+def truth(settings: Settings) -> dict[str, float]:
+    """The ranges of the augmentation that the experts were trained with, by the kinds of a policy."""
+    augment = augmentation(settings.teach, settings.dataset)
+    if not isinstance(augment, RandomAffine):
+        return {}
+    of = {"rotation": augment.rotation, "scale": augment.scale, "shift_x": augment.shift, "shift_y": augment.shift}
+    return of | ({"flip": augment.flip} if augment.flip else {})
+
+
+def recovered(histories: list[list[dict]]) -> dict[str, list[float]]:
+    """Each kind's range over the last quarter of a run (geometric mean), a value a repetition."""
+    found: dict[str, list[float]] = {}
+    for history in histories:
+        for kind in history[-1]["phi"]:
+            values = [record["phi"][kind] for record in history[-max(1, len(history) // 4) :]]
+            found.setdefault(kind, []).append(float(np.exp(np.mean(np.log(values)))))
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """A number over repetitions: mean ± deviation; alone, if there is one."""
+    return f"{np.mean(values):.3f}" + (f" ± {summary(values)['std']:.3f}" if len(values) > 1 else "")
+
+
+def pool(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
+    """Scores by (method, repetition) as scores by method: the students of all repetitions together."""
+    methods: dict[str, list[Accuracy]] = {}
+    for (method, _), score in scores.items():
+        methods.setdefault(method, []).append(score)
+    return {
+        method: Accuracy([v for s in several for v in s.test], [v for s in several for v in s.validation])
+        for method, several in methods.items()
+    }
+
+
+def gain(score: Accuracy, plain: Accuracy) -> dict[str, str]:
+    """What a method adds to plain images, student by student: mean, its 95 % interval (normal), and over how many."""
+    found = score - plain
+    half = 1.96 * found["std"] / found["n"] ** 0.5
+    return {"gain in points": f"{100 * found['mean']:+.1f} ± {100 * half:.1f}", "n": found["n"]}

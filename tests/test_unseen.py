@@ -1,0 +1,174 @@
+"""A phi for images that it never saw: what is trained and scored on what, soft labels, choices, sums over worlds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augdistill_core import flatten, initial_parameters, logits_of, make_phi, seeded, train_experts, unflatten
+from augdistill_phis import Stored
+from augdistill_report import open_run, plots, unseen
+from augdistill_report.artefacts import Store
+from augdistill_report.augmentations import RandomAffine
+from augdistill_report.evaluation import teacher_of, train_student
+from augdistill_report.jobs import Evaluation, Subset
+from augdistill_report.numbers import Accuracy
+from augdistill_report.settings import EvalConfig, Settings, preflight, resolve
+
+
+@pytest.fixture(scope="module")
+def world():
+    return unseen.Repetition(resolve("smoke", {"eval_students": 2}))
+
+
+def test_no_phi_of_episodes_is_scored_on_an_image_that_it_met():
+    for seed in range(3):
+        settings = resolve("digits", {"seed": seed})
+        data, world = settings.load(), unseen.Repetition(settings)
+        met, few, part = (set(s.index(data).tolist()) for s in (world.rest, world.few, world.part))
+        assert not met & few and not met & part and few <= part  # 10 % lie in the first 20 %
+        assert len(met) == pytest.approx(0.8 * len(data.train), rel=0.01) and len(few) == 10
+    for job in world.episodes().values():
+        assert job.subset == world.rest and job.config.episode == 1 and job.config.alpha_mode == "held"
+
+
+def test_repetitions_are_worlds_of_their_own():
+    settings = resolve("smoke", {"repeats": 3, "seed": 5, "teach": "dsa"})
+    worlds = unseen.repetitions(settings)
+    assert [world.settings.seed for world in worlds] == [5, 6, 7]
+    assert {job.setup.seed for world in worlds for job in world.ranges().values()} == {5, 6, 7}
+    jobs = worlds[0].ranges()
+    assert {name: (job.setup.expert_augment, job.config.draws) for name, job in jobs.items()} == {
+        "two draws": ("dsa", 2),
+        "ordinary loss": ("dsa", 1),
+        "two draws, plain experts": ("none", 2),
+    }
+    # late: as far as the experts' way allows, or as told
+    assert {job.config.max_start_epoch for job in jobs.values()} == {3}  # 4 snapshots, M = 1
+    late = unseen.Repetition(dataclasses.replace(settings, late_start_epoch=2))
+    assert late.of_part()["policy"].config.max_start_epoch == 2
+    with pytest.raises(ValueError, match=r"late_start_epoch=4: .* start epochs in \[0, 3\]"):
+        preflight(dataclasses.replace(settings, late_start_epoch=4))
+    with pytest.raises(ValueError, match=r"phi_fraction=0\.0001: .* leaves class"):
+        preflight(dataclasses.replace(settings, phi_fraction=1e-4))
+
+
+def test_the_truth_is_what_the_experts_augmentation_draws():
+    affine = RandomAffine()
+    expected = dict(rotation=affine.rotation, scale=affine.scale, shift_x=affine.shift, shift_y=affine.shift)
+    assert unseen.truth(Settings(teach="affine")) == unseen.truth(Settings(teach="flip_affine")) == expected
+    assert unseen.truth(Settings(teach="flip_affine", dataset="fashion")) == expected | {"flip": 0.5}
+    assert unseen.truth(Settings(teach="dsa")) == unseen.truth(Settings(teach="none")) == {}
+
+
+def test_soft_labels_are_the_experts_mean_probabilities(world):
+    settings = world.settings
+    data, student = settings.load(), settings.student(settings.load())
+    experts = train_experts(student, data.train.images, data.train.labels, settings, 0)
+    x = data.validation.take(slice(0, 5)).images
+    teacher = teacher_of(experts)
+    expected = sum(
+        logits_of(student, unflatten(student, way[-1]), x).softmax(1) / len(experts.theta) for way in experts.theta
+    )
+    torch.testing.assert_close(teacher(x), expected)
+    # one step from the same start, against plain torch: the loss is the cross entropy with those probabilities
+    config, train = EvalConfig(eval_steps=2, eval_lr=0.1, eval_momentum=0, eval_decay=0), data.train.take(slice(0, 6))
+    end = train_student(student, None, train.images, train.labels, config, 3, teacher=teacher)
+    theta = [p.detach().clone().requires_grad_() for p in unflatten(student, initial_parameters(student, seeded(3)))]
+    for lr in (0.1, 0.01):
+        log = F.log_softmax(logits_of(student, theta, train.images), 1)
+        loss = -(teacher(train.images).detach() * log).sum(1).mean()
+        theta = [
+            (p - lr * g).detach().requires_grad_() for p, g in zip(theta, torch.autograd.grad(loss, theta), strict=True)
+        ]
+    torch.testing.assert_close(end, flatten(theta).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_soft_labels_are_used_where_they_are_asked_for(world, tmp_path):
+    store = Store(tmp_path)
+    hard, soft = (world.evaluation(world.part, eval_labels=kind) for kind in ("hard", "soft"))
+    assert hard.spec() != soft.spec()
+    assert hard.stored(store)[1] != soft.stored(store)[1]
+
+
+def test_what_a_conditioned_phi_stores_looks_at_no_image():
+    images = torch.randn(6, 1, 8, 8, generator=seeded(0))
+    phi = make_phi("unet_class_noise", images, 3, 0)
+    with torch.no_grad():
+        phi.bias.add_(torch.randn(phi.bias.shape, generator=seeded(1)))
+    labels = torch.tensor([2, 0, 1, 1, 0, 2])
+    assert torch.equal(Stored(phi)(images, labels=labels), phi.bias[labels])
+
+
+def test_only_stored_is_another_evaluation(world, tmp_path):
+    store, job = Store(tmp_path), world.episodes()["conditioned phi"]
+    whole, only = world.evaluation(world.few, job), world.evaluation(world.few, job, only="stored")
+    assert isinstance(only, Evaluation) and whole.spec() != only.spec()
+    assert set(only.stored(store)[1]) == {"validation", "test"}
+
+
+def test_the_validation_split_chooses(tmp_path, monkeypatch):
+    run = open_run("choice", {"preset": "smoke", "out": str(tmp_path)})
+    scores = {
+        ("a", 1): Accuracy([0.9, 0.9], [0.5, 0.6]),
+        ("a", 2): Accuracy([0.1, 0.1], [0.7, 0.6]),
+        ("b", 1): Accuracy([0.2, 0.2], [0.4, 0.4]),
+        ("b", 2): Accuracy([0.8, 0.8], [0.4, 0.4]),
+    }
+    monkeypatch.setattr(run, "evaluate", lambda options: {key: scores[key] for key in options})
+    assert run.choose(dict.fromkeys(scores)) == {"a": 2, "b": 1}
+
+
+def test_strength_and_probability_reach_the_students(world, tmp_path):
+    store, job = Store(tmp_path), world.of_part()["policy"]
+    off = world.evaluation(world.part, job, phi_probability=0.0)
+    plain = Evaluation(world.setup(world.settings.teach), world.part, off.config, None)
+    assert off.stored(store)[1] == plain.stored(store)[1]
+    assert set(world.used(world.part, job)) == set(unseen.USES)
+    full = world.used(world.part, job)[1.0, 1.0]
+    assert full.stored(store)[1] != off.stored(store)[1]
+
+
+def test_sums_over_worlds():
+    scores = {
+        ("phi", 0): Accuracy([0.9, 0.8], [0.7, 0.7]),
+        ("plain", 0): Accuracy([0.5, 0.6], [0.5, 0.5]),
+        ("phi", 1): Accuracy([0.7, 0.9], [0.6, 0.6]),
+        ("plain", 1): Accuracy([0.6, 0.5], [0.5, 0.5]),
+    }
+    found = unseen.pool(scores)
+    assert found["phi"].test == [0.9, 0.8, 0.7, 0.9] and found["plain"].validation == [0.5] * 4
+    differences = np.array([0.4, 0.2, 0.1, 0.4])
+    half = 1.96 * differences.std(ddof=1) / 2
+    assert unseen.gain(found["phi"], found["plain"]) == {
+        "gain in points": f"{100 * differences.mean():+.1f} ± {100 * half:.1f}",
+        "n": 4,
+    }
+
+
+def test_ranges_over_the_last_quarter():
+    histories = [
+        [{"iteration": i, "phi": {"rotation": 0.1 * 2.0**-i, "flip": 0.5}} for i in range(8)],
+        [{"iteration": i, "phi": {"rotation": 0.2, "flip": 0.25}} for i in range(2)],
+    ]
+    found = unseen.recovered(histories)
+    assert found["rotation"] == pytest.approx([0.1 * 2**-6.5, 0.2]) and found["flip"] == pytest.approx([0.5, 0.25])
+    assert unseen.spread([0.1]) == "0.100" and unseen.spread([0.1, 0.2]) == "0.150 ± 0.071"
+    figure = plots.ranges({"a": histories, "b": histories[1:]}, {"rotation": 0.15})
+    assert [len(axis.lines) for axis in figure.axes] == [5, 3]  # kinds by histories, and one truth
+    assert {t.get_text() for t in figure.axes[1].get_legend().get_texts()} == {"rotation", "not in the experts'"}
+
+
+def test_a_subset_that_skips_is_what_follows(world):
+    data = resolve("digits").load()
+    for part in (0.3, 0.2, 1 / 3, 0.5):
+        first, then = data.subset(4, fraction=part), data.subset(4, fraction=1 - part, skip=part)
+        assert sorted([*first.tolist(), *then.tolist()]) == list(range(len(data.train)))
+    then = data.subset(4, fraction=0.7, skip=0.3)
+    assert Subset(4, fraction=0.7, skip=0.3).index(data).tolist() == then.tolist()
+    with pytest.raises(ValueError, match="skip=1"):
+        data.subset(4, fraction=0.1, skip=1.0)
+    with pytest.raises(ValueError, match=r"fraction=0\.8: class 0 .*less \d+ skipped"):
+        data.subset(4, fraction=0.8, skip=0.3)
