@@ -20,7 +20,7 @@ from augdistill_report.artefacts import Store, digest, read_tensors, write
 from augdistill_report.augmentations import fitted
 from augdistill_report.jobs import SOURCE, Distillation, own_source
 
-KIND, FORMAT = "augdistill phi", "1"
+KIND, FORMAT = "augdistill phi", 1
 SLACK = 0.25  # how far pixels may leave [0, 1] and still be taken for pixels (a bicubic resize overshoots)
 
 
@@ -61,12 +61,12 @@ class Augment(nn.Module):
         batch = images.as_subclass(Tensor).reshape(-1, *images.shape[-3:])
         if not len(batch):
             return images
-        labels = self.checked(labels, batch)
+        labels = self.checked(labels, len(batch))
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         x = (batch.to(self.mean) - self.mean) / self.std
         x = augmented(self.applied, x, labels, torch.arange(len(x), device=x.device), generator)
-        return (x * self.std + self.mean).clamp(0, 1).to(images.dtype).reshape(images.shape)
+        return (x * self.std + self.mean).clamp(0, 1).to(images).reshape(images.shape)
 
     def check(self, images) -> None:
         """A `ValueError` unless phi can take these."""
@@ -90,19 +90,19 @@ class Augment(nn.Module):
                     "normalise them after it"
                 )
 
-    def checked(self, labels, batch: Tensor) -> Tensor:
-        """Labels `[B]`: zeros for a phi that does not read them."""
+    def checked(self, labels, images: int) -> Tensor:
+        """Labels of so many images: zeros for a phi that does not read them."""
         if labels is None and self.applied.conditional:
             raise ValueError(f"phi {self.about['phi']!r} reads the labels: pass labels= with the images")
-        labels = torch.as_tensor(0 if labels is None else labels, device=batch.device)
+        labels = torch.as_tensor(0 if labels is None else labels, device=self.mean.device)
         count = len(self.about["classes"])
-        if labels.numel() not in (1, len(batch)) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"labels: must be {len(batch)} whole numbers, one an image")
-        if not 0 <= int(labels.min()) <= int(labels.max()) < count:
+        if labels.numel() not in (1, images) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels: must be {images} whole numbers, one an image")
+        if self.applied.conditional and not 0 <= int(labels.min()) <= int(labels.max()) < count:
             raise ValueError(
                 f"labels: must be in [0, {count - 1}], the positions of {', '.join(self.about['classes'])}"
             )
-        return labels.to(torch.int64).view(-1).expand(len(batch))
+        return labels.to(torch.int64).view(-1).expand(images)
 
     def extra_repr(self) -> str:
         return f"{self.about['phi']}, {by(self.about['shape'])}, trained on {trained_on(self.about)}"
@@ -118,9 +118,9 @@ def public_name(dataset: str) -> str:
     return kind + colon + Path(path).name
 
 
-def checksum(about: str, tensors: dict[str, Tensor]) -> str:
+def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
     """The SHA-256 of all that a file means."""
-    sha = hashlib.sha256(about.encode())
+    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -168,8 +168,8 @@ def save_phi(
             f"phi {job.phi!r} does other things when it is made again from its shape, parameters and buffers: "
             "keep what it needs in those"
         )
-    text = json.dumps(about)
-    header = {"kind": KIND, "format": FORMAT, "about": text, "sha256": checksum(text, tensors)}
+    # under one key, since safetensors writes several in any order: the same phi is the same bytes
+    header = {KIND: json.dumps({"format": FORMAT, "sha256": checksum(about, tensors), "about": about})}
     write(Path(path), to_safetensors(tensors, header))
     return Path(path)
 
@@ -192,14 +192,15 @@ def read_phi(path: Path | str) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path}: no such file; must be a phi that `run.save` or `save_phi` wrote")
     try:
         tensors, header = read_tensors(path)
-        if header.get("kind") != KIND:
+        if KIND not in header:
             raise ValueError("a safetensors file, but of something else")
-        if header.get("format") != FORMAT:
-            raise ValueError(f"of format {header.get('format')}; this version of augdistill reads {FORMAT}")
-        if header.get("sha256") != checksum(header.get("about", ""), tensors):
+        said = json.loads(header[KIND])
+        if said["format"] != FORMAT:
+            raise ValueError(f"of format {said['format']}; this version of augdistill reads {FORMAT}")
+        if said["sha256"] != checksum(said["about"], tensors):
             raise ValueError("its contents are not those that were written")
-        return tensors, json.loads(header["about"])
-    except ValueError as error:
+        return tensors, said["about"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no phi of ours ({error})") from None
 
 
