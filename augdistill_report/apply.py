@@ -3,6 +3,7 @@
 The same command writes the same bytes. One that was stopped goes on where it was: a file is whole or not there.
 """
 
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -139,7 +140,7 @@ def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") 
         made = {
             "phi": augment.about["phi"],
             "trained on": trained_on(augment.about),
-            "state": checksum("", augment.state_dict())[:12],
+            "state": checksum({}, augment.state_dict())[:12],
             "strength": augment.applied.strength,
             "probability": augment.applied.probability,
             "to": public_name(to),
@@ -173,9 +174,9 @@ def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: Ho
                     augmented = augment(x, labels=label, generator=generator)
                     if in_picture:
                         shown[name] = x[0], augmented[0]
-                    for file, image in zip(files, augmented, strict=True):
-                        if not file.is_file():
-                            write(file, png(image))
+                    missing = [(f, png(i)) for f, i in zip(files, augmented, strict=True) if not f.is_file()]
+                    with concurrent.futures.ThreadPoolExecutor(BATCH) as pool:  # they wait for the disk together
+                        list(pool.map(write, *zip(*missing, strict=True)))
                 done += len(files)
                 line.show(f"{out}: {done} of {total} images")
     before, after = (torch.stack(images) for images in zip(*shown.values(), strict=True))
