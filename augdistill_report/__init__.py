@@ -8,6 +8,7 @@ from augdistill_report.evaluation import phi_images, student_path
 from augdistill_report.grid import read_grid
 from augdistill_report.jobs import Subset
 from augdistill_report.numbers import markdown, summary, tenths
+from augdistill_report.phi_files import load_phi
 from augdistill_report.run import open_run
 from augdistill_report.settings import NOTEBOOKS
 from augdistill_report.study import Case
@@ -18,6 +19,7 @@ __all__ = [
     "PHIS",
     "Case",
     "Subset",
+    "load_phi",
     "markdown",
     "open_run",
     "phi_images",

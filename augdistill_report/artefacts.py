@@ -54,6 +54,19 @@ def digest(spec: dict) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file; a `ValueError` that says what is wrong with it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        # what torch.save writes, an archive or a bare pickle; a whole safetensors file may start so too
+        pickled = start == b"PK" or start[:1] == b"\x80"
+        raise ValueError("a pickle, which may hold code, is never opened" if pickled else str(error)) from None
+
+
 class Store:
     """Results of finished pieces of work, in `folder`, by kind and specification."""
 
@@ -83,13 +96,11 @@ class Store:
         """The tensors and values that `save` stored; a `ValueError` that names a damaged or foreign file."""
         path = self.path(kind, spec)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, header = read_tensors(path)
             if header["kind"] != kind or json.loads(header["spec"]) != json.loads(json.dumps(spec)):
                 raise ValueError("it was made from another specification")
             return tensors, json.loads(header["meta"])
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged or not ours ({error}): delete it, and run again") from None
 
 

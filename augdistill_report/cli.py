@@ -1,5 +1,5 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` one of them over a grid, `figures` publishes a
-run, `data` checks or fetches a set."""
+run, `data` checks or fetches a set, `apply` augments images by a saved phi."""
 
 import argparse
 import signal
@@ -24,6 +24,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
+    apply = commands.add_parser("apply", help="write a set's images as a saved phi makes them")
+    apply.add_argument("phi", metavar="PHI", help="a phi's file: runs/<preset>/phis/<name>.safetensors")
+    apply.add_argument("--to", required=True, metavar="WHAT", help="a set (its training split), or a folder of classes")
+    apply.add_argument("--out", required=True, metavar="DIR", help="where the images go, one sub-folder a class")
+    apply.add_argument("--copies", type=int, default=1, metavar="K", help="draws of each image (1)")
+    apply.add_argument("--count", type=int, default=0, metavar="N", help="only the first N images of each class")
+    apply.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed makes the same images (0)")
+    apply.add_argument("--strength", type=float, metavar="L", help="x + L (phi(x) - x), instead of what the file says")
+    apply.add_argument("--probability", type=float, metavar="P", help="of an image to be changed, likewise")
+    apply.add_argument("--set", action="append", default=[], metavar="phis=FILE", help="files with phis of your own")
+    apply.add_argument("--data", default="", metavar="DIR", help="where the set is (AUGDISTILL_DATA, or the cache)")
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
     check = data.add_parser("check", help="read a set whole and say what it holds")
@@ -51,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C: no process is left behind
     # imported late, so that --help and a typing error answer at once
-    from augdistill_report import data, data_files, execute, gallery, runner, sweep
+    from augdistill_report import apply, data, data_files, execute, gallery, runner, sweep
 
     try:
         if options.command == "report":
@@ -70,6 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
             if options.what == "fetch":
                 options.size, options.data = 0, str(data_files.fetch(options.name, options.mirror, options.data))
             print(data.describe(data.load(options.name, options.size, options.data)))
+        elif options.command == "apply":
+            apply.load_phis(settings_changes(options.set))
+            how = apply.How(options.copies, options.count, options.seed)
+            augment = apply.load_phi(options.phi, options.strength, options.probability)
+            print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
         else:
             publish = gallery.publish_sweeps if options.sweeps else gallery.publish
             print(f"published: {publish(options.preset, options.out)}")

@@ -60,7 +60,7 @@ def image_grid(rows: dict[str, Tensor], columns: list[str]) -> Figure:
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for (name, images), line in zip(rows.items(), axes, strict=True):
         for image, axis in zip(images.cpu(), line, strict=True):
-            picture = image.permute(1, 2, 0).squeeze(-1)
+            picture = image.permute(1, 2, 0).squeeze(-1).numpy()  # numpy 2 warns of a tensor
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)

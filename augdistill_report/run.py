@@ -5,7 +5,8 @@
     run.number("plain", scores["plain"])
     run.finish()                                      # the last cell: writes results/02_baseline_mtt.json
 
-A run's folder holds config.json, results/, curves/, figures/, notebooks/ and the store of finished work, artefacts/.
+A run's folder holds config.json, results/, curves/, figures/, notebooks/, saved phis/, and the store of finished work,
+artefacts/.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from augdistill_report.data import Split
 from augdistill_report.grid import Grid, as_found
 from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, experts, own_source, to_train, trajectories
 from augdistill_report.numbers import Accuracy, shown, summary
+from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import ROOT, EvalConfig, Settings, Setup, preset_path, resolve
 from augdistill_report.study import Case, run_cases
@@ -194,6 +196,11 @@ class Run:
     def number(self, name: str, value) -> None:
         """Put what the notebook shows into its results: a number, plain JSON values, or an `Accuracy`."""
         self.numbers[name] = summary(value.test) if isinstance(value, Accuracy) else value
+
+    def save(self, name: str, job: Distillation, strength: float = 1.0, probability: float = 1.0) -> Path:
+        """Write the phi that `job` trained to phis/<name>.safetensors, for `load_phi` and `augdistill apply`."""
+        path = self.folder / "phis" / f"{file_name(name)}.safetensors"
+        return save_phi(path, job, self.store, strength, probability)
 
     def table(self, markdown: str) -> None:
         """Show a table."""
