@@ -83,7 +83,7 @@ GEOMETRY = ("rotation", "scale", "shear", "shift_x", "shift_y")  # radians; of t
 COLOURS = ("brightness", "contrast")  # in standard deviations of the data; of the factor's logarithm
 OF_RGB = ("saturation", "hue")  # of the factor's logarithm; radians
 START = 0.03  # every range, and the probability of a flip, before anything is learned
-PACE = 7.0  # a step of a parameter, in steps of its range's logarithm: so one step size serves a U-Net and its policy
+PACE = 10.0  # a step of a parameter, in steps of its range's logarithm: so one step size serves a U-Net and its policy
 
 
 class Policy(Phi):

@@ -16,11 +16,11 @@ from augdistill_config import Config, knob
 from augdistill_core import seeded
 from augdistill_report.artefacts import as_json, digest, write
 from augdistill_report.data import DATASETS, IMAGE_SUFFIXES, image_files, load, read_image
-from augdistill_report.phi_files import Augment, by, checksum, load_phi, public_name, trained_on
+from augdistill_report.phi_files import Augment, by, checksum, load_phi, trained_on
 from augdistill_report.plots import image_grid
 from augdistill_report.pool import Line
 from augdistill_report.run import picture
-from augdistill_report.settings import Settings
+from augdistill_report.settings import Settings, public_name
 
 __all__ = ["How", "apply", "load_phi", "load_phis"]
 

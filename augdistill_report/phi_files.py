@@ -19,6 +19,7 @@ from augdistill_phis import PHIS, Applied, Phi, augmented
 from augdistill_report.artefacts import Store, digest, read_tensors, write
 from augdistill_report.augmentations import fitted
 from augdistill_report.jobs import SOURCE, Distillation, own_source
+from augdistill_report.settings import public_name
 
 KIND, FORMAT = "augdistill phi", 1
 SLACK = 0.25  # how far pixels may leave [0, 1] and still be taken for pixels (a bicubic resize overshoots)
@@ -110,12 +111,6 @@ class Augment(nn.Module):
 
 def trained_on(about: dict) -> str:
     return f"{about['data']['name']} ({about['data']['fingerprint']})"
-
-
-def public_name(dataset: str) -> str:
-    """A data set's name without where a folder of images lay, which may be private."""
-    kind, colon, path = dataset.partition(":")
-    return kind + colon + Path(path).name
 
 
 def checksum(about: dict, tensors: dict[str, Tensor]) -> str:

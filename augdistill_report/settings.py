@@ -30,6 +30,12 @@ def absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else ""
 
 
+def public_name(dataset: str) -> str:
+    """A data set's name without where a folder of images lay, which may be private."""
+    kind, colon, path = dataset.partition(":")
+    return kind + colon + Path(path).name
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup(ExpertConfig):
     """The world that a result lives in: the data, the student, the experts, the machine."""
@@ -96,8 +102,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
     teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
     phi_fraction: float = knob(0.1, "the part of the data that it sends through phi", low=1e-6, high=1)
     late_start_epoch: int = knob(0, "T+ of its phis that learn on that part, or ranges; 0 = as late as can be", low=0)
-    policy_iterations: int = knob(150, "outer steps of those phis", low=1)
-    episode_iterations: int = knob(300, "outer steps of the phis that meet new images in each", low=1)
+    policy_iterations: int = knob(80, "outer steps of those phis", low=1)
+    episode_iterations: int = knob(150, "outer steps of the phis that meet new images in each", low=1)
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
 
     def __post_init__(self):
@@ -118,7 +124,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
 
     def public(self) -> dict:
         """The settings as results name them: not where data and files lay on this machine, which may be private."""
-        return self.to_dict() | {"data": "", "phis": ", ".join(path.name for path in self.phi_files)}
+        phis = ", ".join(path.name for path in self.phi_files)
+        return self.to_dict() | {"data": "", "dataset": public_name(self.dataset), "phis": phis}
 
     @property
     def phi_files(self) -> list[Path]:

@@ -17,7 +17,7 @@ from augdistill_report.settings import EvalConfig, Settings, Setup
 
 POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
 BLIND, CONDITIONED, POLICY = "unet_noise", "unet_class_noise", "policy"
-USES = [(1.0, 1.0), (1.0, 0.5), (0.5, 1.0)]  # strength and probability, one of which the validation split chooses
+USES = [(1.0, 1.0), (1.0, 0.5)]  # strength and probability, one of which the validation split chooses
 
 
 @dataclasses.dataclass(frozen=True)
