@@ -89,7 +89,7 @@ def fill_study(text: str, gallery: Path) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """README's two tables from a published run: methods on the base images, and methods by fraction of the data."""
+    """README's tables from a published run: methods on the base images, by fraction of the data, on unseen images."""
     base = scores(results["03_phi_distillation"])
     lines = ["| trained on a few real images, each through | test accuracy |", "|---|---|"]
     lines += [f"| {name} | {score} |" for name, score in base.items()]
@@ -99,6 +99,12 @@ def table(results: dict[str, dict]) -> str:
     lines += ["", "| part of the data | " + " | ".join(fractions) + " |", "|---" * (len(fractions) + 1) + "|"]
     for name in dict.fromkeys(name for name, _ in parts):
         lines.append(f"| {name} | " + " | ".join(parts.get((name, part), "") for part in fractions) + " |")
+    result = results["07_unseen_images"]
+    unseen = {tuple(name.split(": ")): score for name, score in scores(result).items()}
+    part = f"{100 * result['settings']['phi_fraction']:g} % of the data, which phi learned on"
+    lines += ["", f"| beyond phi's own images | a few that it never saw | {part} |", "|---|---|---|"]
+    for name in dict.fromkeys(name for _, name in unseen):
+        lines.append(f"| {name} | {unseen.get(('few', name), '')} | {unseen.get(('part', name), '')} |")
     return "\n".join(lines)
 
 

@@ -27,6 +27,13 @@ COLOURS = {
     "distnet2, SGD .01": "#8c6d31",
     "distnet2, Adam": "#cc79a7",
     "all the data": "#222222",
+    "the experts' augmentation": "#e69f00",
+    "class-blind phi": "#56b4e9",
+    "conditioned phi": "#0072b2",
+    "what the conditioned phi stores": "#cc79a7",
+    "policy": "#56b4e9",
+    "U-Net and policy": "#0072b2",
+    "plain images, soft labels": "#8c6d31",
 }
 
 
@@ -290,7 +297,7 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
     """
     figure, axes = new_figure(4.2 * len(panels) + 1.2, 3.6, len(panels), sharey=True)
     for axis, (title, histories) in zip(axes, panels.items(), strict=True):
-        for kind in histories[0][0]["phi"]:
+        for kind in sorted(histories[0][0]["phi"], key=lambda kind: kind not in truth):
             place = list(truth).index(kind) if kind in truth else None
             look = dict(color="#bbbbbb" if place is None else PALETTE[place], linewidth=0.9 if place is None else 1.6)
             for k, history in enumerate(histories):
