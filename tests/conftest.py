@@ -24,8 +24,8 @@ def rng_untouched():
     return check
 
 
-@pytest.fixture(scope="module")
-def module_phis():
+@pytest.fixture(scope="module", autouse=True)
+def phis_of_one_file():
     """Phis that a test file registers are forgotten behind it, so that no other file meets them in `PHIS`."""
     before = dict(augdistill_phis._REGISTRY)
     yield

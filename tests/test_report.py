@@ -125,7 +125,7 @@ BAD = {
     "nan": (["--set", "phi_lr=nan"], "phi_lr='nan'"),
     "phi": (["--set", "phi=unett"], "unknown phi 'unett'.*unet_noise"),
     "bound phi": (["--set", "phi=pixels"], "phi='pixels'"),
-    "augmentation": (["--set", "augment=dsaa"], "augment='dsaa': must be one of none, affine, dsa"),
+    "augmentation": (["--set", "augment=dsaa"], "augment='dsaa': must be one of none, affine, flip_affine, dsa"),
     "data set": (["--set", "dataset=cats"], "dataset='cats'.*digits.*folder:PATH"),
     "data folder": (["--set", "dataset=folder:/nowhere"], "dataset='folder:/nowhere'.*no such folder"),
     "data root": (["--set", "dataset=mnist", "--set", "data=/nowhere"], "data='/nowhere'.*no such folder"),

@@ -58,7 +58,7 @@ def deadly(images, classes):
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, module_phis):
+def swept(tmp_path_factory):
     """A sweep of two phis that work, one that is refused and one whose kernel dies, at two seeds each."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "grid").mkdir()
