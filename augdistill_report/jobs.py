@@ -93,9 +93,7 @@ class Expert(Job):
         return spec | {"setup": spec["setup"] | {"experts": None, "augment": None}}
 
     def work(self, store, tick):
-        losses = []
-        theta = trained(self.setup, train_expert, self.expert, losses, tick)
-        return self.scored(theta, losses)
+        return self.scored(*trained(self.setup, train_expert, self.expert, tick))
 
     def scored(self, theta: torch.Tensor, losses: list[float]) -> tuple[dict, dict]:
         """What is kept of a way `[snapshots, P]`."""
@@ -111,18 +109,17 @@ class Together(Job):
     kind = "experts"
 
     def work(self, store, tick):
-        missing, losses = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())], []
+        missing = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())]
         if missing:
-            ways = trained(self.setup, train_together, [job.expert for job in missing], losses, tick)
-            losses = torch.stack(losses, 1).tolist()
-            for job, *found in zip(missing, ways, losses, strict=True):
+            ways, losses = trained(self.setup, train_together, [job.expert for job in missing], tick)
+            for job, *found in zip(missing, ways, torch.stack(losses, 1).tolist(), strict=True):
                 store.save(job.kind, job.spec(), *job.scored(*found))
         return {}, {"made": [job.expert for job in missing]}
 
 
-def trained(setup: Setup, how: Callable, which, losses: list, tick: Tick) -> torch.Tensor:
+def trained(setup: Setup, how: Callable, which, tick: Tick) -> tuple[torch.Tensor, list]:
     """The experts `which` by `how` (one of the core's two ways), and their losses by snapshot."""
-    data = setup.load()
+    data, losses = setup.load(), []
     images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
 
     def on_snapshot(snapshot, loss):
@@ -131,7 +128,8 @@ def trained(setup: Setup, how: Callable, which, losses: list, tick: Tick) -> tor
 
     # all of it as floats meanwhile (CIFAR-10: 550 MB), since the core takes tensors of floats
     arguments = (setup.student(data).to(setup.device), images, data.train.labels, setup, setup.seed, which)
-    return how(*arguments, augment=augmentation(setup.expert_augment, setup.dataset), on_snapshot=on_snapshot)
+    augment = augmentation(setup.expert_augment, setup.dataset)
+    return how(*arguments, augment=augment, on_snapshot=on_snapshot), losses
 
 
 def experts(setup: Setup) -> list[Expert]:
