@@ -382,6 +382,8 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
             experts.segment(0, config.max_start_epoch, config.expert_epochs)
         except ValueError as error:
             raise ValueError(f"max_start_epoch={config.max_start_epoch}: {error}") from None
+    elif config.alpha_mode == "held":
+        raise ValueError("alpha_mode='held': is for the matching loss, which is 1 where nothing is learned; use 'log'")
     elif real is None:
         raise ValueError("objective='real_loss': pass real=(images, labels), the data on which the loss is taken")
     else:
@@ -438,7 +440,8 @@ def distill(
     good = [p.detach().clone() for p in learned]
     history, stopped = [], ""
     steps = config.syn_steps * config.draws
-    memory = choose_memory(config.memory, student, images[: config.batch_syn or None], labels, steps)
+    of_step = config.batch_syn or config.episode * len(labels.unique()) or len(labels)
+    memory = choose_memory(config.memory, student, images[:of_step], labels, steps)
 
     for iteration in range(config.iterations):
         start_epoch, start, target = draw_segment(experts, config, generator)

@@ -51,7 +51,7 @@ class Chain(Phi):
         return images
 
     def report(self):
-        return {k: v for phi in self.phis for k, v in phi.report().items()}
+        return {k: v for phi in self.phis for k, v in getattr(phi, "report", dict)().items()}
 
 
 class Applied(Phi):
@@ -319,17 +319,19 @@ class ConditionalUNet(UNet):
 
 
 class Stored(Phi):
-    """The control of a `ConditionalUNet`: the free image that it holds for each class, whatever image is given."""
+    """The control of a class-conditioned phi: what it makes of a blank image (all pixels at their mean).
 
-    conditional = True
-    positional = True
+    So it holds all that phi stores for each class, and nothing that it takes from the image it is given.
+    """
 
-    def __init__(self, phi: ConditionalUNet):
+    def __init__(self, phi: Phi):
         super().__init__()
-        self.bias = phi.bias
+        self.phi = phi
+        for claim in ("stochastic", "conditional", "positional"):
+            setattr(self, claim, getattr(phi, claim, False))
 
-    def forward(self, images, *, labels, **_):
-        return self.bias[labels]
+    def forward(self, images, **given):
+        return self.phi(torch.zeros_like(images), **given)
 
 
 register_phi("unet")(UNet)

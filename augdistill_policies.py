@@ -34,8 +34,8 @@ def warp(images: Tensor, matrix: Tensor, *, padding: str, align_corners: bool) -
 
 
 def affine(images: Tensor, angle: Tensor, log_scale: Tensor, shear: Tensor, right: Tensor, down: Tensor) -> Tensor:
-    """Images turned by `angle` (radians), `exp(log_scale)` times as large, sheared along x, and shifted by parts of
-    their side. Pixels from outside repeat the border (the background, for digits)."""
+    """Images shifted by parts of their side, then sheared along x, turned by `angle` (radians) and made
+    `exp(log_scale)` times as large. Pixels from outside repeat the border (the background, for digits)."""
     cos, sin, size = torch.cos(angle), torch.sin(angle), torch.exp(log_scale)
     # from output to input, in coordinates that run from -1 to 1
     rows = [cos / size, (cos * shear + sin) / size, -2 * right, -sin / size, (cos - sin * shear) / size, -2 * down]
@@ -67,12 +67,12 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def drawn_flip(images: Tensor, probability: Tensor, noise: Tensor) -> Tensor:
-    """`flip` with a `probability`, by uniform `noise` in (0, 1); the probability's gradient is straight-through.
+def drawn_flip(images: Tensor, logit: Tensor, noise: Tensor) -> Tensor:
+    """`flip` with the probability of a `logit`, by uniform `noise` in (0, 1); its gradient is straight-through.
 
     An image is flipped or not; the gradient is that of the relaxed draw (Maddison et al. 2017; Jang et al. 2017).
     """
-    soft = torch.sigmoid(torch.logit(probability) + torch.logit(noise))
+    soft = torch.sigmoid(logit + torch.logit(noise))
     path = (soft - soft.detach()).view(-1, 1, 1, 1)  # zero, with soft's gradient
     return flip(images, soft > 0.5) + path * (images.flip(3) - images).detach()
 
@@ -122,14 +122,17 @@ class Policy(Phi):
         else:
             self.change = nn.Parameter(self.change.detach()[:, keep].clone())
 
-    def ranges(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Each kind's range for each image, `[B]`."""
+    def levels(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Each kind's logarithm of its range (a flip's logit) for each image, `[B]`."""
         if self.by == "image":
             change = self.last(self.look(images))
         else:
             change = self.change[labels] if self.by == "class" else self.change.expand(len(images), -1)
-        of = self.first + PACE * change
-        return {k: of[:, i].sigmoid() if k == "flip" else of[:, i].exp() for i, k in enumerate(self.kinds)}
+        return dict(zip(self.kinds, (self.first + PACE * change).unbind(1), strict=True))
+
+    def ranges(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Each kind's range for each image, `[B]`."""
+        return {k: v.sigmoid() if k == "flip" else v.exp() for k, v in self.levels(images, labels).items()}
 
     def report(self) -> dict[str, float]:
         """Each kind's range, the geometric mean over classes where they differ; nothing where an image decides."""
@@ -140,8 +143,8 @@ class Policy(Phi):
 
     def forward(self, images, *, labels, generator, **_):
         noise = randn(images, generator, (len(images), len(self.kinds)))
-        ranges = self.ranges(images, labels)
-        draw = {k: ranges[k] * noise[:, i] for i, k in enumerate(self.kinds) if k != "flip"}
+        levels = self.levels(images, labels)
+        draw = {k: levels[k].exp() * noise[:, i] for i, k in enumerate(self.kinds) if k != "flip"}
         nothing = images.new_zeros(len(images))
 
         def factor(kind: str) -> Tensor:  # a factor, less the one that changes nothing
@@ -151,8 +154,8 @@ class Policy(Phi):
             return [draw.get(kind, nothing) for kind in kinds]
 
         images = affine(images, *drawn(GEOMETRY))
-        if "flip" in ranges:
-            images = drawn_flip(images, ranges["flip"], torch.special.ndtr(noise[:, self.kinds.index("flip")]))
+        if "flip" in levels:
+            images = drawn_flip(images, levels["flip"], torch.special.ndtr(noise[:, self.kinds.index("flip")]))
         images = color(images, draw.get("brightness", nothing), factor("saturation"), factor("contrast"))
         return turn_hue(images, draw["hue"]) if "hue" in draw else images
 

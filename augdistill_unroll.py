@@ -15,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -278,7 +279,11 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
+    try:  # what Linux could free counts too
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**32  # elsewhere: a guess that few machines fall short of
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("--short", action="store_true", help="only the rows that the grid names as its short form")
     for command in (report, sweep):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-        command.add_argument("--fresh", action="store_true", help="forget finished work and do it again")
+        again = "run every cell again" if command is sweep else "forget finished work and do it again"
+        command.add_argument("--fresh", action="store_true", help=again)
     figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
     figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
     for command in (report, sweep, figures):

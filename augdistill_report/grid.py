@@ -52,7 +52,10 @@ class Grid:
         for key in changes or {}:
             if key in self.axes:
                 raise ValueError(f"{key}: is an axis of {self.path}; change it there")
-        base = changed(base, self.fixed | (changes or {}), str(self.path))
+        changes = self.fixed | (changes or {})
+        if self.fixed.get("phis") and changes["phis"] != self.fixed["phis"]:
+            changes["phis"] = f"{self.fixed['phis']}, {changes['phis']}"  # the grid's rows need their own
+        base = changed(base, changes, str(self.path))
         base.load_phis()
         rows = {name: self.rows[name] for name in only or (short and self.short) or self.rows}
         points = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]

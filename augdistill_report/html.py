@@ -49,7 +49,7 @@ def build_report(folder: Path, configuration: str) -> Path:
     facts = json.loads((folder / "config.json").read_text())
     about = next(iter(ours.values()))["environment"] if ours else {}
     footer = " · ".join(
-        f"{k}: {v}" for k, v in {"preset": facts["preset"], "configuration": configuration, **about}.items()
+        f"{k}: {v}" for k, v in {"preset": Path(facts["preset"]).stem, "configuration": configuration, **about}.items()
     )
     css = (TEMPLATES / "report.css").read_text() + HtmlFormatter(style="default").get_style_defs(".highlight")
     page = f"""<!DOCTYPE html>

@@ -24,7 +24,7 @@ from augdistill_core import (
     train_expert,
     train_together,
 )
-from augdistill_phis import OURS, Applied, ConditionalUNet, Stored, builders, origin
+from augdistill_phis import OURS, Applied, Stored, builders, origin
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.data import Dataset
@@ -243,7 +243,7 @@ def source(build) -> str:
 class Evaluation(Job):
     """Fresh students trained on a subset, through a distilled phi or (None) plainly; scored on validation and test.
 
-    `only` "stored": through nothing but the images that a class-conditioned phi stores.
+    `only` "stored": through nothing but what phi makes of a blank image (`Stored`).
     """
 
     subset: Subset
@@ -253,6 +253,10 @@ class Evaluation(Job):
 
     kind = "accuracy"
 
+    def __post_init__(self):
+        if self.only not in (("", "stored") if self.distilled else ("",)):
+            raise ValueError(f"only={self.only!r}: must be empty, or 'stored' beside a distilled phi")
+
     def spec(self):
         return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
 
@@ -260,7 +264,7 @@ class Evaluation(Job):
         data = self.data
         phi = self.distilled and self.distilled.stored_phi(store).phi
         if self.only:
-            phi = Stored(next(m for m in phi.modules() if isinstance(m, ConditionalUNet)))
+            phi = Stored(phi)
         if phi is not None:
             phi = Applied(phi, self.config.phi_strength, self.config.phi_probability)
         train = data.train.take(self.subset.index(data))

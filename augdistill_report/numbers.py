@@ -46,7 +46,7 @@ def shown(value) -> str:
     if isinstance(value, dict) and "mean" in value:
         return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']})"
     if isinstance(value, list):
-        return " to ".join(map(shown, value))
+        return (" to " if len(value) == 2 else ", ").join(map(shown, value))
     if isinstance(value, dict):
         return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -293,18 +293,20 @@ def lines(panels: dict[str, dict], *, x: str, y: str, log: str = "") -> Figure:
 def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figure:
     """A policy's ranges against iterations, a panel each: a line a repetition, dashed where the experts' true ones lie.
 
-    `panels` hold histories by name, one a repetition; kinds that the experts' augmentation has not are grey.
+    `panels` hold histories by name, one a repetition; kinds that the experts' augmentation has not are grey
+    (none, where its ranges are not known).
     """
     figure, axes = new_figure(4.2 * len(panels) + 1.2, 3.6, len(panels), sharey=True)
     for axis, (title, histories) in zip(axes, panels.items(), strict=True):
         for kind in sorted(histories[0][0]["phi"], key=lambda kind: kind not in truth):
-            place = list(truth).index(kind) if kind in truth else None
+            known = list(truth) or list(histories[0][0]["phi"])
+            place = known.index(kind) % len(PALETTE) if kind in known else None
             look = dict(color="#bbbbbb" if place is None else PALETTE[place], linewidth=0.9 if place is None else 1.6)
             for k, history in enumerate(histories):
                 name = kind.replace("_", " ") if place is not None else "not in the experts'"
                 label = name if k == 0 and name not in axis.get_legend_handles_labels()[1] else None
                 axis.plot([r["iteration"] for r in history], [r["phi"][kind] for r in history], label=label, **look)
-            if place is not None:
+            if kind in truth:
                 axis.axhline(truth[kind], color=PALETTE[place], linestyle="--", linewidth=0.9)
         axis.set(xlabel="iteration", title=title)
         log_scale(axis)

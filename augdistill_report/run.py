@@ -58,10 +58,14 @@ def environment(device: str) -> dict:
 
 
 def configuration(settings: Settings) -> str:
-    """A digest of all that a number may depend on: settings (not the number of processes), the data's content, code."""
+    """A digest of all that a number may depend on: settings (not the number of processes), the data's content, code.
+
+    Of the code all of it: results by notebook are cheap to make again from the stored pieces, which depend on less.
+    """
     content = {"dataset": settings.load().fingerprint, "data": None}
     content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files], "workers": None}
-    return digest({"settings": settings.to_dict() | content, "source": SOURCE})
+    code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "augdistill_report").glob("*.py")}
+    return digest({"settings": settings.to_dict() | content, "source": SOURCE, "code": code})
 
 
 def run_folder(preset: str, out: str = "") -> Path:

@@ -89,7 +89,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
     images_per_class: int = knob(1, "images a class in the base set of notebooks 02 and 03", low=1)
     phi: str = knob("unet_noise", "the phi of notebooks 03 and 05, and of a sweep: any name in PHIS")
     phis: str = knob("", "Python files that register phis of your own, with commas between")
-    study_iterations: int = knob(0, "outer steps of each phi in the study of notebook 04; 0 = as its grid says", low=0)
+    study_iterations: int = knob(0, "outer steps of the phis in the study of notebook 04; 0 = as its grid says", low=0)
     study_rows: str = knob("short", "which rows of the study notebook 04 shows", choices=("short", "whole"))
     pixel_optimizer: str = knob("SGD", "for the pixels of notebook 02: any of torch.optim")
     pixel_lr: float = knob(100.0, "its step size (MTT: 100 to 1000)", low=0)
@@ -221,8 +221,8 @@ def preflight(settings: Settings) -> None:
         except ValueError as error:
             raise ValueError(f"{key}={value!r}: {error}") from None
     make_phi(settings.phi, base, len(data.classes), settings.seed)
-    for key, prefix in (("phi", "phi"), ("alpha", "alpha"), ("pixel", "pixel")):
-        kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{prefix}_momentum")
+    for key in ("phi", "alpha", "pixel"):
+        kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{key}_momentum")
         try:
             make_optimizer(kind, list(student.parameters()), 0.1, momentum)
         except ValueError as error:

@@ -17,7 +17,7 @@ from augdistill_report.jobs import Task
 from augdistill_report.plots import heat_map
 from augdistill_report.pool import Line, run_jobs
 from augdistill_report.run import configuration, environment, file_name, picture, run_folder, start_folder
-from augdistill_report.settings import ROOT, Settings, preflight, resolve
+from augdistill_report.settings import Settings, preflight, preset_path, resolve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,8 +33,7 @@ class Cell(Task):
 
     def spec(self):
         """The notebook and everything that it may import; what is costly in it is found again under its own digest."""
-        files = [self.notebook, *sorted((ROOT / "augdistill_report").glob("*.py"))]
-        code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        code = hashlib.sha256(self.notebook.read_bytes()).hexdigest()
         return {"code": code, "configuration": configuration(self.choice.settings)}
 
     def work(self, store, tick):
@@ -91,10 +90,12 @@ def sweep(
 
     run_jobs(cells, store, changed(base, changes or {}, "--set").processes, show, failures)
     line.clear()
-    found = [as_found(cell.choice, outcome(cell, store, failures.get(cell))) for cell in cells]
+    # by path: a cell of equal settings is made once
+    errors = {store.path(cell.kind, cell.spec()): error for cell, error in failures.items()}
+    found = [as_found(c.choice, outcome(c, store, errors.get(store.path(c.kind, c.spec())))) for c in cells]
     write(folder / "table.md", table(found))
     write(folder / f"{grid.path.stem}.png", picture(heat_map(found, grid.picture)))
-    facts = {"grid": grid.path.name, "notebook": grid.notebook.name, "preset": preset, "short": short}
+    facts = {"grid": grid.path.name, "notebook": grid.notebook.name, "preset": preset_path(preset).stem, "short": short}
     facts["environment"] = environment(base.device)
     write(folder / f"{grid.path.stem}.json", as_json(facts | {"cells": found}))
     return folder, found

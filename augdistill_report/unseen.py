@@ -8,6 +8,7 @@ not punish randomness).
 import dataclasses
 
 import numpy as np
+from scipy import stats
 
 from augdistill_core import DistillConfig, snapshots_every
 from augdistill_report.augmentations import RandomAffine, augmentation
@@ -46,16 +47,16 @@ class Repetition:
         return self.settings.part(Setup, expert_augment=augment)
 
     def distillation(self, phi: str, subset: Subset, augment: str, **changes) -> Distillation:
-        config = self.settings.part(DistillConfig, alpha_mode="held", **changes)
+        config = self.settings.part(DistillConfig, **dict(objective="trajectory", alpha_mode="held", draws=1) | changes)
         return Distillation(self.setup(augment), phi, subset, config, own_source(phi))
 
     @property
     def late(self) -> dict:
-        """How phis learn that are to be of use on much of the data: on later segments of the experts' ways (DATM)."""
+        """How phis learn that are to be of use on much of the data: on late segments too (DATM)."""
         s = self.settings
         snapshots = snapshots_every(len(s.load().train), s)[1]
         start = s.late_start_epoch or snapshots - s.expert_epochs
-        return dict(iterations=s.policy_iterations, batch_syn=s.subset_batch, max_start_epoch=start)
+        return dict(iterations=s.policy_iterations, batch_syn=s.subset_batch, max_start_epoch=start, episode=0)
 
     def ranges(self) -> dict[str, Distillation]:
         """Policies that are to find the experts' augmentation: by two draws, by the ordinary loss, and a control."""
@@ -69,6 +70,12 @@ class Repetition:
     def episodes(self) -> dict[str, Distillation]:
         """Phis that meet new images in every iteration, none of which they are scored on."""
         s = self.settings
+        data = s.load()
+        if set(self.few.index(data).tolist()) & set(self.rest.index(data).tolist()):
+            raise ValueError(
+                f"images_per_class={s.images_per_class}: must be at most {POOL:.0%} of the smallest class of "
+                f"{data.name}, which is what no phi of episodes meets"
+            )
         options = dict(iterations=s.episode_iterations, episode=s.images_per_class)
         return {
             "class-blind phi": self.distillation(BLIND, self.rest, s.teach, **options),
@@ -80,7 +87,7 @@ class Repetition:
         teach = self.settings.teach
         phis = {"policy": POLICY, "U-Net and policy": f"{CONDITIONED}+{POLICY}"}
         jobs = {name: self.distillation(phi, self.part, teach, draws=2, **self.late) for name, phi in phis.items()}
-        return jobs | {"identity": self.distillation("identity", self.part, teach, iterations=1)}
+        return jobs | {"identity": self.distillation("identity", self.part, teach, **self.late | {"iterations": 1})}
 
     def evaluation(
         self, subset: Subset, distilled: Distillation | None = None, only: str = "", **changes
@@ -103,7 +110,7 @@ def repetitions(settings: Settings) -> list[Repetition]:
 
 
 def truth(settings: Settings) -> dict[str, float]:
-    """The ranges of the augmentation that the experts were trained with, by the kinds of a policy."""
+    """The ranges of the experts' augmentation, by the kinds of a policy; nothing where it has no such ranges."""
     augment = augmentation(settings.teach, settings.dataset)
     if not isinstance(augment, RandomAffine):
         return {}
@@ -137,8 +144,12 @@ def pool(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
     }
 
 
-def gain(score: Accuracy, plain: Accuracy) -> dict[str, str]:
-    """What a method adds to plain images, student by student: mean, its 95 % interval (normal), and over how many."""
-    found = score - plain
-    half = 1.96 * found["std"] / found["n"] ** 0.5
-    return {"gain in points": f"{100 * found['mean']:+.1f} ± {100 * half:.1f}", "n": found["n"]}
+def gain(scores: dict[tuple, Accuracy], method: str, plain: str = "plain images") -> dict:
+    """What a method adds to plain images: mean and 95 % interval (Student's t), and over how many of what.
+
+    Over repetitions, where there are several (students of one world share images, experts and phi); else over students.
+    """
+    found = [(score - scores[plain, k])["values"] for (name, k), score in scores.items() if name == method]
+    values, of = ([np.mean(v) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return {"gain in points": f"{100 * np.mean(values):+.1f} ± {100 * half:.1f}", "over": f"{len(values)} {of}"}

@@ -75,16 +75,21 @@ def test_a_hue_s_third_of_a_turn_permutes_the_channels_and_keeps_grey():
 
 def test_a_drawn_flip_is_one_or_none_and_as_likely_as_it_says():
     x, n = images(1, 1, 3, 4).expand(20_000, -1, -1, -1), 20_000
-    probability = torch.full((n,), 0.3, dtype=torch.float64, requires_grad=True)
+    logit = torch.full((n,), 0.3, dtype=torch.float64).logit().requires_grad_()
     noise = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out = policies.drawn_flip(x, probability, noise)
+    out = policies.drawn_flip(x, logit, noise)
     flipped = (out == x.flip(3)).all((1, 2, 3))
     assert ((out == x).all((1, 2, 3)) ^ flipped).all()
     assert flipped.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / n) ** 0.5)
-    # the straight-through gradient points as d E[out] / d p = flip(x) - x does
+    # the straight-through gradient points as d E[out] / d logit = p (1 - p) (flip(x) - x) does
     weights = (x.flip(3) - x)[:1]
     (out * weights).sum().backward()
-    assert (probability.grad > 0).all()
+    assert (logit.grad > 0).all()
+    certain = torch.tensor([40.0, -40.0], dtype=torch.float64, requires_grad=True)  # where the probability saturates
+    out = policies.drawn_flip(x[:2], certain, noise[:2])
+    assert torch.equal(out[0], x[0].flip(2)) and torch.equal(out[1], x[1])
+    (out * weights).sum().backward()
+    assert certain.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
@@ -164,6 +169,7 @@ def test_a_chain_is_one_phi_after_the_other_and_claims_what_they_claim():
     assert not chain.starts_as_identity and make_phi("unet+identity", x, 3, 0).starts_as_identity
     assert torch.equal(call(chain, x, labels), call(make_phi("policy", x, 3, 0), x, labels))  # the U-Net starts as x
     assert chain.report() == make_phi("policy", x, 3, 0).report()
+    assert Chain([Add(), UNet(x, 3)]).report() == {}  # any module may be a phi
     with pytest.raises(ValueError, match="unknown phi 'nonesuch'"):
         make_phi("unet+nonesuch", x, 3, 0)
 
@@ -237,6 +243,9 @@ def test_alpha_is_held_while_the_loss_is_not_below_one(world):
             for i in range(len(losses) - 1):
                 assert (alphas[mode][i + 1] == alphas[mode][i]) == held[i]
     assert alphas["log"][-1] < 0.5 * alphas["log"][0]
+    config, real = settings.part(DistillConfig, alpha_mode="held", objective="real_loss"), (base.images, base.labels)
+    with pytest.raises(ValueError, match=r"alpha_mode='held': is for the matching loss"):
+        distill(Noise(), base.images, base.labels, experts, config, seed=0, real=real)
     # where the loss is below 1 from the start, the two are the same
     easy = [
         distill(make_phi("unet", base.images, 10, 0), base.images, base.labels, experts, c, seed=0).history

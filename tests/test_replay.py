@@ -236,6 +236,21 @@ def test_auto_keeps_the_graph_while_it_fits(monkeypatch):
     assert 2**20 < augdistill_unroll.free_memory(images.device) < 2**50
 
 
+@pytest.mark.parametrize(("change", "size"), [({}, 12), ({"batch_syn": 5}, 5), ({"episode": 2}, 6)], ids=str)
+def test_memory_is_chosen_for_the_images_of_one_step(world, monkeypatch, change, size):
+    images, labels, experts = world
+    seen = []
+
+    def watch(memory, student, images, labels, steps):
+        seen.append((len(images), steps))
+        return "graph"
+
+    monkeypatch.setattr(augdistill_core, "choose_memory", watch)
+    config = DistillConfig(iterations=1, syn_steps=4, draws=3, max_start_epoch=2, **change)
+    distill(make_phi("unet", images, 3, 0), images, labels, experts, config, seed=0)
+    assert seen == [(size, 12)]
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

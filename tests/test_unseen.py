@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +50,13 @@ def test_repetitions_are_worlds_of_their_own():
     assert late.of_part()["policy"].config.max_start_epoch == 2
     with pytest.raises(ValueError, match=r"late_start_epoch=4: .* start epochs in \[0, 3\]"):
         preflight(dataclasses.replace(settings, late_start_epoch=4))
+    many = unseen.Repetition(dataclasses.replace(settings, images_per_class=50))
+    with pytest.raises(ValueError, match=r"images_per_class=50: must be at most 20% of the smallest class of digits"):
+        many.episodes()
+    # what a row is called, it is, whatever else is set
+    other = unseen.Repetition(dataclasses.replace(settings, draws=3, episode=1, alpha_mode="raw")).ranges()
+    assert [job.config.draws for job in other.values()] == [2, 1, 2]
+    assert {(job.config.episode, job.config.alpha_mode) for job in other.values()} == {(0, "held")}
     with pytest.raises(ValueError, match=r"phi_fraction=0\.0001: .* leaves class"):
         preflight(dataclasses.replace(settings, phi_fraction=1e-4))
 
@@ -93,13 +99,18 @@ def test_soft_labels_are_used_where_they_are_asked_for(world, tmp_path):
     assert hard.stored(store)[1] != soft.stored(store)[1]
 
 
-def test_what_a_conditioned_phi_stores_looks_at_no_image():
+@pytest.mark.parametrize("name", ["unet_class_noise", "unet_class+policy", "unet"])
+def test_what_a_phi_stores_is_what_it_makes_of_a_blank_image(name):
     images = torch.randn(6, 1, 8, 8, generator=seeded(0))
-    phi = make_phi("unet_class_noise", images, 3, 0)
+    phi = make_phi(name, images, 3, 0)
     with torch.no_grad():
-        phi.bias.add_(torch.randn(phi.bias.shape, generator=seeded(1)))
-    labels = torch.tensor([2, 0, 1, 1, 0, 2])
-    assert torch.equal(Stored(phi)(images, labels=labels), phi.bias[labels])
+        for p in phi.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=seeded(1)))
+    given = dict(labels=torch.tensor([2, 0, 1, 1, 0, 2]), index=torch.arange(6))
+    out = Stored(phi)(images, generator=seeded(2), **given)
+    assert torch.equal(out, phi(torch.zeros_like(images), generator=seeded(2), **given))
+    assert torch.equal(out, Stored(phi)(images + 1, generator=seeded(2), **given)) and out.abs().sum() > 0
+    assert (Stored(phi).conditional, Stored(phi).stochastic) == (phi.conditional, phi.stochastic)
 
 
 def test_only_stored_is_another_evaluation(world, tmp_path):
@@ -107,6 +118,9 @@ def test_only_stored_is_another_evaluation(world, tmp_path):
     whole, only = world.evaluation(world.few, job), world.evaluation(world.few, job, only="stored")
     assert isinstance(only, Evaluation) and whole.spec() != only.spec()
     assert set(only.stored(store)[1]) == {"validation", "test"}
+    for distilled, kind in ((job, "bias"), (None, "stored")):
+        with pytest.raises(ValueError, match=f"only='{kind}'"):
+            world.evaluation(world.few, distilled, only=kind)
 
 
 def test_the_validation_split_chooses(tmp_path, monkeypatch):
@@ -140,11 +154,16 @@ def test_sums_over_worlds():
     }
     found = unseen.pool(scores)
     assert found["phi"].test == [0.9, 0.8, 0.7, 0.9] and found["plain"].validation == [0.5] * 4
-    differences = np.array([0.4, 0.2, 0.1, 0.4])
-    half = 1.96 * differences.std(ddof=1) / 2
-    assert unseen.gain(found["phi"], found["plain"]) == {
-        "gain in points": f"{100 * differences.mean():+.1f} ± {100 * half:.1f}",
-        "n": 4,
+    # over the two worlds: .3 and .25, of which Student's t with one degree of freedom makes 12.706 standard errors
+    half = 12.7062 * 0.05 / 2**0.5 / 2**0.5
+    assert unseen.gain(scores, "phi", "plain") == {
+        "gain in points": f"+27.5 ± {100 * half:.1f}",
+        "over": "2 repetitions",
+    }
+    one = {key: score for key, score in scores.items() if key[1] == 0}  # .4 and .2
+    assert unseen.gain(one, "phi", "plain") == {
+        "gain in points": f"+30.0 ± {100 * 12.7062 * 0.1:.1f}",
+        "over": "2 students",
     }
 
 
@@ -158,6 +177,8 @@ def test_ranges_over_the_last_quarter():
     assert unseen.spread([0.1]) == "0.100" and unseen.spread([0.1, 0.2]) == "0.150 ± 0.071"
     figure = plots.ranges({"a": histories, "b": histories[1:]}, {"rotation": 0.15})
     assert [len(axis.lines) for axis in figure.axes] == [5, 3]  # kinds by histories, and one truth
+    unknown = plots.ranges({"a": histories}, {})
+    assert {t.get_text() for t in unknown.axes[0].get_legend().get_texts()} == {"rotation", "flip"}
     assert {t.get_text() for t in figure.axes[1].get_legend().get_texts()} == {"rotation", "not in the experts'"}
 
 
