@@ -1,12 +1,15 @@
 """What every test file shares: one thread, every warning reported each time, a check that global randomness is left."""
 
 import contextlib
+import signal
 
 import pytest
 import torch
 
 import augdistill_phis
 
+# a shell starts what runs in its background deaf to Ctrl-C, and so would be the commands that the tests stop by it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # torch reports some warnings once a process, so which test failed would hang on the order
 

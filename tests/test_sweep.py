@@ -197,11 +197,11 @@ def test_a_table_groups_seeds_and_shows_means():
 
 
 def test_a_grid_keeps_its_own_phis_beside_those_that_are_set(tmp_path):
-    (tmp_path / "own.py").write_text(CUT)
+    (tmp_path / "own.py").write_text(CUT.replace('"cut"', '"own"').replace('"deadly"', '"own too"'))
     mine = tmp_path / "mine.py"
-    mine.write_text(CUT.replace('"cut"', '"mine"').replace('"deadly"', '"other"'))
+    mine.write_text(CUT.replace('"cut"', '"mine"').replace('"deadly"', '"mine too"'))
     grid = read_grid(
-        grid_file(tmp_path, set=TINY | {"phis": "own.py"}, rows={"a": {"phi": "cut"}, "b": {"phi": "mine"}})
+        grid_file(tmp_path, set=TINY | {"phis": "own.py"}, rows={"a": {"phi": "own"}, "b": {"phi": "mine"}})
     )
     choices = grid.choices(resolve("smoke"), {"phis": str(mine)})
     assert [path.name for path in choices[0].settings.phi_files] == ["own.py", "mine.py"]
