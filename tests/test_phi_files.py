@@ -30,7 +30,6 @@ from augdistill_report.phi_files import load_phi, read_phi, save_phi
 from augdistill_report.run import Run
 from augdistill_report.settings import ROOT, resolve
 
-pytestmark = pytest.mark.usefixtures("module_phis")
 SAVED = ("unet_noise", "unet_noise+policy", "unet_class_noise", "pixels", "identity", "policy")
 
 
