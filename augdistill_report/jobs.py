@@ -39,6 +39,7 @@ class Task:
     """A piece of work whose result is stored under what it depends on. `kind` names its files."""
 
     kind = "task"
+    cost = 0.0  # about how much work it is beside others of its kind: what takes longest had better start first
 
     def spec(self) -> dict:
         """All that the result depends on, as plain JSON values."""
@@ -161,6 +162,10 @@ class Subset:
     def index(self, data: Dataset) -> torch.Tensor:
         return data.subset(self.seed, per_class=self.per_class, fraction=self.fraction, skip=self.skip)
 
+    def about(self, data: Dataset) -> float:
+        """How many images, roughly, and even if there are not so many."""
+        return self.per_class * len(data.classes) if self.per_class else self.fraction * len(data.train)
+
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Job):
@@ -172,6 +177,12 @@ class Distillation(Job):
     phi_source: str = ""  # of a phi that a user registered: what it says is part of what the result depends on
 
     kind = "distilled"
+
+    @property
+    def cost(self):
+        c = self.config
+        images = c.episode * len(self.data.classes) or self.subset.about(self.data)
+        return c.iterations * c.draws * c.syn_steps * min(images, c.batch_syn or images)
 
     def fresh_phi(self):
         base = self.data.train.take(self.subset.index(self.data)).images
@@ -252,6 +263,11 @@ class Evaluation(Job):
     only: str = ""
 
     kind = "accuracy"
+
+    @property
+    def cost(self):
+        c = self.config
+        return c.eval_students * c.eval_steps * min(self.subset.about(self.data), c.eval_batch)
 
     def __post_init__(self):
         if self.only not in (("", "stored") if self.distilled else ("",)):

@@ -67,6 +67,7 @@ def run_jobs(
     missing = [job for path, job in missing.items() if not path.is_file()]
     if not missing:
         return
+    missing.sort(key=lambda job: -job.cost)  # else the longest may start last, and run alone
     show(0, len(missing), "")
     if workers == 1 or len(missing) == 1:
         for number, job in enumerate(missing):

@@ -96,14 +96,14 @@ class Settings(Setup, DistillConfig, EvalConfig):
     pixel_momentum: float = knob(0.5, "its momentum, where it has one", low=0, high=1)
     fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
-    subset_iterations: int = knob(150, "outer steps when phi learns on a fraction", low=1)
+    subset_iterations: int = knob(100, "outer steps when phi learns on a fraction", low=1)
     subset_eval_steps: int = knob(300, "SGD steps of a student that is scored in notebook 05", low=2)
     repeats: int = knob(1, "repetitions of notebook 07: other experts, other images, another phi", low=1)
     teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
     phi_fraction: float = knob(0.1, "the part of the data that it sends through phi", low=1e-6, high=1)
     late_start_epoch: int = knob(0, "T+ of its phis that learn on that part, or ranges; 0 = as late as can be", low=0)
-    policy_iterations: int = knob(80, "outer steps of those phis", low=1)
-    episode_iterations: int = knob(150, "outer steps of the phis that meet new images in each", low=1)
+    policy_iterations: int = knob(60, "outer steps of those phis", low=1)
+    episode_iterations: int = knob(100, "outer steps of the phis that meet new images in each", low=1)
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
 
     def __post_init__(self):

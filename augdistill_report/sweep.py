@@ -31,6 +31,11 @@ class Cell(Task):
 
     kind = "cell"
 
+    @property
+    def cost(self):
+        s = self.choice.settings
+        return s.iterations * s.draws * s.syn_steps
+
     def spec(self):
         """The notebook and everything that it may import; what is costly in it is found again under its own digest."""
         code = hashlib.sha256(self.notebook.read_bytes()).hexdigest()

@@ -1,5 +1,6 @@
 """A sweep runs every cell of its grid once, says why one failed, goes on where it was, and refuses a wrong grid."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,10 +15,13 @@ import nbformat
 import pytest
 import yaml
 
-from augdistill_report import gallery, open_run
+from augdistill_core import DistillConfig
+from augdistill_report import gallery, jobs, open_run
+from augdistill_report.artefacts import Store
 from augdistill_report.cli import main
 from augdistill_report.grid import over_seeds, read_grid, table
-from augdistill_report.settings import ROOT, resolve
+from augdistill_report.pool import run_jobs
+from augdistill_report.settings import ROOT, Setup, resolve
 
 SWEEPS = ROOT / "notebooks" / "sweeps"
 TINY = {"iterations": 3, "eval_students": 2}
@@ -287,3 +291,32 @@ def test_a_stop_keeps_the_cells_that_were_finished_and_leaves_no_process_behind(
         time.sleep(0.5)
     assert not left
     assert len(list((tmp_path / "run").glob("artefacts/cell-*.safetensors"))) == 2
+
+
+def test_what_takes_longest_starts_first(tmp_path):
+    began = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Piece(jobs.Task):
+        name: str
+        cost: float
+
+        def spec(self):
+            return {"name": self.name}
+
+        def work(self, store, tick):
+            began.append(self.name)
+            return {}, {}
+
+    pieces = [Piece("short", 1), Piece("long", 3), Piece("other short", 1), Piece("middle", 2)]
+    run_jobs(pieces, Store(tmp_path), 1, lambda *_: None)
+    assert began == ["long", "middle", "short", "other short"]
+
+
+def test_cost_follows_what_a_distillation_does():
+    def cost(subset, **config):
+        return jobs.Distillation(Setup(size=8), "unet", subset, DistillConfig(**config)).cost
+
+    twenty = jobs.Subset(0, per_class=2)
+    assert cost(twenty, draws=2) == cost(twenty, iterations=600) == 2 * cost(twenty)
+    assert cost(twenty, batch_syn=10) == cost(jobs.Subset(0, fraction=0.5), episode=1) == cost(twenty) / 2
