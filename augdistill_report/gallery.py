@@ -72,7 +72,7 @@ def study_table(gallery: Path) -> str:
     found = {path.parent.name: json.loads(path.read_text()) for path in sorted(gallery.glob(f"*/{STUDY}.json"))}
     if not found:
         return ""
-    sets = sorted(found, key=lambda name: (name != "digits", name != "fashion", name))
+    sets = sorted(found, key=lambda name: (name != "digits", name != "fashion-small", name))
     lines = ["| gain over the real images | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
     for row in read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short:
         gains = [values(found[name]["cells"], row, "gain") for name in sets]

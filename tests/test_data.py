@@ -435,7 +435,7 @@ def test_real_pickles(name, kind):
     check_against_pickles(data, REAL / kind.base_folder, kind)
 
 
-@pytest.mark.parametrize("preset", ["fashion", "mnist", "cifar10-small"])
+@pytest.mark.parametrize("preset", ["fashion-small", "mnist-small", "cifar10-small"])
 def test_presets_for_published_sets_fit_them(preset):
     from augdistill_report.settings import preflight, resolve
 

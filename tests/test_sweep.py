@@ -262,7 +262,7 @@ def test_the_study_is_such_a_grid():
     assert len(choices) == 3 * len(grid.rows) and {c.settings.seed for c in choices} == {0, 1, 2}
     assert len({json.dumps(c.settings.to_dict()) for c in choices}) == len(choices)  # no row says what another says
     assert set(grid.short) < set(grid.rows)
-    for preset in ("smoke", "fashion", "cifar10-small"):
+    for preset in ("smoke", "fashion-small", "cifar10-small"):
         assert len(grid.choices(resolve(preset), {"iterations": 5}, short=True)) == 3 * len(grid.short)
 
 
