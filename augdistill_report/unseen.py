@@ -8,7 +8,7 @@ not punish randomness).
 import dataclasses
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from augdistill_core import DistillConfig, snapshots_every
 from augdistill_report.augmentations import RandomAffine, augmentation
@@ -151,5 +151,5 @@ def gain(scores: dict[tuple, Accuracy], method: str, plain: str = "plain images"
     """
     found = [(score - scores[plain, k])["values"] for (name, k), score in scores.items() if name == method]
     values, of = ([np.mean(v) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5
     return {"gain in points": f"{100 * np.mean(values):+.1f} ± {100 * half:.1f}", "over": f"{len(values)} {of}"}
