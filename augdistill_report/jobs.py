@@ -98,8 +98,8 @@ class Expert(Job):
 
     def scored(self, theta: torch.Tensor, losses: list[float]) -> tuple[dict, dict]:
         """What is kept of a way `[snapshots, P]`."""
-        student = self.student()
-        scores = [accuracy(student, t, self.data.validation) for t in theta]
+        student, validation = self.student(), self.data.validation.made()
+        scores = [accuracy(student, t, validation) for t in theta]
         return {"theta": theta}, {"loss": losses, "validation": scores}
 
 
@@ -284,7 +284,7 @@ class Evaluation(Job):
         if phi is not None:
             phi = Applied(phi, self.config.phi_strength, self.config.phi_probability)
         train = data.train.take(self.subset.index(data))
-        scored = {"validation": data.validation, "test": data.test}
+        scored = {"validation": data.validation.made(), "test": data.test.made()}
         augment = augmentation(self.config.eval_augment, self.setup.dataset)
         arguments = (self.student(), phi, train, scored, self.config, self.setup.seed)
         soft, total = self.config.eval_labels == "soft", self.config.eval_students

@@ -43,6 +43,7 @@ class Setup(ExpertConfig):
     dataset: str = knob("digits", "which data: any name in DATASETS, or folder:PATH")
     data: str = knob("", "a folder that holds the data set, looked into first (then AUGDISTILL_DATA, then the cache)")
     size: int = knob(16, "images are size x size pixels", low=4, high=256)
+    zca: bool = knob(False, "images are ZCA-whitened (eps .1, fit on the training split), not standardised")
     width: int = knob(32, "the student's channels", low=1)
     depth: int = knob(2, "the student's blocks", low=1)
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
@@ -60,7 +61,7 @@ class Setup(ExpertConfig):
         object.__setattr__(self, "data", absolute(self.data))
 
     def load(self) -> Dataset:
-        return load_data(self.dataset, self.size, self.data, self.device)
+        return load_data(self.dataset, self.size, self.data, self.device, self.zca)
 
     def student(self, data: Dataset) -> ConvNet:
         return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
@@ -197,7 +198,7 @@ def preflight(settings: Settings) -> None:
     """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
-    data = settings.load()
+    data = dataclasses.replace(settings, zca=False).load()  # whitening takes a minute, and is of no account here
     student = settings.student(data)
     snapshots = snapshots_every(len(data.train), settings)[1]
     last = snapshots - settings.expert_epochs
