@@ -69,18 +69,27 @@ class Setup(ExpertConfig):
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Config):
-    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT)."""
+    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT).
+
+    MTT's protocol is eval_epochs 1000, eval_batch 256, eval_lr 0 and eval_augment dsa; DC-Bench's the same with
+    eval_lr .01. (Both codes train one epoch more, and drop the step size, and the momentum with it, two epochs later.)
+    """
 
     eval_students: int = knob(5, "fresh students, each with a seed of its own", low=2)
     eval_steps: int = knob(300, "SGD steps of each", low=2)
+    eval_epochs: int = knob(0, "their passes over the images instead; 0 = as many steps as eval_steps", low=0)
     eval_batch: int = knob(64, "images a step (all, if there are fewer)", low=1)
-    eval_lr: float = knob(0.02, "SGD step size", low=1e-12)
+    eval_lr: float = knob(0.02, "SGD step size; 0 = the alpha that phi learned (plain images: alpha)", low=0)
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
     eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
+
+    def steps(self, images: int) -> int:
+        """How many steps a student takes on so many images."""
+        return self.eval_epochs * -(-images // self.eval_batch) or self.eval_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
     pixel_optimizer: str = knob("SGD", "for the pixels of notebook 02: any of torch.optim")
     pixel_lr: float = knob(100.0, "its step size (MTT: 100 to 1000)", low=0)
     pixel_momentum: float = knob(0.5, "its momentum, where it has one", low=0, high=1)
+    pixel_alpha_lr: float = knob(1e-5, "the step size of SGD for alpha beside them (MTT: 1e-7 to 1e-5)", low=0)
     fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
     subset_iterations: int = knob(100, "outer steps when phi learns on a fraction", low=1)
@@ -156,9 +166,17 @@ class Settings(Setup, DistillConfig, EvalConfig):
             phi_momentum=self.pixel_momentum,
             alpha_mode="raw",
             alpha_optimizer="SGD",
-            alpha_lr=1e-5,
+            alpha_lr=self.pixel_alpha_lr,
             alpha_momentum=0.5,
         )
+
+    def eval_config(self, learned: bool, **changes) -> EvalConfig:
+        """How a phi that has `learned` a step size, or plain images, are scored.
+
+        Where eval_lr leaves the step size to phi, plain images have the one that phi's own starts from.
+        """
+        config = self.part(EvalConfig, **changes)
+        return config if learned or config.eval_lr else dataclasses.replace(config, eval_lr=self.alpha)
 
     @property
     def processes(self) -> int:

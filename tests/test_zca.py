@@ -80,7 +80,10 @@ def test_the_covariance_of_bytes_is_exact_in_whatever_pieces(monkeypatch):
     monkeypatch.setattr(whitening, "PIECE", 11)
     other = whitening.covariance(raw)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(one, whitening.covariance(raw[torch.randperm(2100, generator=seeded(1))]), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one, whitening.covariance(raw[torch.randperm(2100, generator=seeded(1))]), strict=True)
+    )
 
 
 def test_whitened_images_are_made_of_the_training_split_alone():
