@@ -194,8 +194,14 @@ def preset_path(preset: str) -> Path:
     return path
 
 
-def resolve(preset: str, overrides: dict | None = None) -> Settings:
-    """The settings of a preset with some keys changed; whatever is wrong is refused by name."""
+BY_COUNT = "with_images_per_class"  # the key of a preset under which stands what depends on images_per_class
+
+
+def read_preset(preset: str) -> tuple[dict, dict[int, dict]]:
+    """What a preset's file holds: the settings, and those that it has for some values of images_per_class only.
+
+    A `ValueError` names what is wrong, in any part of it.
+    """
     path = preset_path(preset)
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -203,11 +209,38 @@ def resolve(preset: str, overrides: dict | None = None) -> Settings:
         raise ValueError(f"preset={preset!r}: {path} is not YAML ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"preset={preset!r}: {path} must hold `key: value` lines")
-    try:
-        Settings.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    settings = Settings.from_dict(values | (overrides or {}))
+    by_count = values.pop(BY_COUNT, {})
+    counted = isinstance(by_count, dict) and all(type(k) is int and isinstance(v, dict) for k, v in by_count.items())
+    if not counted:
+        raise ValueError(f"{path}: {BY_COUNT}={by_count!r}: must hold settings by number, as `10: {{key: value}}`")
+    for count, part in {None: {}, **by_count}.items():
+        try:
+            Settings.from_dict(values | part | ({} if count is None else {"images_per_class": count}))
+        except ValueError as error:
+            raise ValueError(f"{path}: {'' if count is None else f'{BY_COUNT}: {count}: '}{error}") from None
+    return values, by_count
+
+
+def resolve(preset: str, overrides: dict | None = None) -> Settings:
+    """The settings of a preset with some keys changed; whatever is wrong is refused by name.
+
+    A preset that has other settings for each images_per_class is the recipe of one data set: it gives those of the
+    number that is asked for, and takes no other number and no other data set.
+    """
+    values, by_count = read_preset(preset)
+    changes = overrides or {}
+    settings = Settings.from_dict(values | changes)
+    if by_count:
+        count, dataset = settings.images_per_class, Settings.from_dict(values).dataset
+        if count not in by_count:
+            known = ", ".join(map(str, by_count))
+            raise ValueError(f"images_per_class={count}: preset {preset!r} is a recipe for {known} images a class")
+        if settings.dataset != dataset:
+            raise ValueError(
+                f"dataset={settings.dataset!r}: preset {preset!r} is a recipe for {dataset}; use the preset of that "
+                "data set, or a .yaml file of your own"
+            )
+        settings = Settings.from_dict(values | by_count[count] | changes)
     settings.load_phis()
     return settings
 
