@@ -12,7 +12,7 @@ from torch import Tensor
 from augdistill_report.artefacts import Store
 from augdistill_report.data_files import cache
 
-EPS = 0.1  # MTT's; the variances of CIFAR-10's principal components go from about 150 down to 1e-5
+EPS = 0.1  # MTT's; the variances along CIFAR-10's principal axes go from 55 down to 2e-6, 129 of 3,072 are above it
 PIECE = 1024  # images at once; so few that sums of products of (byte - 128) are whole numbers below 2^24
 
 
