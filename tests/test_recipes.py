@@ -240,3 +240,16 @@ def test_fractions_and_unseen_images_are_scored_by_steps(run):
     world = Repetition(run.settings)
     job = world.evaluation(Subset(0, fraction=0.5))
     assert job.config.steps(700) == run.settings.subset_eval_steps and job.config.eval_lr == 0.07
+
+
+def test_notebook_02_shows_both_protocols(tmp_path, monkeypatch):
+    """Where the preset leaves the step size to what was learned; on whitened images, which its pictures undo."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = ("zca=true", "augment=dsa", "eval_lr=0", "eval_epochs=3", "eval_augment=dsa")
+    arguments = [word for change in changes for word in ("--set", change)]
+    assert main(["report", "--preset", "smoke", "--only", "02", "--out", str(tmp_path / "run"), *arguments]) == 0
+    numbers = yaml.safe_load((tmp_path / "run" / "results" / "02_baseline_mtt.json").read_text())["numbers"]
+    images = ("real images", "pixels (MTT)", "pixels (2018 loss)")
+    scored = [name for name, value in numbers.items() if isinstance(value, dict) and "std" in value]
+    assert scored == [f"{name}{how}" for name in images for how in ("", ", step size .01")]
+    assert list((tmp_path / "cache" / "augdistill" / "zca").glob("zca-*.safetensors"))
