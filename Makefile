@@ -1,5 +1,5 @@
 # Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter;
-# COMPILE=1 make bench measures the compiled steps too (minutes more).
+# COMPILE=1 make bench measures the compiled steps too (minutes more), AUGDISTILL_DATA=DIR make bench ZCA on CIFAR-10.
 PRESET ?= digits
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,6 +22,7 @@ figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$
 bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
+	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

@@ -106,6 +106,8 @@ class Store:
 
 def source_digest(root: Path) -> str:
     """A digest of the source that results depend on, and of torch's version: other code, other results."""
-    of_report = (f"augdistill_report/{n}.py" for n in ("augmentations", "data", "evaluation", "jobs", "settings"))
+    of_report = (
+        f"augdistill_report/{n}.py" for n in ("augmentations", "data", "evaluation", "jobs", "settings", "whitening")
+    )
     files = [*sorted(path.name for path in root.glob("augdistill_*.py")), *of_report]
     return digest({"torch": torch.__version__} | {name: (root / name).read_text() for name in files})

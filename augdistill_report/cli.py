@@ -10,7 +10,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run the notebooks, write one page to read")
-    report.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
     sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
     sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
@@ -21,6 +20,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--fresh", action="store_true", help=again)
     figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
     figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
+    for command in (report, figures):
+        command.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
     for command in (report, sweep, figures):
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
@@ -88,8 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
             augment = apply.load_phi(options.phi, options.strength, options.probability)
             print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
         else:
+            if options.sweeps and options.only:
+                raise ValueError("--sweeps and --only: each publishes one part of a run; choose one")
+            part = {} if options.sweeps else {"only": options.only}
             publish = gallery.publish_sweeps if options.sweeps else gallery.publish
-            print(f"published: {publish(options.preset, options.out)}")
+            print(f"published: {publish(options.preset, options.out, **part)}")
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2

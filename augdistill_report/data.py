@@ -1,4 +1,4 @@
-"""Data sets: images as tensors, standardised, in a fixed and seeded split into train, validation and test.
+"""Data sets: images as tensors, standardised or whitened, in a fixed and seeded split into train, validation and test.
 
 To add one, write a loader `(size, place) -> Dataset`, ending in `standardised`, and register it in `DATASETS`.
 A whole set stays as its bytes: floats are made of what is taken from it, a batch or a subset, on its device.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from augdistill_core import seeded
 from augdistill_report.data_files import PUBLISHED, find, published
+from augdistill_report.whitening import PIECE, fitted
 
 SPLIT_SEED = 20230  # the split is part of the data set, not of a run: it does not change with the run's seed
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -24,17 +25,30 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and labels `[n]`: `raw` `[n, C, H, W]` as they are kept (uint8 or float), standardised by channel."""
+    """Images and labels `[n]`: `raw` `[n, C, H, W]` as they are kept (uint8 or float), standardised by channel.
+
+    Or, with `whiten` `[d, d]`, pixels less the mean image, each as one vector of d = C H W values times that matrix.
+    """
 
     raw: Tensor
     labels: Tensor
-    zero: Tensor  # `[C, 1, 1]`: what stands for 0 in `raw`,
+    zero: Tensor  # `[C, 1, 1]` (whitened: `[C, H, W]`): what stands for 0 in `raw`,
     unit: Tensor  # and how much of it for 1
+    whiten: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
         """Standardised images `[n, C, H, W]`: float32, made anew each time, so take what you need before."""
-        return (self.raw - self.zero).div_(self.unit)
+        images = (self.raw - self.zero).div_(self.unit)
+        if self.whiten is not None:
+            for part in images.split(PIECE):  # in place: the set is not held twice
+                part.copy_(mixed(part, self.whiten))
+        return images
+
+    def made(self) -> "Split":
+        """The same images, made once: for those who read them many times."""
+        nothing = torch.zeros(1, 1, 1, device=self.unit.device)
+        return Split(self.images, self.labels, nothing, nothing + 1)
 
     def __len__(self):
         return len(self.labels)
@@ -47,13 +61,14 @@ class Split:
         return (self.take(slice(i, i + size)) for i in range(0, len(self), size))
 
     def to(self, device: str) -> "Split":
-        return Split(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+        return moved(self, device)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set of `classes` (names), split, standardised by the training set's `mean` and `std` a channel.
 
+    Whitened (`whitened`), `mean` is the mean image, `std` is 1, and `colour` `[d, d]` undoes what `whiten` does.
     `fingerprint` stands for its images, labels and split, wherever they came from (`where`).
     """
 
@@ -66,6 +81,7 @@ class Dataset:
     std: Tensor
     fingerprint: str
     where: str
+    colour: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -73,11 +89,11 @@ class Dataset:
         return tuple(self.train.raw.shape[1:])
 
     def to(self, device: str) -> "Dataset":
-        moved = {k: getattr(self, k).to(device) for k in (*SPLITS, "mean", "std")}
-        return dataclasses.replace(self, **moved)
+        return moved(self, device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Standardised images back as pixels in [0, 1] (clamped), for pictures and for policies that want them."""
+        images = images if self.colour is None else mixed(images, self.colour)
         return (images * self.std + self.mean).clamp(0, 1)
 
     def subset(
@@ -116,6 +132,17 @@ class Dataset:
 
 
 SPLITS = ("train", "validation", "test")
+
+
+def mixed(images: Tensor, matrix: Tensor) -> Tensor:
+    """Images `[n, C, H, W]`, each as one vector times `matrix` `[d, d]`."""
+    return (images.flatten(1) @ matrix).view(images.shape)
+
+
+def moved(holder, device: str):
+    """A `Split` or a `Dataset` with all that it holds on `device`."""
+    held = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
+    return dataclasses.replace(holder, **{k: v.to(device) for k, v in held.items() if isinstance(v, Tensor | Split)})
 
 
 def split_indices(labels: Tensor, held_out: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +189,19 @@ def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where
         raise ValueError(f"dataset={name!r}: a channel of its training images is the same everywhere ({where})")
     splits = [Split(raw[i], labels[i], zero, unit) for i in indices]
     return Dataset(name, classes, *splits, zero / full, unit / full, fingerprint(splits), where)
+
+
+def whitened(data: Dataset) -> Dataset:
+    """`data` with ZCA-whitened images in the place of standardised ones, by its training images (MTT's recipe).
+
+    The official code fits on all 50,000 images of CIFAR-10, we on those that are not held out for validation.
+    """
+    full = 255 if data.train.raw.dtype == torch.uint8 else 1
+    found = fitted(data.train.raw, data.fingerprint)
+    one = torch.ones(1, 1, 1)
+    changes = {"zero": full * found["mean"], "unit": full * one, "whiten": found["matrix"]}
+    splits = {k: dataclasses.replace(getattr(data, k), **changes) for k in SPLITS}
+    return dataclasses.replace(data, **splits, mean=found["mean"], std=one, colour=found["inverse"])
 
 
 def resized(raw: Tensor, size: int) -> Tensor:
@@ -285,9 +325,10 @@ def load(dataset: str, size: int = 0, data: str = "") -> Dataset:
 
 
 @functools.lru_cache(maxsize=2)
-def load_data(dataset: str, size: int, data: str, device: str) -> Dataset:
-    """`load`, once a process."""
-    return load(dataset, size, data).to(device)
+def load_data(dataset: str, size: int, data: str, device: str, zca: bool = False) -> Dataset:
+    """`load`, once a process; `whitened` if `zca`."""
+    found = load(dataset, size, data)
+    return (whitened(found) if zca else found).to(device)
 
 
 def describe(data: Dataset) -> str:

@@ -35,11 +35,15 @@ def published(name: str):
     return getattr(datasets, PUBLISHED[name])
 
 
+def cache() -> Path:
+    """The user's folder for what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "augdistill"
+
+
 def roots(data: str = "") -> dict[str, Path]:
     """The folders that may hold data sets, by what names them, in the order in which they are looked into."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "augdistill"
     named = {"the setting data": data, "AUGDISTILL_DATA": os.environ.get("AUGDISTILL_DATA", "")}
-    return {what: Path(path).expanduser() for what, path in named.items() if path} | {"the cache": cache}
+    return {what: Path(path).expanduser() for what, path in named.items() if path} | {"the cache": cache()}
 
 
 def files(name: str) -> dict[Path, str]:

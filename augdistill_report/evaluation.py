@@ -66,11 +66,13 @@ def train_student(
             fed = augmented(augment, fed, labels[i], i, shaking)
             yield fed, teacher(fed) if teacher else labels[i]
 
+    count = config.steps(len(images))
+
     def rate(step: int) -> float:
-        return config.eval_lr * (0.1 if step >= config.eval_steps // 2 else 1.0)
+        return config.eval_lr * (0.1 if step >= count // 2 else 1.0)
 
     steps = sgd(student, start, batches(), rate, config.eval_momentum, config.eval_decay)
-    *_, (model, _) = itertools.islice(steps, config.eval_steps)
+    *_, (model, _) = itertools.islice(steps, count)
     return flatten(model.parameters()).detach()
 
 

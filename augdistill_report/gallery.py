@@ -17,18 +17,23 @@ from augdistill_report.settings import NOTEBOOKS, ROOT, Settings, preset_path
 from augdistill_report.study import points, values
 
 
-def publish(preset: str, out: str = "", gallery: Path | None = None) -> Path:
-    """Copy what the run left (pictures; numbers with settings, versions, device and commit); refresh README's table."""
+def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
+    """Copy what the run left (pictures; numbers with settings, versions, device and commit); refresh README's table.
+
+    `only` publishes the notebooks whose numbers it lists ("01,02") and nothing else: no sweeps, no table.
+    """
     folder, target = run_folder(preset, out), (gallery or ROOT / "figures") / preset_path(preset).stem
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run: make one first (augdistill report --preset {preset})")
     settings = Settings.from_dict(json.loads((folder / "config.json").read_text())["settings"])
     ours, _ = finished(folder, configuration(settings))
-    missing = [path.stem for path in notebooks() if path.stem not in ours]
+    chosen = [path.stem for path in notebooks(only)]
+    missing = [name for name in chosen if name not in ours]
     if missing:
         raise ValueError(
             f"{folder}: {', '.join(missing)} not finished with its settings and this code; run augdistill report"
         )
+    ours = {name: ours[name] for name in chosen}
     for name, result in ours.items():
         if result["environment"]["uncommitted"] or not result["environment"]["commit"]:
             raise ValueError(f"{name} was run from uncommitted code: commit, run the report again, then publish")
@@ -38,9 +43,9 @@ def publish(preset: str, out: str = "", gallery: Path | None = None) -> Path:
         write(target / f"{name}.json", as_json(result))
         for figure in result["figures"]:
             write(target / f"{figure}.png", (folder / "figures" / f"{figure}.png").read_bytes())
-    if any(folder.glob("sweeps/*/*.json")):
+    if not only and any(folder.glob("sweeps/*/*.json")):
         publish_sweeps(preset, out, gallery)
-    if gallery is None:
+    if not only and gallery is None:
         readme = ROOT / "README.md"
         write(readme, fill(readme.read_text(encoding="utf-8"), target.name, ours))
     return target

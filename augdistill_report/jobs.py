@@ -98,8 +98,8 @@ class Expert(Job):
 
     def scored(self, theta: torch.Tensor, losses: list[float]) -> tuple[dict, dict]:
         """What is kept of a way `[snapshots, P]`."""
-        student = self.student()
-        scores = [accuracy(student, t, self.data.validation) for t in theta]
+        student, validation = self.student(), self.data.validation.made()
+        scores = [accuracy(student, t, validation) for t in theta]
         return {"theta": theta}, {"loss": losses, "validation": scores}
 
 
@@ -266,28 +266,33 @@ class Evaluation(Job):
 
     @property
     def cost(self):
-        c = self.config
-        return c.eval_students * c.eval_steps * min(self.subset.about(self.data), c.eval_batch)
+        c, images = self.config, round(self.subset.about(self.data))
+        return c.eval_students * c.steps(images) * min(images, c.eval_batch)
 
     def __post_init__(self):
         if self.only not in (("", "stored") if self.distilled else ("",)):
             raise ValueError(f"only={self.only!r}: must be empty, or 'stored' beside a distilled phi")
+        if not (self.config.eval_lr or self.distilled):
+            raise ValueError("eval_lr=0.0: must be above 0 for plain images, which have learned no step size")
 
     def spec(self):
         return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
 
     def work(self, store, tick):
         data = self.data
-        phi = self.distilled and self.distilled.stored_phi(store).phi
+        distilled, config = self.distilled and self.distilled.stored_phi(store), self.config
+        phi = distilled and distilled.phi
+        if not config.eval_lr:  # a raw alpha that ran below zero teaches nothing: then students stay as they are
+            config = dataclasses.replace(config, eval_lr=max(distilled.alpha, 0.0))
         if self.only:
             phi = Stored(phi)
         if phi is not None:
-            phi = Applied(phi, self.config.phi_strength, self.config.phi_probability)
+            phi = Applied(phi, config.phi_strength, config.phi_probability)
         train = data.train.take(self.subset.index(data))
-        scored = {"validation": data.validation, "test": data.test}
-        augment = augmentation(self.config.eval_augment, self.setup.dataset)
-        arguments = (self.student(), phi, train, scored, self.config, self.setup.seed)
-        soft, total = self.config.eval_labels == "soft", self.config.eval_students
+        scored = {"validation": data.validation.made(), "test": data.test.made()}
+        augment = augmentation(config.eval_augment, self.setup.dataset)
+        arguments = (self.student(), phi, train, scored, config, self.setup.seed)
+        soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(trajectories(self.setup, store)) if soft else None
         options = dict(augment=augment, teacher=teacher, on_student=lambda done: tick(done, total))
         return {}, evaluate(*arguments, **options)

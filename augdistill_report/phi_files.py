@@ -18,10 +18,12 @@ from augdistill_core import make_phi, seeded
 from augdistill_phis import PHIS, Applied, Phi, augmented
 from augdistill_report.artefacts import Store, digest, read_tensors, write
 from augdistill_report.augmentations import fitted
+from augdistill_report.data import mixed
 from augdistill_report.jobs import SOURCE, Distillation, own_source
 from augdistill_report.settings import public_name
 
 KIND, FORMAT = "augdistill phi", 1
+WHITENING = ("data/mean", "data/whiten", "data/colour")  # tensors beside those of a phi that saw whitened images
 SLACK = 0.25  # how far pixels may leave [0, 1] and still be taken for pixels (a bicubic resize overshoots)
 
 
@@ -41,15 +43,19 @@ class Augment(nn.Module):
     """A trained phi on pixels: one line of a torchvision pipeline, or a layer.
 
     `about` is what its file says: the phi's name, what it was trained on and how. Random like torchvision's own: from
-    torch's global generator, which DataLoader seeds in each worker, unless a `generator` is passed.
+    torch's global generator, which DataLoader seeds in each worker, unless a `generator` is passed. A phi that was
+    trained on whitened images brings the `whitening` along (the mean image, and the two matrices `[d, d]`).
     """
 
-    def __init__(self, phi: Phi, about: dict, use: Use):
+    def __init__(self, phi: Phi, about: dict, use: Use, whitening: list[Tensor] | None = None):
         super().__init__()
         self.applied = Applied(phi, use.strength, use.probability).requires_grad_(False)
         self.about = about
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(about["data"][name]).view(-1, 1, 1))
+        data = about["data"]
+        mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        for name, value in zip(("mean", "whiten", "colour"), whitening or (mean, None, None), strict=True):
+            self.register_buffer(name, value)
+        self.register_buffer("std", std)
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, labels=None, generator: torch.Generator | None = None) -> Tensor:
@@ -66,7 +72,9 @@ class Augment(nn.Module):
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         x = (batch.to(self.mean) - self.mean) / self.std
+        x = x if self.whiten is None else mixed(x, self.whiten)
         x = augmented(self.applied, x, labels, torch.arange(len(x), device=x.device), generator)
+        x = x if self.colour is None else mixed(x, self.colour)
         return (x * self.std + self.mean).clamp(0, 1).to(images).reshape(images.shape)
 
     def check(self, images) -> None:
@@ -140,7 +148,8 @@ def save_phi(
         "data": {
             "name": public_name(data.name),
             "fingerprint": data.fingerprint,
-            "mean": data.mean.flatten().tolist(),
+            # of whitened images they stand with the tensors
+            "mean": data.mean.flatten().tolist() if data.colour is None else [],
             "std": data.std.flatten().tolist(),
         },
         "subset": dataclasses.asdict(job.subset),
@@ -163,6 +172,8 @@ def save_phi(
             f"phi {job.phi!r} does other things when it is made again from its shape, parameters and buffers: "
             "keep what it needs in those"
         )
+    if data.colour is not None:
+        tensors |= dict(zip(WHITENING, (t.cpu() for t in (data.mean, data.train.whiten, data.colour)), strict=True))
     # under one key, since safetensors writes several in any order: the same phi is the same bytes
     header = {KIND: json.dumps({"format": FORMAT, "sha256": checksum(about, tensors), "about": about})}
     write(Path(path), to_safetensors(tensors, header))
@@ -212,7 +223,8 @@ def load_phi(path: Path | str, strength: float | None = None, probability: float
         warnings.warn(f"{path}: phi {about['phi']!r} was trained with other source than it has here", stacklevel=2)
     given = {"strength": strength, "probability": probability}
     use = Use(**{key: about[key] if value is None else value for key, value in given.items()})
+    whitening = [tensors.pop(name) for name in WHITENING if name in tensors]
     try:
-        return Augment(rebuilt(about, tensors), about, use)
+        return Augment(rebuilt(about, tensors), about, use, whitening)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

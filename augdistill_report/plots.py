@@ -38,8 +38,11 @@ COLOURS = {
 
 
 def colour(name: str) -> str:
-    """The colour of a method: fixed for those of the report, stable for any other; "NAME on 10%" has that of NAME."""
-    name = name.split(" on ")[0]
+    """The colour of a method: fixed for those of the report, stable for any other.
+
+    "NAME on 10%" and "NAME, step size .01" have that of NAME.
+    """
+    name = name.split(" on ")[0].split(", step size")[0]
     return COLOURS.get(name) or PALETTE[zlib.crc32(name.encode()) % len(PALETTE)]
 
 

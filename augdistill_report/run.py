@@ -27,7 +27,7 @@ from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, exp
 from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
-from augdistill_report.settings import ROOT, EvalConfig, Settings, Setup, preset_path, resolve
+from augdistill_report.settings import ROOT, Settings, Setup, preset_path, resolve
 from augdistill_report.study import Case, run_cases
 
 CODE = ["augdistill_*.py", "augdistill_report", "notebooks", "pyproject.toml"]
@@ -141,7 +141,7 @@ class Run:
 
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
         """The job of scoring a distilled phi, or None for the plain images, on a subset."""
-        config = self.settings.part(EvalConfig, **changes)
+        config = self.settings.eval_config(distilled is not None, **changes)
         return Evaluation(self.settings.part(Setup), subset, config, distilled)
 
     def evaluate(self, rows: dict) -> dict:

@@ -43,6 +43,7 @@ class Setup(ExpertConfig):
     dataset: str = knob("digits", "which data: any name in DATASETS, or folder:PATH")
     data: str = knob("", "a folder that holds the data set, looked into first (then AUGDISTILL_DATA, then the cache)")
     size: int = knob(16, "images are size x size pixels", low=4, high=256)
+    zca: bool = knob(False, "images are ZCA-whitened (eps .1, fit on the training split), not standardised")
     width: int = knob(32, "the student's channels", low=1)
     depth: int = knob(2, "the student's blocks", low=1)
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
@@ -60,7 +61,7 @@ class Setup(ExpertConfig):
         object.__setattr__(self, "data", absolute(self.data))
 
     def load(self) -> Dataset:
-        return load_data(self.dataset, self.size, self.data, self.device)
+        return load_data(self.dataset, self.size, self.data, self.device, self.zca)
 
     def student(self, data: Dataset) -> ConvNet:
         return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
@@ -68,18 +69,27 @@ class Setup(ExpertConfig):
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Config):
-    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT)."""
+    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT).
+
+    MTT's protocol is eval_epochs 1000, eval_batch 256, eval_lr 0 and eval_augment dsa; DC-Bench's the same with
+    eval_lr .01. (Both codes train one epoch more, and drop the step size, and the momentum with it, two epochs later.)
+    """
 
     eval_students: int = knob(5, "fresh students, each with a seed of its own", low=2)
     eval_steps: int = knob(300, "SGD steps of each", low=2)
+    eval_epochs: int = knob(0, "their passes over the images instead; 0 = as many steps as eval_steps", low=0)
     eval_batch: int = knob(64, "images a step (all, if there are fewer)", low=1)
-    eval_lr: float = knob(0.02, "SGD step size", low=1e-12)
+    eval_lr: float = knob(0.02, "SGD step size; 0 = the alpha that phi learned (plain images: alpha)", low=0)
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
     eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
+
+    def steps(self, images: int) -> int:
+        """How many steps a student takes on so many images."""
+        return self.eval_epochs * -(-images // self.eval_batch) or self.eval_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +104,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
     pixel_optimizer: str = knob("SGD", "for the pixels of notebook 02: any of torch.optim")
     pixel_lr: float = knob(100.0, "its step size (MTT: 100 to 1000)", low=0)
     pixel_momentum: float = knob(0.5, "its momentum, where it has one", low=0, high=1)
+    pixel_alpha_lr: float = knob(1e-5, "the step size of SGD for alpha beside them (MTT: 1e-7 to 1e-5)", low=0)
     fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
     subset_iterations: int = knob(100, "outer steps when phi learns on a fraction", low=1)
@@ -155,9 +166,17 @@ class Settings(Setup, DistillConfig, EvalConfig):
             phi_momentum=self.pixel_momentum,
             alpha_mode="raw",
             alpha_optimizer="SGD",
-            alpha_lr=1e-5,
+            alpha_lr=self.pixel_alpha_lr,
             alpha_momentum=0.5,
         )
+
+    def eval_config(self, learned: bool, **changes) -> EvalConfig:
+        """How a phi that has `learned` a step size, or plain images, are scored.
+
+        Where eval_lr leaves the step size to phi, plain images have the one that phi's own starts from.
+        """
+        config = self.part(EvalConfig, **changes)
+        return config if learned or config.eval_lr else dataclasses.replace(config, eval_lr=self.alpha)
 
     @property
     def processes(self) -> int:
@@ -175,8 +194,14 @@ def preset_path(preset: str) -> Path:
     return path
 
 
-def resolve(preset: str, overrides: dict | None = None) -> Settings:
-    """The settings of a preset with some keys changed; whatever is wrong is refused by name."""
+BY_COUNT = "with_images_per_class"  # the key of a preset under which stands what depends on images_per_class
+
+
+def read_preset(preset: str) -> tuple[dict, dict[int, dict]]:
+    """What a preset's file holds: the settings, and those that it has for some values of images_per_class only.
+
+    A `ValueError` names what is wrong, in any part of it.
+    """
     path = preset_path(preset)
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -184,11 +209,38 @@ def resolve(preset: str, overrides: dict | None = None) -> Settings:
         raise ValueError(f"preset={preset!r}: {path} is not YAML ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"preset={preset!r}: {path} must hold `key: value` lines")
-    try:
-        Settings.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    settings = Settings.from_dict(values | (overrides or {}))
+    by_count = values.pop(BY_COUNT, {})
+    counted = isinstance(by_count, dict) and all(type(k) is int and isinstance(v, dict) for k, v in by_count.items())
+    if not counted:
+        raise ValueError(f"{path}: {BY_COUNT}={by_count!r}: must hold settings by number, as `10: {{key: value}}`")
+    for count, part in {None: {}, **by_count}.items():
+        try:
+            Settings.from_dict(values | part | ({} if count is None else {"images_per_class": count}))
+        except ValueError as error:
+            raise ValueError(f"{path}: {'' if count is None else f'{BY_COUNT}: {count}: '}{error}") from None
+    return values, by_count
+
+
+def resolve(preset: str, overrides: dict | None = None) -> Settings:
+    """The settings of a preset with some keys changed; whatever is wrong is refused by name.
+
+    A preset that has other settings for each images_per_class is the recipe of one data set: it gives those of the
+    number that is asked for, and takes no other number and no other data set.
+    """
+    values, by_count = read_preset(preset)
+    changes = overrides or {}
+    settings = Settings.from_dict(values | changes)
+    if by_count:
+        count, dataset = settings.images_per_class, Settings.from_dict(values).dataset
+        if count not in by_count:
+            known = ", ".join(map(str, by_count))
+            raise ValueError(f"images_per_class={count}: preset {preset!r} is a recipe for {known} images a class")
+        if settings.dataset != dataset:
+            raise ValueError(
+                f"dataset={settings.dataset!r}: preset {preset!r} is a recipe for {dataset}; use the preset of that "
+                "data set, or a .yaml file of your own"
+            )
+        settings = Settings.from_dict(values | by_count[count] | changes)
     settings.load_phis()
     return settings
 
@@ -197,7 +249,7 @@ def preflight(settings: Settings) -> None:
     """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
-    data = settings.load()
+    data = dataclasses.replace(settings, zca=False).load()  # whitening takes a minute, and is of no account here
     student = settings.student(data)
     snapshots = snapshots_every(len(data.train), settings)[1]
     last = snapshots - settings.expert_epochs

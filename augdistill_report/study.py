@@ -15,7 +15,7 @@ from augdistill_report.grid import level, over_seeds
 from augdistill_report.jobs import Distillation, Evaluation, Probe, Subset, own_source, to_train
 from augdistill_report.numbers import Accuracy, summary, tenths
 from augdistill_report.pool import Progress, run_jobs
-from augdistill_report.settings import EvalConfig, Settings, Setup
+from augdistill_report.settings import Settings, Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Case:
         return Distillation(self.settings.part(Setup), phi, subset, config, own_source(phi))
 
     def evaluation(self, distilled: Distillation | None) -> Evaluation:
-        return Evaluation(self.settings.part(Setup), self.base, self.settings.part(EvalConfig), distilled)
+        config = self.settings.eval_config(distilled is not None)
+        return Evaluation(self.settings.part(Setup), self.base, config, distilled)
 
     @property
     def jobs(self) -> dict:

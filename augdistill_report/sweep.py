@@ -17,7 +17,7 @@ from augdistill_report.jobs import Task
 from augdistill_report.plots import heat_map
 from augdistill_report.pool import Line, run_jobs
 from augdistill_report.run import configuration, environment, file_name, picture, run_folder, start_folder
-from augdistill_report.settings import Settings, preflight, preset_path, resolve
+from augdistill_report.settings import Settings, preflight, preset_path, read_preset, resolve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,8 +68,11 @@ def sweep(
     """
     grid = read_grid(path)
     preset = preset or grid.preset
-    base = resolve(preset, {})
+    count = {key: value for key, value in (changes or {}).items() if key == "images_per_class"}
+    base = resolve(preset, count)
     choices = grid.choices(base, changes, short, only)
+    if read_preset(preset)[1] and any(c.settings.images_per_class != base.images_per_class for c in choices):
+        raise ValueError(f"{grid.path}: varies images_per_class, for each of which {preset!r} has other settings")
     for choice in choices:
         try:
             preflight(choice.settings)
@@ -110,6 +113,7 @@ def cell_of(choice: Choice, grid: Grid, preset: str, base: Settings, folder: Pat
     """papermill writes literals: the keys that differ from the preset are enough, the notebook resolves them again."""
     own = folder / "cells" / file_name(choice.name)
     differ = {k: v for k, v in choice.settings.to_dict().items() if v != getattr(base, k)}
+    differ["images_per_class"] = choice.settings.images_per_class  # by which a preset may choose its settings
     shared = {"preset": preset, "out": str(own), "store": str(store.folder), "workers": 1}
     return Cell(choice, grid.notebook, differ | shared, own)
 

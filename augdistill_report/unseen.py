@@ -14,7 +14,7 @@ from augdistill_core import DistillConfig, snapshots_every
 from augdistill_report.augmentations import RandomAffine, augmentation
 from augdistill_report.jobs import Distillation, Evaluation, Subset, own_source
 from augdistill_report.numbers import Accuracy, summary
-from augdistill_report.settings import EvalConfig, Settings, Setup
+from augdistill_report.settings import Settings, Setup
 
 POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
 BLIND, CONDITIONED, POLICY = "unet_noise", "unet_class_noise", "policy"
@@ -92,7 +92,8 @@ class Repetition:
     def evaluation(
         self, subset: Subset, distilled: Distillation | None = None, only: str = "", **changes
     ) -> Evaluation:
-        config = self.settings.part(EvalConfig, eval_steps=self.settings.subset_eval_steps, **changes)
+        changes |= dict(eval_steps=self.settings.subset_eval_steps, eval_epochs=0)
+        config = self.settings.eval_config(distilled is not None, **changes)
         setup = distilled.setup if distilled else self.setup(self.settings.teach)
         return Evaluation(setup, subset, config, distilled, only)
 

@@ -288,6 +288,16 @@ def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp
     )
     gallery.publish("smoke", str(run), tmp_path / "gallery")
     assert {p.name: p.read_bytes() for p in target.iterdir()} == first
+    figures = [f"{name}.png" for notebook in NAMES[:2] for name in results(run)[notebook]["figures"]]
+    for path in run.glob("results/0[3-7]*.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"03_phi_distillation, .* not finished"):
+        gallery.publish("smoke", str(run), tmp_path / "some")
+    some = gallery.publish("smoke", str(run), tmp_path / "some", only="1,02")
+    assert {p.name for p in some.iterdir()} == {f"{name}.json" for name in NAMES[:2]} | set(figures)
+    assert all(p.read_bytes() == first[p.name] for p in some.iterdir())
+    with pytest.raises(ValueError, match="only='77': there is no notebook 77"):
+        gallery.publish("smoke", str(run), tmp_path / "some", only="77")
     with pytest.raises(ValueError, match="holds no run"):
         gallery.publish("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
 
