@@ -109,7 +109,8 @@ class Trajectories:
         shortest, longest = self.snapshots, max(map(len, self.ways))
         if shortest < longest:
             warnings.warn(
-                f"expert_minutes ran out: the experts hold {shortest} to {longest} snapshots, all are cut to {shortest}",
+                f"expert_minutes ran out: the experts hold {shortest} to {longest} snapshots, all are cut to the first "
+                f"{shortest}",
                 stacklevel=3,
             )
 
@@ -288,7 +289,7 @@ def collect(
 
 
 def check_finite(at: Underway, step: int, config: ExpertConfig, experts: Sequence[int]) -> None:
-    """A `ValueError` that says which expert diverged at which step, by its losses since the last snapshot or by theta."""
+    """A `ValueError` that says which expert diverged, at which step: a loss since the last snapshot, or theta."""
     bad = torch.nonzero(~torch.stack(at.rest).isfinite()).tolist()
     bad += [[len(at.rest) - 1, e] for e in torch.nonzero(~at.theta.isfinite().all(1)).flatten().tolist()]
     if bad:
