@@ -86,7 +86,8 @@ def way_of(snapshots, student: nn.Module) -> Tensor:
     """One official expert, a list of snapshots that are lists of parameters, as a way `[snapshots, P]`.
 
     The order of the parameters is the ConvNet's own: a block's convolution and norm, each weight and bias, then the
-    classifier's. A `ValueError` names the first that does not fit.
+    classifier's; images are flattened in the same order, too. Its first convolution pads grey images by 3, ours by 1:
+    at 28x28 the classifier does not fit, at other sizes the accuracy tells. A `ValueError` names what does not fit.
     """
     wanted = [(name, tuple(p.shape)) for name, p in student.named_parameters()]
     if not isinstance(snapshots, list | tuple) or len(snapshots) < 2:
@@ -109,7 +110,8 @@ def way_of(snapshots, student: nn.Module) -> Tensor:
 def import_buffers(buffers: list[str], preset: str, out: str, changes: dict | None = None) -> list[ExpertFile]:
     """Write every expert of the official files to `out` as one of ours, with its validation accuracy measured.
 
-    Numbers go on from those that are there; an expert that is there already is passed over.
+    Numbers go on from those that are there; an expert that is there already is passed over. The official code trains
+    on all images, so the accuracy is on images that the expert has seen.
     """
     settings = resolve(preset, changes)
     torch.set_num_threads(settings.threads)
