@@ -30,6 +30,7 @@ from augdistill_report.augmentations import augmentation
 from augdistill_report.evaluation import accuracy
 from augdistill_report.expert_files import Checkpoint, ExpertFile, in_folder, sealed
 from augdistill_report.settings import EvalConfig, Settings, Setup, preflight, resolve
+from augdistill_report.unseen import Repetition
 
 SMALL = dict(size=8, width=4, depth=1, experts=2, epochs=3)
 SETUP = Setup(**SMALL)
@@ -667,3 +668,5 @@ def test_settings_with_a_folder_of_experts(folder):
     with pytest.raises(ValueError, match="max_start_epoch=9: the experts' 3 snapshots"):
         preflight(short)
     assert Settings.from_dict({}).public()["expert_files"] == ""
+    assert str(folder.parent) not in json.dumps(settings.part(Setup).public())
+    assert Repetition(settings).setup("affine").expert_files == ""  # what experts are taught is its subject
