@@ -96,26 +96,37 @@ class ExpertConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """Experts' ways through weight space: `theta` `[experts, snapshots, P]`, snapshot 0 at initialisation."""
+    """Experts' ways through weight space: `ways[expert][snapshot]` are parameters `[P]`, snapshot 0 at initialisation.
+
+    A way is a tensor `[snapshots, P]`, or anything with such items and such a length: a file that is read by the
+    snapshot, for one. All count as cut to the shortest (with a warning), where a time budget left some short.
+    """
 
     student: nn.Module
-    theta: Tensor
+    ways: Sequence[Sequence[Tensor]]
 
-    @classmethod
-    def of(cls, student: nn.Module, ways: Sequence[Tensor]) -> "Trajectories":
-        """From ways `[snapshots, P]`, all cut to the shortest (with a warning), where a time budget left some short."""
-        lengths = [len(way) for way in ways]
-        if min(lengths) < max(lengths):
+    def __post_init__(self):
+        shortest, longest = self.snapshots, max(map(len, self.ways))
+        if shortest < longest:
             warnings.warn(
-                f"expert_minutes ran out: the experts hold {min(lengths)} to {max(lengths)} snapshots, all are cut to "
-                f"{min(lengths)}",
-                stacklevel=2,
+                f"expert_minutes ran out: the experts hold {shortest} to {longest} snapshots, all are cut to the first "
+                f"{shortest}",
+                stacklevel=3,
             )
-        return cls(student, torch.stack([way[: min(lengths)] for way in ways]))
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots every way holds."""
+        return min(map(len, self.ways))
+
+    @property
+    def theta(self) -> Tensor:
+        """All of it as one tensor `[experts, snapshots, P]`: read anew each time, and large."""
+        return torch.stack([torch.stack([way[t] for t in range(self.snapshots)]) for way in self.ways])
 
     def segment(self, expert: int, start: int, length: int) -> tuple[Tensor, Tensor]:
         """The parameters `[P]` where a segment starts, and those `length` snapshots later."""
-        last = self.theta.shape[1] - 1
+        last = self.snapshots - 1
         if not 1 <= length <= last:
             raise ValueError(f"a segment of {length} snapshots: must be in [1, {last}], at most the whole trajectory")
         if not 0 <= start <= last - length:
@@ -123,11 +134,12 @@ class Trajectories:
                 f"start {start} plus {length} snapshots: this trajectory ends at snapshot {last}, "
                 f"so the start must be in [0, {last - length}]"
             )
-        if not 0 <= expert < len(self.theta):
-            raise ValueError(f"expert {expert}: must be in [0, {len(self.theta) - 1}]")
-        if torch.equal(self.theta[expert, start], self.theta[expert, start + length]):
+        if not 0 <= expert < len(self.ways):
+            raise ValueError(f"expert {expert}: must be in [0, {len(self.ways) - 1}]")
+        begin, end = self.ways[expert][start], self.ways[expert][start + length]
+        if torch.equal(begin, end):
             raise ValueError(f"expert {expert} stands still from snapshot {start} on: there is no way to match")
-        return self.theta[expert, start], self.theta[expert, start + length]
+        return begin, end
 
 
 def snapshots_every(count: int, config: ExpertConfig) -> tuple[int, int]:
@@ -137,6 +149,22 @@ def snapshots_every(count: int, config: ExpertConfig) -> tuple[int, int]:
     if every > config.epochs * epoch:
         raise ValueError(f"snapshot_steps={every}: must be at most the {config.epochs * epoch} steps that are trained")
     return every, config.epochs * epoch // every
+
+
+@dataclasses.dataclass
+class Underway:
+    """E experts in training: all that it takes to go on from the end of an epoch, and end with the same bits.
+
+    `on_epoch` is handed the live one: what is to last, in a file or elsewhere, must be copied there and then.
+    """
+
+    theta: Tensor  # [E, P]
+    velocity: Tensor  # [E, P], of the momentum
+    generators: list[torch.Generator]  # one an expert
+    way: list[Tensor]  # [E, P] each, one a snapshot
+    losses: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, the mean before every later snapshot
+    rest: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, of the steps since the last snapshot
+    seconds: float = 0.0  # spent so far
 
 
 def train_expert(
@@ -149,21 +177,32 @@ def train_expert(
     *,
     augment: Callable | None = None,
     on_snapshot: Callable[[int, float], None] | None = None,
+    on_epoch: Callable[[Underway], None] | None = None,
+    underway: Underway | None = None,
 ) -> Tensor:
     """One expert's way `[snapshots, P]`, the first at its initialisation; it depends on (seed, expert) alone.
 
     `augment` is called like a phi on every batch; `on_snapshot(snapshot, mean loss since the last)` may report
     progress, and may stop the training by raising. One snapshot an epoch, or every `snapshot_steps` steps. Where
     `expert_minutes` run out, the way ends with the last snapshot of the epoch under way (how many, no seed decides).
+    `on_epoch` is handed the training at the end of each epoch; passed as `underway`, it goes on from there
+    (`on_snapshot` is told of the snapshots that it brings, too). A loss or parameters that are not finite are a
+    `ValueError` that names the step.
     """
     check_images(student, images, labels)
-    start, batches = expert_start(student, images, labels, config, seed, expert, augment)
-    steps = sgd(student, start, batches, config.expert_lr, config.expert_momentum, config.expert_decay)
+    at = underway or set_out(student, images, seed, [expert])
+    batches = expert_batches(images, labels, config, augment, at.generators[0])
+    options = config.expert_lr, config.expert_momentum, config.expert_decay, at.velocity[0]
+    steps = ((model, loss[None]) for model, loss in sgd(student, at.theta[0], batches, *options))
 
     def read(model: nn.Module) -> Tensor:
-        return flatten(model.parameters()).detach()
+        return flatten(model.parameters()).detach()[None]
 
-    return collect(start, steps, read, len(images), config, on_snapshot)
+    def tell(snapshot: int, losses: Tensor) -> None:
+        if on_snapshot is not None:
+            on_snapshot(snapshot, float(losses))
+
+    return collect(at, steps, read, len(images), config, [expert], tell, on_epoch)[0]
 
 
 def train_together(
@@ -176,6 +215,8 @@ def train_together(
     *,
     augment: Callable | None = None,
     on_snapshot: Callable[[int, Tensor], None] | None = None,
+    on_epoch: Callable[[Underway], None] | None = None,
+    underway: Underway | None = None,
 ) -> Tensor:
     """The ways `[E, snapshots, P]` of the experts of these numbers, all trained at once, as many as memory holds.
 
@@ -184,45 +225,80 @@ def train_together(
     `expert_minutes` counts for all of them together.
     """
     check_images(student, images, labels)
-    own = [expert_start(student, images, labels, config, seed, k, augment) for k in experts]
-    start = torch.stack([theta for theta, _ in own])
-    batches = zip(*(batches for _, batches in own), strict=True)
-    steps = sgd_together(student, start, batches, config.expert_lr, config.expert_momentum, config.expert_decay)
-    return collect(start, steps, Tensor.clone, len(images), config, on_snapshot).transpose(0, 1).contiguous()
+    at = underway or set_out(student, images, seed, experts)
+    batches = zip(*(expert_batches(images, labels, config, augment, own) for own in at.generators), strict=True)
+    options = config.expert_lr, config.expert_momentum, config.expert_decay, at.velocity
+    steps = sgd_together(student, at.theta, batches, *options)
+    return collect(at, steps, Tensor.clone, len(images), config, experts, on_snapshot, on_epoch)
 
 
-def expert_start(
-    student, images, labels, config: ExpertConfig, seed: int, expert: int, augment
-) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
-    """Where an expert starts `[P]`, and its batches without end."""
-    generator = seeded(seed, "expert", expert)
-    start = initial_parameters(student, generator).to(images)
-    batches = (
-        (augmented(augment, images[i], labels[i], i, generator), labels[i])
-        for i in minibatches(len(images), config.expert_batch, generator)
-    )
-    return start, batches
+def set_out(student: nn.Module, images: Tensor, seed: int, experts: Sequence[int]) -> Underway:
+    """The experts of these numbers where they start."""
+    generators = [seeded(seed, "expert", k) for k in experts]
+    start = torch.stack([initial_parameters(student, own) for own in generators]).to(images)
+    return Underway(start, torch.zeros_like(start), generators, [start])
+
+
+def expert_batches(
+    images: Tensor, labels: Tensor, config: ExpertConfig, augment: Callable | None, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An expert's batches without end. Nothing is drawn ahead: the generator's state is that of the last one given."""
+    for i in minibatches(len(images), config.expert_batch, generator):
+        yield augmented(augment, images[i], labels[i], i, generator), labels[i]
 
 
 def collect(
-    start: Tensor, steps: Iterator, read: Callable, count: int, config: ExpertConfig, on_snapshot: Callable | None
+    at: Underway,
+    steps: Iterator,
+    read: Callable,
+    count: int,
+    config: ExpertConfig,
+    experts: Sequence[int],
+    on_snapshot: Callable | None,
+    on_epoch: Callable | None,
 ) -> Tensor:
-    """Snapshots of a training on `count` images, stacked: `steps` yield what `read` copies theta from, and a loss."""
+    """The ways `[E, snapshots, P]` of a training on `count` images: `steps` yield what `read` copies theta from, and
+    the losses `[E]`."""
     every, snapshots = snapshots_every(count, config)
     epoch = -(-count // config.expert_batch)
-    deadline = time.monotonic() + 60 * config.expert_minutes if config.expert_minutes else math.inf
-    way, losses = [start], []
-    for step, (state, loss) in enumerate(itertools.islice(steps, snapshots * every), 1):
-        losses.append(loss)
+    began = time.monotonic() - at.seconds
+    deadline = 60 * config.expert_minutes or math.inf
+    for snapshot, mean in enumerate(at.losses, 1):
+        if on_snapshot is not None:
+            on_snapshot(snapshot, mean)
+    done = len(at.losses) * every + len(at.rest)
+    for step, (state, losses) in enumerate(itertools.islice(steps, snapshots * every - done), done + 1):
+        at.rest.append(losses)
+        if step % every and step % epoch:
+            continue
+        at.theta = read(state)
+        check_finite(at, step, config, experts)
         if step % every == 0:
-            way.append(read(state))
+            at.way.append(at.theta)
+            at.losses.append(torch.stack(at.rest).mean(0))
+            at.rest.clear()
             if on_snapshot is not None:
-                mean = torch.stack(losses).mean(0)
-                on_snapshot(step // every, mean if mean.ndim else float(mean))
-            losses.clear()
-        if step % epoch == 0 and len(way) > 1 and time.monotonic() > deadline:
-            break
-    return torch.stack(way)
+                on_snapshot(step // every, at.losses[-1])
+        if step % epoch == 0:
+            at.seconds = time.monotonic() - began
+            if on_epoch is not None:
+                on_epoch(at)
+            if len(at.way) > 1 and at.seconds > deadline:
+                break
+    return torch.stack(at.way, 1)
+
+
+def check_finite(at: Underway, step: int, config: ExpertConfig, experts: Sequence[int]) -> None:
+    """A `ValueError` that says which expert diverged, at which step: a loss since the last snapshot, or theta."""
+    bad = torch.nonzero(~torch.stack(at.rest).isfinite()).tolist()
+    bad += [[len(at.rest) - 1, e] for e in torch.nonzero(~at.theta.isfinite().all(1)).flatten().tolist()]
+    if bad:
+        of_rest, which = bad[0]
+        raise ValueError(
+            f"expert {experts[which]} diverged: its loss is {float(at.rest[of_rest][which]):.3g} at step "
+            f"{step - len(at.rest) + of_rest + 1} (expert_lr={config.expert_lr:g}, "
+            f"expert_momentum={config.expert_momentum:g}); use a smaller expert_lr, a third of it say"
+        )
 
 
 def train_experts(
@@ -230,12 +306,12 @@ def train_experts(
 ) -> Trajectories:
     """`Trajectories` of `config.experts` experts: all at once on a GPU, one after the other on a CPU.
 
-    The options are those of `train_expert` and `train_together`.
+    The options are `augment` and `on_snapshot` of `train_expert` and `train_together`.
     """
     arguments, experts = (student, images, labels, config, seed), range(config.experts)
     if images.is_cuda:
         return Trajectories(student, train_together(*arguments, experts, **options))
-    return Trajectories.of(student, [train_expert(*arguments, k, **options) for k in experts])
+    return Trajectories(student, [train_expert(*arguments, k, **options) for k in experts])
 
 
 # ======================================================================================================================
@@ -519,7 +595,7 @@ def draw_segment(
     if config.objective == "real_loss":
         start = initial_parameters(experts.student, generator)
         return 0, start, start
-    expert = int(torch.randint(len(experts.theta), (), generator=generator))
+    expert = int(torch.randint(len(experts.ways), (), generator=generator))
     start_epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
     return start_epoch, *experts.segment(expert, start_epoch, config.expert_epochs)
 

@@ -136,11 +136,13 @@ def sgd(
     lr: float | Callable[[int], float],
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    velocity: Tensor | None = None,
 ) -> Iterator[tuple[nn.Module, Tensor]]:
     """Train a copy of `student` from `start` `[P]` by torch's SGD; after each step yield the live model and its loss.
 
     Ordinary, non-differentiable training: experts are made by it, and fresh students are evaluated by it.
-    `lr` may be a function of the step number. Copy what you keep: the model goes on changing.
+    `lr` may be a function of the step number. Copy what you keep: the model goes on changing. The momentum starts from
+    `velocity` `[P]` and is kept in it, if one is given: with the parameters it is all that SGD goes on from.
     """
     model = copy.deepcopy(student)
     with torch.no_grad():
@@ -148,6 +150,9 @@ def sgd(
             p.copy_(value)
     rate = lr if callable(lr) else lambda step: lr
     optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=momentum, weight_decay=weight_decay)
+    if velocity is not None:
+        for p, own in zip(model.parameters(), unflatten(student, velocity), strict=True):
+            optimizer.state[p]["momentum_buffer"] = own
     for step, (images, labels) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate(step)
         loss = F.cross_entropy(model(images), labels)
@@ -164,6 +169,7 @@ def sgd_together(
     lr: float,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    velocity: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`sgd` for E students at once, from `start` `[E, P]`; after each step yield all of theta `[E, P]` and E losses.
 
@@ -175,7 +181,8 @@ def sgd_together(
         return F.cross_entropy(logits_of(student, unflatten(student, theta), images), labels)
 
     slope, part = torch.func.grad_and_value(loss), len(start)
-    theta, velocity, decay = start, None, None
+    theta, decay = start, None
+    velocity = torch.zeros_like(start) if velocity is None else velocity
     for pairs in batches:
         images, labels = map(torch.stack, zip(*pairs, strict=True))
         gradient = None
@@ -189,7 +196,7 @@ def sgd_together(
         if decay is None:
             decay = weight_decay * used(student, theta[0], images[0], labels[0])
         gradient = gradient + decay * theta
-        velocity = gradient if velocity is None else momentum * velocity + gradient
+        velocity.mul_(momentum).add_(gradient)
         theta = theta - lr * velocity
         yield theta, losses
 

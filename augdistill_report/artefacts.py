@@ -31,8 +31,10 @@ def write(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not say where
         raise
 
 
@@ -54,17 +56,33 @@ def digest(spec: dict) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file; a `ValueError` that says what is wrong with it."""
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file, open for reading by the tensor; a `ValueError` that says what is wrong with it."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            yield file
     except SafetensorError as error:
         with open(path, "rb") as file:
             start = file.read(2)
         # what torch.save writes, an archive or a bare pickle; a whole safetensors file may start so too
         pickled = start == b"PK" or start[:1] == b"\x80"
         raise ValueError("a pickle, which may hold code, is never opened" if pickled else str(error)) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file; a `ValueError` that says what is wrong with it."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+
+
+def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of all that a file means."""
+    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 class Store:
@@ -83,7 +101,10 @@ class Store:
     def making(self, kind: str, spec: dict):
         """Held while a result is made: another process that wants it waits, and finds it. Ends with its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f".{kind}-{digest(spec)}.lock"):
+        path = self.path(kind, spec)
+        with FileLock(self.folder / f".{path.stem}.lock"):
+            for rubbish in self.folder.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
+                rubbish.unlink()
             yield
 
     def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict) -> None:
@@ -104,10 +125,11 @@ class Store:
             raise ValueError(f"{path} is damaged or not ours ({error}): delete it, and run again") from None
 
 
+REPORT = ("augmentations", "data", "evaluation", "expert_files", "jobs", "settings", "whitening")
+
+
 def source_digest(root: Path) -> str:
     """A digest of the source that results depend on, and of torch's version: other code, other results."""
-    of_report = (
-        f"augdistill_report/{n}.py" for n in ("augmentations", "data", "evaluation", "jobs", "settings", "whitening")
-    )
+    of_report = (f"augdistill_report/{n}.py" for n in REPORT)
     files = [*sorted(path.name for path in root.glob("augdistill_*.py")), *of_report]
     return digest({"torch": torch.__version__} | {name: (root / name).read_text() for name in files})

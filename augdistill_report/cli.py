@@ -1,5 +1,5 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` one of them over a grid, `figures` publishes a
-run, `data` checks or fetches a set, `apply` augments images by a saved phi."""
+run, `data` checks or fetches a set, `experts` trains, checks or imports experts, `apply` augments images by a phi."""
 
 import argparse
 import signal
@@ -46,6 +46,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (check, fetch):
         command.add_argument("name", help="a data set's name, or (check) folder:PATH")
         command.add_argument("--data", default="", metavar="DIR", help="where it is (AUGDISTILL_DATA, or the cache)")
+    experts = commands.add_parser("experts", help="train, list, check or import experts")
+    experts = experts.add_subparsers(dest="what", required=True)
+    train = experts.add_parser("train", help="train the experts that a run lacks; goes on where it was stopped")
+    show = experts.add_parser("list", help="a line an expert: its data, length, accuracy, size")
+    check = experts.add_parser("check", help="read experts whole, name what is damaged (then the exit code is 1)")
+    bring = experts.add_parser("import", help="take over experts of the official MTT code, for expert_files")
+    bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="its files")
+    for command in (show, check):
+        command.add_argument("files", nargs="*", metavar="FILE", help="experts, or folders of them (those of a run)")
+    for command in (train, bring):
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    for command in (train, show, check, bring):
+        needed = command is bring
+        command.add_argument(
+            "--preset", default="digits", required=needed, help="a name in notebooks/presets, or a .yaml"
+        )
+        what = "the folder that they go to" if needed else "the run's folder (runs/<preset>)"
+        command.add_argument("--out", default="", required=needed, metavar="DIR", help=what)
     return parser.parse_args(arguments)
 
 
@@ -64,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C: no process is left behind
     # imported late, so that --help and a typing error answer at once
-    from augdistill_report import apply, data, data_files, execute, gallery, runner, sweep
+    from augdistill_report import apply, data, data_files, execute, expert_files, experts, gallery, runner, sweep
 
     try:
         if options.command == "report":
@@ -83,6 +101,21 @@ def main(arguments: list[str] | None = None) -> int:
             if options.what == "fetch":
                 options.size, options.data = 0, str(data_files.fetch(options.name, options.mirror, options.data))
             print(data.describe(data.load(options.name, options.size, options.data)))
+        elif options.command == "experts":
+            if options.what == "check":
+                paths = experts.files_of(options.files, options.preset, options.out)
+                wrong = experts.check(paths)
+                print("\n".join([*wrong, f"experts: {len(paths)} checked, {len(wrong)} damaged"]))
+                return 1 if wrong else 0
+            if options.what == "list":
+                paths = experts.files_of(options.files, options.preset, options.out)
+                files = [expert_files.ExpertFile(path) for path in paths]
+            elif options.what == "train":
+                files = experts.train(options.preset, options.out, settings_changes(options.set))
+            else:
+                arguments = (options.files, options.preset, options.out, settings_changes(options.set))
+                files = experts.import_buffers(*arguments)
+            print(f"{experts.table(files)}\nexperts: {files[0].path.parent}")
         elif options.command == "apply":
             apply.load_phis(settings_changes(options.set))
             how = apply.How(options.copies, options.count, options.seed)
@@ -99,6 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except execute.NotebookFailed as error:
         print(f"augdistill: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"augdistill: {error}; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\naugdistill: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)

@@ -43,7 +43,7 @@ def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
 
 def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
     """What the experts, as they ended, say of images `[B, C, H, W]`: their mean probabilities `[B, classes]`."""
-    student, ends = experts.student, [unflatten(experts.student, theta[-1]) for theta in experts.theta]
+    student, ends = experts.student, [unflatten(experts.student, way[experts.snapshots - 1]) for way in experts.ways]
     return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
 
 

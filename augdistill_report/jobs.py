@@ -29,7 +29,8 @@ from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.data import Dataset
 from augdistill_report.evaluation import accuracy, evaluate, probe, teacher_of
-from augdistill_report.settings import ROOT, EvalConfig, Setup
+from augdistill_report.expert_files import FLOATS, Checkpoint, ExpertFile, sealed, versions
+from augdistill_report.settings import ROOT, EvalConfig, Setup, given_experts, public_name
 
 Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
 SOURCE = source_digest(ROOT)  # of the code that this process has imported
@@ -55,6 +56,10 @@ class Task:
             with store.making(self.kind, self.spec()):
                 if not store.has(self.kind, self.spec()):
                     store.save(self.kind, self.spec(), *self.work(store, tick))
+        self.finish(store)
+
+    def finish(self, store: Store) -> None:
+        """What is left to do when the result is there, even if a process was killed just then."""
 
     def stored(self, store: Store) -> tuple[dict, dict]:
         self.run(store)
@@ -68,8 +73,9 @@ class Job(Task):
     setup: Setup
 
     def spec(self) -> dict:
-        """The data count by their content, whatever they are called and wherever they lie."""
+        """Data and experts' files count by their content, whatever they are called and wherever they lie."""
         setup = dataclasses.asdict(self.setup) | {"dataset": self.data.fingerprint, "data": None}
+        setup["expert_files"] = [file.content for file in given_experts(self.setup)]
         return dataclasses.asdict(self) | {"setup": setup, "source": SOURCE}
 
     @property
@@ -91,16 +97,26 @@ class Expert(Job):
     def spec(self):
         spec = super().spec()
         # it does not depend on how many others there are, nor on what is done with them
-        return spec | {"setup": spec["setup"] | {"experts": None, "augment": None}}
+        return spec | {"setup": spec["setup"] | {"experts": None, "augment": None, "expert_files": None}}
 
     def work(self, store, tick):
-        return self.scored(*trained(self.setup, train_expert, self.expert, tick))
+        return self.scored(*trained(self, train_expert, self.expert, store, tick))
 
     def scored(self, theta: torch.Tensor, losses: list[float]) -> tuple[dict, dict]:
-        """What is kept of a way `[snapshots, P]`."""
-        student, validation = self.student(), self.data.validation.made()
-        scores = [accuracy(student, t, validation) for t in theta]
-        return {"theta": theta}, {"loss": losses, "validation": scores}
+        theta = theta.to(FLOATS[self.setup.expert_float])
+        return scored(self.setup, self.spec(), theta, {"expert": self.expert, "loss": losses})
+
+    def file(self, store: Store) -> ExpertFile:
+        """Its file in the store, made if it is missing, to be read by the snapshot."""
+        self.run(store)
+        file = ExpertFile(store.path(self.kind, self.spec()), self.setup.device)
+        if file.spec != self.spec():
+            raise ValueError(f"{file.path} is not ours (it was made from another specification): delete it")
+        return file
+
+    def finish(self, store):
+        checkpoint(self, [self.expert], store).clear()
+        ExpertFile(store.path(self.kind, self.spec())).write_json()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,25 +128,53 @@ class Together(Job):
     def work(self, store, tick):
         missing = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())]
         if missing:
-            ways, losses = trained(self.setup, train_together, [job.expert for job in missing], tick)
+            ways, losses = trained(self, train_together, [job.expert for job in missing], store, tick)
             for job, *found in zip(missing, ways, torch.stack(losses, 1).tolist(), strict=True):
                 store.save(job.kind, job.spec(), *job.scored(*found))
         return {}, {"made": [job.expert for job in missing]}
 
+    def finish(self, store):
+        checkpoint(self, [], store).clear()
 
-def trained(setup: Setup, how: Callable, which, tick: Tick) -> tuple[torch.Tensor, list]:
-    """The experts `which` by `how` (one of the core's two ways), and their losses by snapshot."""
-    data, losses = setup.load(), []
+
+def scored(setup: Setup, spec: dict, theta: torch.Tensor, about: dict) -> tuple[dict, dict]:
+    """What is kept of an expert's way `[snapshots, P]`: with its accuracy on the validation split at every snapshot."""
+    data = setup.load()
+    student, validation = setup.student(data).to(setup.device), data.validation.made()
+    about = about | {
+        "dataset": public_name(data.name),
+        "classes": list(data.classes),
+        "versions": versions(setup.device),
+        "validation": [accuracy(student, t.to(setup.device).float(), validation) for t in theta],
+    }
+    return {"theta": theta}, sealed(theta, spec, about)
+
+
+def checkpoint(job: Expert | Together, which: list[int], store: Store) -> Checkpoint:
+    """Where a job keeps its training until it is done: beside its result."""
+    return Checkpoint(store.path(job.kind, job.spec()).with_suffix(".training"), job.spec(), which)
+
+
+def trained(
+    job: Expert | Together, how: Callable, which: int | list[int], store: Store, tick: Tick
+) -> tuple[torch.Tensor, list]:
+    """The experts `which` by `how` (one of the core's two ways), and their losses by snapshot.
+
+    Killed at any moment, the next one goes on from the last whole epoch.
+    """
+    setup, data, losses = job.setup, job.data, []
     images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
+    kept = checkpoint(job, which if isinstance(which, list) else [which], store)
 
     def on_snapshot(snapshot, loss):
         losses.append(loss)
         tick(snapshot, snapshots)
 
     # all of it as floats meanwhile (CIFAR-10: 550 MB), since the core takes tensors of floats
-    arguments = (setup.student(data).to(setup.device), images, data.train.labels, setup, setup.seed, which)
+    arguments = (job.student(), images, data.train.labels, setup, setup.seed, which)
     augment = augmentation(setup.expert_augment, setup.dataset)
-    return how(*arguments, augment=augment, on_snapshot=on_snapshot), losses
+    options = dict(augment=augment, on_snapshot=on_snapshot, on_epoch=kept.save, underway=kept.load(setup.device))
+    return how(*arguments, **options), losses
 
 
 def experts(setup: Setup) -> list[Expert]:
@@ -138,13 +182,16 @@ def experts(setup: Setup) -> list[Expert]:
 
 
 def to_train(setup: Setup) -> list[Job]:
-    """The jobs that make a set-up's experts: all at once on a GPU, one a process on a CPU."""
+    """The jobs that make a set-up's experts: all at once on a GPU, one a process on a CPU; none if they are given."""
+    if setup.expert_files:
+        return []
     return [Together(setup)] if setup.device == "cuda" else experts(setup)
 
 
 def trajectories(setup: Setup, store: Store) -> Trajectories:
-    jobs = experts(setup)
-    return Trajectories.of(jobs[0].student(), [job.stored(store)[0]["theta"].to(setup.device) for job in jobs])
+    """The experts' ways, each read from its file by the snapshot."""
+    files = given_experts(setup) or [job.file(store) for job in experts(setup)]
+    return Trajectories(setup.student(setup.load()).to(setup.device), files)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,10 +190,10 @@ def trajectories(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
     return figure
 
 
-def followers(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
-    """One expert's way `[snapshots, P]` in its own plane, with students' paths on top."""
+def followers(way: list[Tensor], paths: dict[str, list[Tensor]]) -> Figure:
+    """One expert's way, snapshots `[P]`, in its own plane, with students' paths on top."""
     figure, (axis,) = new_figure(8, 5)
-    plane(axis, theta[None], paths)
+    plane(axis, torch.stack(way)[None], paths)
     return figure
 
 

@@ -22,12 +22,13 @@ import torch
 from augdistill_core import DistillConfig, Trajectories
 from augdistill_report.artefacts import Store, as_json, digest, write
 from augdistill_report.data import Split
+from augdistill_report.expert_files import versions
 from augdistill_report.grid import Grid, as_found
-from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, experts, own_source, to_train, trajectories
+from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, own_source, to_train, trajectories
 from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
-from augdistill_report.settings import ROOT, Settings, Setup, preset_path, resolve
+from augdistill_report.settings import ROOT, Settings, Setup, given_experts, preset_path, resolve
 from augdistill_report.study import Case, run_cases
 
 CODE = ["augdistill_*.py", "augdistill_report", "notebooks", "pyproject.toml"]
@@ -45,13 +46,9 @@ def git(*arguments: str) -> str:
 def environment(device: str) -> dict:
     """What a number depends on beside its settings: versions, the machine, and the last commit that touched code."""
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **versions(device),
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         "commit": git("log", "-1", "--format=%H", "--", *CODE),
         "uncommitted": bool(git("status", "--porcelain", "--", *CODE)),
     }
@@ -62,7 +59,8 @@ def configuration(settings: Settings) -> str:
 
     Of the code all of it: results by notebook are cheap to make again from the stored pieces, which depend on less.
     """
-    content = {"dataset": settings.load().fingerprint, "data": None}
+    content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
+    content |= {"expert_files": [file.content for file in given_experts(settings.part(Setup))]}
     content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files], "workers": None}
     code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "augdistill_report").glob("*.py")}
     return digest({"settings": settings.to_dict() | content, "source": SOURCE, "code": code})
@@ -119,9 +117,8 @@ class Run:
         """The experts' trajectories, and each one's validation accuracy by snapshot."""
         setup = self.settings.part(Setup)
         self._run(to_train(setup), "experts")
-        found, jobs = trajectories(setup, self.store), experts(setup)
-        scores = [job.stored(self.store)[1]["validation"][: found.theta.shape[1]] for job in jobs]
-        return found, scores
+        found = trajectories(setup, self.store)
+        return found, [way.about["validation"][: found.snapshots] for way in found.ways]
 
     def distillation(self, phi: str, subset: Subset, config: DistillConfig | None = None, **changes) -> Distillation:
         """The job of training `phi` on a subset: by `config` (or this run's settings), then changed."""

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from augdistill_config import Config, knob
 from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer, make_phi, snapshots_every
 from augdistill_report.augmentations import AUGMENTATIONS
 from augdistill_report.data import Dataset, check_name, load_data
+from augdistill_report.expert_files import FLOATS, WORLD, ExpertFile, of_world
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -47,6 +49,8 @@ class Setup(ExpertConfig):
     width: int = knob(32, "the student's channels", low=1)
     depth: int = knob(2, "the student's blocks", low=1)
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
+    expert_float: str = knob("float32", "how experts' parameters are kept on disk", choices=tuple(FLOATS))
+    expert_files: str = knob("", "a folder of experts to use instead of training them")
     augment: str = knob("none", "augmentation after phi in the unroll (MTT's A)", choices=tuple(AUGMENTATIONS))
     seed: int = knob(0, "everything random follows from it", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
@@ -59,12 +63,36 @@ class Setup(ExpertConfig):
         name, colon, path = self.dataset.partition(":")
         object.__setattr__(self, "dataset", name + colon + absolute(path))
         object.__setattr__(self, "data", absolute(self.data))
+        object.__setattr__(self, "expert_files", absolute(self.expert_files))
 
-    def load(self) -> Dataset:
-        return load_data(self.dataset, self.size, self.data, self.device, self.zca)
+    def load(self, whiten: bool = True) -> Dataset:
+        """The data; without `whiten` never whitened, which takes a minute, where only content and sizes count."""
+        return load_data(self.dataset, self.size, self.data, self.device, self.zca and whiten)
 
     def student(self, data: Dataset) -> ConvNet:
         return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
+
+    def world(self) -> dict:
+        """What an expert must have been made with to be of use here: the data by content, and the student."""
+        return {key: getattr(self, key) for key in WORLD} | {"dataset": self.load(whiten=False).fingerprint}
+
+    def snapshots(self) -> int:
+        """How many snapshots the experts hold after the first."""
+        files = given_experts(self)
+        return min(map(len, files)) - 1 if files else snapshots_every(len(self.load(whiten=False).train), self)[1]
+
+    def public(self) -> dict:
+        """The settings as results name them: not where data and files lay on this machine, which may be private."""
+        places = {"data": "", "dataset": public_name(self.dataset), "expert_files": Path(self.expert_files).name}
+        return self.to_dict() | places
+
+
+@functools.lru_cache(maxsize=8)
+def given_experts(setup: Setup) -> list[ExpertFile]:
+    """The experts that `expert_files` names, opened once a process; none if there they are trained here."""
+    if not setup.expert_files:
+        return []
+    return of_world(setup.expert_files, setup.experts, setup.world(), setup.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +162,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
         return values
 
     def public(self) -> dict:
-        """The settings as results name them: not where data and files lay on this machine, which may be private."""
-        phis = ", ".join(path.name for path in self.phi_files)
-        return self.to_dict() | {"data": "", "dataset": public_name(self.dataset), "phis": phis}
+        return super().public() | {"phis": ", ".join(path.name for path in self.phi_files)}
 
     @property
     def phi_files(self) -> list[Path]:
@@ -249,11 +275,11 @@ def preflight(settings: Settings) -> None:
     """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
-    data = dataclasses.replace(settings, zca=False).load()  # whitening takes a minute, and is of no account here
+    data = settings.load(whiten=False)
     student = settings.student(data)
-    snapshots = snapshots_every(len(data.train), settings)[1]
-    last = snapshots - settings.expert_epochs
-    for key in ("max_start_epoch", "late_start_epoch"):
+    trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case
+    for key, snapshots in (("max_start_epoch", settings.snapshots()), ("late_start_epoch", trained)):
+        last = snapshots - settings.expert_epochs
         if not getattr(settings, key) <= last:
             raise ValueError(
                 f"{key}={getattr(settings, key)}: the experts' {snapshots} snapshots less "

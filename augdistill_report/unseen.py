@@ -43,8 +43,8 @@ class Repetition:
         return Subset(self.settings.seed, fraction=1 - POOL, skip=POOL)
 
     def setup(self, augment: str) -> Setup:
-        """The world with experts that were trained with an augmentation."""
-        return self.settings.part(Setup, expert_augment=augment)
+        """The world with experts that were trained with an augmentation: here, as `expert_files` hold but one kind."""
+        return self.settings.part(Setup, expert_augment=augment, expert_files="")
 
     def distillation(self, phi: str, subset: Subset, augment: str, **changes) -> Distillation:
         config = self.settings.part(DistillConfig, **dict(objective="trajectory", alpha_mode="held", draws=1) | changes)

@@ -388,8 +388,8 @@ def test_experts_of_which_not_all_fit_are_trained_in_parts(monkeypatch):
 
 def test_experts_of_different_lengths_are_cut_to_the_shortest():
     ways = [torch.randn(k, 5, generator=seeded(k)) for k in (4, 3, 6)]
-    with pytest.warns(UserWarning, match="3 to 6 snapshots, all are cut to 3"):
-        theta = Trajectories.of(mlp(), ways).theta
+    with pytest.warns(UserWarning, match="3 to 6 snapshots, all are cut to the first 3"):
+        theta = Trajectories(mlp(), ways).theta
     assert torch.equal(theta, torch.stack([way[:3] for way in ways]))
 
 
