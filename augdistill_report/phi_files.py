@@ -4,7 +4,6 @@ augment = load_phi("runs/digits/phis/unet.safetensors")  # pixels in [0, 1] go i
 """
 
 import dataclasses
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from augdistill_config import Config, knob
 from augdistill_core import make_phi, seeded
 from augdistill_phis import PHIS, Applied, Phi, augmented
-from augdistill_report.artefacts import Store, digest, read_tensors, write
+from augdistill_report.artefacts import Store, checksum, digest, read_tensors, write
 from augdistill_report.augmentations import fitted
 from augdistill_report.jobs import SOURCE, Distillation, own_source
 from augdistill_report.settings import public_name
@@ -111,15 +110,6 @@ class Augment(nn.Module):
 
 def trained_on(about: dict) -> str:
     return f"{about['data']['name']} ({about['data']['fingerprint']})"
-
-
-def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
-    """The SHA-256 of all that a file means."""
-    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def save_phi(
