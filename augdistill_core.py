@@ -289,7 +289,6 @@ class DistillConfig(Config):
 
 EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more: the run stops
 LOST = 1e6  # and so does a loss as large as this: the student ends a thousand distances from its target
-DIVERGED = "diverged"  # how `stopped` begins then
 STATES = {  # in which an iteration teaches phi nothing, whatever the loss says
     "exploded": "phi(x) is over 10 times as large as x: a student with instance norm hides it; use a smaller phi_lr",
     "alpha below zero": "the student climbs its loss; learn alpha in its logarithm, or fix it",
@@ -306,11 +305,6 @@ class Distilled:
     alpha: float
     history: list[dict]
     stopped: str = ""
-
-    @property
-    def diverged(self) -> bool:
-        """Whether that was an explosion, and not its `minutes`."""
-        return self.stopped.startswith(DIVERGED)
 
 
 def make_optimizer(kind: str, parameters: list[Tensor], lr: float, momentum: float) -> torch.optim.Optimizer:
@@ -573,10 +567,10 @@ def distill(
             if on_step is not None:
                 on_step(run.state_dict)
 
-    if not stopped.startswith(DIVERGED):  # nothing has looked at the last step yet
+    if not diverged(stopped):  # nothing has looked at the last step yet
         scale = next_scale(run, images, labels, config)
         stopped = divergence(config, scale=scale, alpha=run.step_size().item()) or stopped
-    if stopped.startswith(DIVERGED):
+    if diverged(stopped):
         run.step_back()
     if stopped:
         warnings.warn(stopped, stacklevel=2)
@@ -603,7 +597,12 @@ def divergence(
         remedy = "use a smaller alpha, or a smaller phi_lr"
     by = f"{config.phi_optimizer}, phi_lr={config.phi_lr:g}, alpha={alpha:.3g}"
     by += "" if config.alpha_mode == "fixed" else f" by {config.alpha_optimizer}, alpha_lr={config.alpha_lr:g}"
-    return f"{DIVERGED} {when}: {seen} ({by}); {remedy}"
+    return f"diverged {when}: {seen} ({by}); {remedy}"
+
+
+def diverged(stopped: str) -> bool:
+    """Whether a run was stopped by what it did (`divergence`), and not at the end of its `minutes`."""
+    return stopped.startswith("diverged")
 
 
 @torch.no_grad()

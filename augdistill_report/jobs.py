@@ -6,6 +6,7 @@ find what they build on (a distillation its experts, an evaluation its phi) in t
 
 import dataclasses
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from augdistill_core import (
     Phi,
     Trajectories,
     distill,
+    diverged,
     make_phi,
     snapshots_every,
     train_expert,
@@ -27,6 +29,7 @@ from augdistill_core import (
 from augdistill_phis import OURS, Applied, Stored, builders, origin
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
+from augdistill_report.checkpoints import Checkpoint
 from augdistill_report.data import Dataset
 from augdistill_report.evaluation import accuracy, evaluate, probe, teacher_of
 from augdistill_report.settings import ROOT, EvalConfig, Setup
@@ -54,7 +57,12 @@ class Task:
         if not store.has(self.kind, self.spec()):
             with store.making(self.kind, self.spec()):
                 if not store.has(self.kind, self.spec()):
-                    store.save(self.kind, self.spec(), *self.work(store, tick))
+                    tensors, meta = self.work(store, tick)
+                    store.save(self.kind, self.spec(), tensors, meta)
+                    self.finished(store, meta)
+
+    def finished(self, store: Store, meta: dict) -> None:
+        """Called when the result is stored: removes what only helped to make it."""
 
     def stored(self, store: Store) -> tuple[dict, dict]:
         self.run(store)
@@ -188,17 +196,35 @@ class Distillation(Job):
         base = self.data.train.take(self.subset.index(self.data)).images
         return fitted(make_phi(self.phi, base, len(self.data.classes), self.setup.seed), self.setup.dataset)
 
+    def checkpoint(self, store: Store) -> Checkpoint:
+        """How far it came when it was stopped: the same for every budget of minutes."""
+        spec = self.spec()
+        return Checkpoint(store, spec | {"config": spec["config"] | {"minutes": None}})
+
     def work(self, store, tick):
+        checkpoint = self.checkpoint(store)
+        with checkpoint.held():
+            found, budget = checkpoint.read(), 60 * self.config.minutes or math.inf
+            if found and found["run"]["seconds"] > budget:  # of a run with more minutes: neither used nor replaced
+                found = checkpoint = None
+            return self.from_checkpoint(store, tick, found or {"run": None, "way": {}}, checkpoint)
+
+    def from_checkpoint(self, store: Store, tick: Tick, found: dict, checkpoint: Checkpoint | None) -> tuple:
+        """The work from what was `found`; how far it comes goes to the checkpoint, where there is one."""
         train = self.data.train
         base = train.take(self.subset.index(self.data))
         real = (train.images, train.labels) if self.config.objective == "real_loss" else None
-        phi, way = self.fresh_phi(), {}
+        phi, way = self.fresh_phi(), found["way"]
 
         def on_iteration(record):
             iteration = record["iteration"]
             tick(iteration + 1, self.config.iterations, record["state"] and f"{self.phi}: {record['state']}")
             if kept(iteration):
                 way.update({f"{iteration}/{name}": t.clone() for name, t in phi.state_dict().items()})
+
+        def on_step(state):
+            if checkpoint:
+                checkpoint.offer(lambda: {"run": state(), "way": way})
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a divergence is a result here: it is stored and shown
@@ -212,9 +238,17 @@ class Distillation(Job):
                 augment=augmentation(self.setup.augment, self.setup.dataset),
                 real=real,
                 on_iteration=on_iteration,
+                on_step=on_step,
+                resume=found["run"],
             )
+        if checkpoint and result.stopped and not diverged(result.stopped):
+            checkpoint.write()  # with more minutes it goes on from there
         meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
         return way | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
+
+    def finished(self, store, meta):
+        if not meta["stopped"] or diverged(meta["stopped"]):
+            self.checkpoint(store).remove()
 
     def stored_phi(self, store: Store) -> Distilled:
         return Distilled(self.stored_way(store)["last"], **self.stored(store)[1])
