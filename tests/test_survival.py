@@ -371,6 +371,15 @@ def progress(store: Store, job=JOB) -> int:
     return len(found["run"]["history"]) if found else 0
 
 
+def wait_for_a_checkpoint(store: Store, *processes) -> None:
+    """Until one that is new is there, or a process has ended."""
+    path = store.path(checkpoints.KIND, JOB.checkpoint(store).spec)
+    before = path.stat().st_mtime_ns if path.exists() else None
+    with contextlib.suppress(FileNotFoundError):
+        while all(p.is_alive() for p in processes) and (not path.exists() or path.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+
+
 def left_over(store: Store) -> list[str]:
     """Files in a store that are neither a result nor a lock."""
     return [p.name for p in store.folder.iterdir() if p.suffix not in (".safetensors", ".lock")]
@@ -388,9 +397,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(store, finished):
     moments, kills, path = random.Random(), [], store.path(JOB.kind, JOB.spec())
     while not path.exists() and len(kills) < 3:
         process = start(make, store.folder)
-        before, deadline = progress(store), time.monotonic() + 60
-        while progress(store) == before and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for_a_checkpoint(store, process)
         time.sleep(moments.uniform(0, 0.15))
         kill(process)
         if not path.exists():
@@ -415,9 +422,7 @@ def test_phi_along_the_way_survives(begun, finished):
 
 def test_two_processes_with_one_distillation_and_one_of_them_killed(store, finished):
     processes = [start(make, store.folder) for _ in range(2)]
-    while not progress(store):
-        assert all(p.is_alive() for p in processes)
-        time.sleep(0.005)
+    wait_for_a_checkpoint(store, *processes)
     worker = int(working(store.folder).read_text())
     processes.sort(key=lambda process: process.pid != worker)
     assert processes[0].pid == worker
