@@ -17,6 +17,7 @@ Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's 
 trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a seed, or a CPU `torch.Generator`).
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -359,9 +360,11 @@ class DistillConfig(Config):
     alpha_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
     memory: str = knob("auto", "of the unroll: keep the graph, replay it, or as it fits", choices=(*MEMORY, "auto"))
     real_batch: int = knob(256, "real images on which real_loss is taken", low=1)
+    minutes: float = knob(0.0, "minutes after which it stops, whatever it has reached; 0 = none", low=0)
 
 
 EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more: the run stops
+LOST = 1e6  # and so does a loss as large as this: the student ends a thousand distances from its target
 STATES = {  # in which an iteration teaches phi nothing, whatever the loss says
     "exploded": "phi(x) is over 10 times as large as x: a student with instance norm hides it; use a smaller phi_lr",
     "alpha below zero": "the student climbs its loss; learn alpha in its logarithm, or fix it",
@@ -472,6 +475,103 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
             raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
 
 
+class DistillState:
+    """All that `distill` carries from one iteration to the next: phi, alpha, their optimisers, and where the draws are.
+
+    `state_dict` is a copy of it in tensors and plain values, `load_state_dict` goes on from there.
+    """
+
+    def __init__(self, phi: Phi, images: Tensor, config: DistillConfig, seed: int, memory: str):
+        self.phi, self.step_size = phi, StepSize(config.alpha, config.alpha_mode, images)
+        parts = (
+            (phi, config.phi_optimizer, config.phi_lr, config.phi_momentum),
+            (self.step_size, config.alpha_optimizer, config.alpha_lr, config.alpha_momentum),
+        )
+        self.of_phi, self.of_alpha = ([p for p in part.parameters() if p.requires_grad] for part, *_ in parts)
+        learned = zip((self.of_phi, self.of_alpha), parts, strict=True)
+        self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
+        # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
+        self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
+        self.good = [p.detach().clone() for p in self.learned]  # the last that gave a loss to learn from
+        self.history: list[dict] = []
+        self.memory = memory  # of the unroll: another rounds differently
+        self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()
+
+    @property
+    def learned(self) -> list[Tensor]:
+        return self.of_phi + self.of_alpha
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to come here, runs that were stopped included; what goes over the budget is not counted."""
+        return min(time.monotonic() - self.begun, self.budget)
+
+    def backward(self, loss: Tensor) -> bool:
+        """Differentiate the loss; whether all of the gradient is finite."""
+        grads = gradients(loss, self.learned)
+        if self.of_phi and all(g is None for g in grads[: len(self.of_phi)]):
+            raise ValueError(f"no gradient reaches phi ({type(self.phi).__name__}): is its output detached?")
+        for p, g in zip(self.learned, grads, strict=True):
+            p.grad = torch.zeros_like(p) if g is None else g
+        return all(bool(p.grad.isfinite().all()) for p in self.learned)
+
+    def record(self, loss: Tensor, alpha: Tensor, start_epoch: int, scale: float, moved: float | None) -> dict:
+        """What is kept of this iteration, once its gradient is known; warns of the first in each of `STATES`."""
+        record = dict(iteration=len(self.history), loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
+        record |= {"phi": watched} if (watched := getattr(self.phi, "report", dict)()) else {}
+        record["grad_norm"] = sum(float(p.grad.square().sum()) for p in self.of_phi) ** 0.5
+        state = dead_state(scale, record["alpha"], moved)
+        if state and state not in {r["state"] for r in self.history}:
+            warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
+        self.history.append(record | dict(scale=scale, moved=moved, state=state))
+        return self.history[-1]
+
+    def step(self, hold_alpha: bool) -> None:
+        """Line 15: a step of phi's optimiser and of alpha's."""
+        self.good = [p.detach().clone() for p in self.learned]
+        for p in self.of_alpha if hold_alpha else []:
+            p.grad = None  # its optimiser passes over it
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    @torch.no_grad()
+    def step_back(self) -> None:
+        """Undo the last step, of phi and alpha."""
+        for p, value in zip(self.learned, self.good, strict=True):
+            p.copy_(value)
+
+    def state_dict(self) -> dict:
+        """A copy: nested dictionaries and lists of tensors, numbers and strings."""
+        state = {
+            "phi": dict(self.phi.state_dict()),
+            "step_size": dict(self.step_size.state_dict()),
+            "optimizers": [[o.state.get(p, {}) for p in o.param_groups[0]["params"]] for o in self.optimizers],
+            "good": self.good,
+            "generators": [self.generator.get_state(), self.noise.get_state()],
+            "history": self.history,
+            "memory": self.memory,
+            "seconds": self.seconds,
+        }
+        return copy.deepcopy(state)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there; a `ValueError` unless it is of such a phi and such optimisers."""
+        state = copy.deepcopy(state)
+        try:
+            self.phi.load_state_dict(state["phi"])
+            self.step_size.load_state_dict(state["step_size"])
+            for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
+                own = {k: values for k, values in enumerate(found) if values}
+                optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+            self.good = [v.to(p) for v, p in zip(state["good"], self.learned, strict=True)]
+            for generator, value in zip((self.generator, self.noise), state["generators"], strict=True):
+                generator.set_state(value)
+            self.history, self.memory = state["history"], state["memory"]
+            self.begun = time.monotonic() - state["seconds"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"resume: not a state of this phi and these optimizers ({error})") from None
+
+
 def distill(
     phi: Phi,
     images: Tensor,
@@ -483,6 +583,8 @@ def distill(
     augment: Callable | None = None,
     real: tuple[Tensor, Tensor] | None = None,
     on_iteration: Callable[[dict], None] | None = None,
+    on_step: Callable[[Callable[[], dict]], None] | None = None,
+    resume: dict | None = None,
 ) -> Distilled:
     """Algorithm 1: train `phi` (in place) and alpha on base images `[n, C, H, W]` with labels `[n]`.
 
@@ -496,93 +598,95 @@ def distill(
             phi(x) is, by root mean square), phi (what it reports of itself, if anything), moved (how far the student
             went, in distances to the target) and state
             ("", or one of `STATES`; the first iteration in each is a warning).
+        on_step: called after each step with a function that gives the run's state, of tensors and plain values.
+        resume: such a state: the run goes on from there, and ends (from equal arguments) with the bits of one that was
+            never stopped, if phi keeps all that changes in its parameters and buffers. `iterations` and `minutes` may
+            be others than those of the run that it comes from.
 
-    A loss or a gradient that is not finite, or a phi(x) over `EXPLODED` times as large as x (which a student with
-    instance norm hides from the loss), stops the run: `stopped` says so, and phi and alpha are the last before that.
+    A loss or a gradient that is not finite, a loss over `LOST`, or a phi(x) over `EXPLODED` times as large as x (which
+    a student with instance norm hides from the loss), stops the run: `stopped` says so, and phi and alpha are the last
+    before that. So does the end of its `minutes`, after the iteration under way (how many, no seed decides).
     A phi that cannot learn (`check_phi`), or whose parameters receive no gradient, is a `ValueError`.
     """
     check_distill(phi, images, labels, experts, config, real)
-    # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
-    student, generator, noise = experts.student, seeded(seed, "distill"), seeded(seed, "distill", "noise")
-    step_size = StepSize(config.alpha, config.alpha_mode, images)
-    of_phi = [p for p in phi.parameters() if p.requires_grad]
-    of_alpha = [p for p in step_size.parameters() if p.requires_grad]
-    optimizers = []
-    if of_phi:
-        optimizers.append(make_optimizer(config.phi_optimizer, of_phi, config.phi_lr, config.phi_momentum))
-    if of_alpha:
-        optimizers.append(make_optimizer(config.alpha_optimizer, of_alpha, config.alpha_lr, config.alpha_momentum))
-    learned = of_phi + of_alpha
-    good = [p.detach().clone() for p in learned]
-    history, stopped = [], ""
-    steps = config.syn_steps * config.draws
+    student, steps = experts.student, config.syn_steps * config.draws
     of_step = config.batch_syn or config.episode * len(labels.unique()) or len(labels)
     memory = choose_memory(config.memory, student, images[:of_step], labels, steps)
+    run, stopped = DistillState(phi, images, config, seed, memory), ""
+    if resume:
+        run.load_state_dict(resume)
 
-    for iteration in range(config.iterations):
-        start_epoch, start, target = draw_segment(experts, config, generator)
-        start, target, alpha = start.to(images), target.to(images), step_size()
-        base = draw_base(labels, config.episode, generator)
-        steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
-        batches = [base[batch] for batch in steps]
+    while len(run.history) < config.iterations and not stopped:
+        if run.history and run.seconds >= run.budget:
+            stopped = f"minutes={config.minutes:g} ran out at iteration {len(run.history)} of {config.iterations}"
+            break
+        start_epoch, start, target = draw_segment(experts, config, run.generator)
+        start, target, alpha = start.to(images), target.to(images), run.step_size()
+        base, batches = draw_steps(labels, config, run.generator)
         ends, scales = [], []
         for _ in range(config.draws):
-            fed, scale = draw_batches(phi, augment, images, labels, base, batches, config, memory, noise)
+            fed, scale = draw_batches(phi, augment, images, labels, base, batches, config, run.memory, run.noise)
             scales.append(scale)
-            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=memory))
+            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=run.memory))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
         else:
-            pick = torch.randint(len(real[0]), (config.real_batch,), generator=generator)
-            logits = [logits_of(student, unflatten(student, end), real[0][pick]) for end in ends]
-            loss = torch.stack([F.cross_entropy(z, real[1][pick]) for z in logits]).mean()
+            loss = real_loss(student, ends, *real, config.real_batch, run.generator)
 
-        grads = gradients(loss, learned)
-        if of_phi and all(g is None for g in grads[: len(of_phi)]):
-            raise ValueError(f"no gradient reaches phi ({type(phi).__name__}): is its output detached?")
-        for p, g in zip(learned, grads, strict=True):
-            p.grad = torch.zeros_like(p) if g is None else g
-        record = dict(iteration=iteration, loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
-        record |= {"phi": watched} if (watched := getattr(phi, "report", dict)()) else {}
-        record["grad_norm"] = sum(float(p.grad.square().sum()) for p in of_phi) ** 0.5
-        record["scale"] = max(scales)
-        record["moved"] = moved(start, ends[0], target)
-        record["state"] = dead_state(record["scale"], record["alpha"], record["moved"])
-        if record["state"] and record["state"] not in {r["state"] for r in history}:
-            warnings.warn(f"iteration {iteration}: {record['state']}: {STATES[record['state']]}", stacklevel=2)
-        history.append(record)
+        finite = run.backward(loss)
+        record = run.record(loss, alpha, start_epoch, max(scales), moved(start, ends[0], target))
         if on_iteration is not None:
             on_iteration(record)
-        finite = all(map(math.isfinite, (record["loss"], record["alpha"], record["grad_norm"], record["scale"])))
-        finite = finite and all(p.grad.isfinite().all() for p in learned)
-        if not finite or record["scale"] > EXPLODED:
-            stopped = (
-                f"diverged at iteration {iteration}: phi(x) {record['scale']:.3g} times as large as x, "
-                f"loss {record['loss']:.3g}, phi's gradient {record['grad_norm']:.3g} ({config.phi_optimizer}, "
-                f"phi_lr={config.phi_lr:g}, alpha={record['alpha']:.3g}); use a smaller phi_lr"
-            )
-            break
-        good = [p.detach().clone() for p in learned]
-        for p in of_alpha if alpha_is_held(config, history) else []:
-            p.grad = None  # its optimiser passes over it
-        for optimizer in optimizers:
-            optimizer.step()
-    else:  # nothing has looked at the last step yet
-        with torch.no_grad():
-            scale = draw_batches(phi, None, images, labels, base, batches[:1], config, "graph", noise)[1]
-        if not (scale <= EXPLODED and step_size().isfinite()):
-            stopped = (
-                f"diverged in the last step: phi(x) {scale:.3g} times as large as x ({config.phi_optimizer}, "
-                f"phi_lr={config.phi_lr:g}, alpha={step_size().item():.3g}); use a smaller phi_lr"
-            )
+        stopped = divergence(config, finite=finite, **record)
+        if not stopped:
+            run.step(hold_alpha=alpha_is_held(config, run.history))
+            if on_step is not None:
+                on_step(run.state_dict)
+
+    if not diverged(stopped):  # nothing has looked at the last step yet
+        scale = next_scale(run, images, labels, config)
+        stopped = divergence(config, scale=scale, alpha=run.step_size().item()) or stopped
+    if diverged(stopped):
+        run.step_back()
     if stopped:
         warnings.warn(stopped, stacklevel=2)
-        with torch.no_grad():
-            for p, value in zip(learned, good, strict=True):
-                p.copy_(value)
-    for p in learned:
+    for p in run.learned:
         p.grad = None
-    return Distilled(phi, step_size().item(), history, stopped)
+    return Distilled(phi, run.step_size().item(), run.history, stopped)
+
+
+def divergence(
+    config: DistillConfig, *, scale: float, alpha: float, loss=0.0, grad_norm=0.0, finite=True, iteration=None, **_
+) -> str:
+    """Why an iteration, or (without one) the last step, ends a run, with what to try; "" if it does not."""
+    finite = finite and all(map(math.isfinite, (loss, alpha, grad_norm)))
+    if finite and abs(loss) <= LOST and scale <= EXPLODED:
+        return ""
+    when, seen = "in the last step", f"phi(x) {scale:.3g} times as large as x"
+    if iteration is not None:
+        when, seen = f"at iteration {iteration}", f"{seen}, loss {loss:.3g}, phi's gradient {grad_norm:.3g}"
+    if not scale <= 10:
+        remedy = "use a smaller phi_lr"
+    elif config.alpha_mode != "fixed" and not abs(alpha) <= 10 * config.alpha:
+        remedy = "alpha has run away: use a smaller alpha_lr, or fix it"
+    else:
+        remedy = "use a smaller alpha, or a smaller phi_lr"
+    by = f"{config.phi_optimizer}, phi_lr={config.phi_lr:g}, alpha={alpha:.3g}"
+    by += "" if config.alpha_mode == "fixed" else f" by {config.alpha_optimizer}, alpha_lr={config.alpha_lr:g}"
+    return f"diverged {when}: {seen} ({by}); {remedy}"
+
+
+def diverged(stopped: str) -> bool:
+    """Whether a run was stopped by what it did (`divergence`), and not at the end of its `minutes`."""
+    return stopped.startswith("diverged")
+
+
+@torch.no_grad()
+def next_scale(run: DistillState, images: Tensor, labels: Tensor, config: DistillConfig) -> float:
+    """How many times as large as x phi(x) would be in the first student step of another iteration; draws nothing."""
+    generator, noise = run.generator.clone_state(), run.noise.clone_state()
+    base, batches = draw_steps(labels, config, generator)
+    return draw_batches(run.phi, None, images, labels, base, batches[:1], config, "graph", noise)[1]
 
 
 def draw_segment(
@@ -606,6 +710,13 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
         return torch.arange(len(labels))
     classes = [torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()]
     return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
+
+
+def draw_steps(labels: Tensor, config: DistillConfig, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    """Indices of one iteration's base set, and of the batch of each of its N student steps."""
+    base = draw_base(labels, config.episode, generator)
+    steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
+    return base, [base[batch] for batch in steps]
 
 
 def draw_batches(
@@ -643,6 +754,15 @@ def draw_batches(
         draw = functools.partial(checkpoint, draw, use_reentrant=False)
     fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
     return fed, max(scales, key=lambda scale: math.inf if math.isnan(scale) else scale)
+
+
+def real_loss(
+    student: nn.Module, ends: list[Tensor], images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
+) -> Tensor:
+    """The mean loss of students that end there `[P]`, on `batch` real images drawn at random."""
+    pick = torch.randint(len(images), (batch,), generator=generator)
+    logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
+    return torch.stack([F.cross_entropy(z, labels[pick]) for z in logits]).mean()
 
 
 def moved(start: Tensor, end: Tensor, target: Tensor) -> float | None:

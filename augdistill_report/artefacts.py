@@ -2,10 +2,11 @@
 
 A result is stored under a digest of everything that it depends on (its settings, the data, the source of the method,
 the version of torch), so an equal configuration finds it and no other configuration can. Tensors are safetensors,
-never pickles.
+never pickles, and a checksum tells a file that has changed since.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,27 +15,37 @@ import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there is no room for a file, or not for one as large
+
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all: a reader sees the old one or the new one, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file whole or not at all: a reader sees the old one or the new one, whatever happens in between.
+
+    An `OSError` that names the file if there is no room for it.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk does not say where
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            kept = "what was finished is kept, and once there is room the same command goes on from there"
+            reason = f"{error.strerror} ({len(content)} bytes did not fit; {kept})"
+            raise OSError(error.errno, reason, str(path)) from None
         raise
 
 
@@ -101,23 +112,38 @@ class Store:
     def making(self, kind: str, spec: dict):
         """Held while a result is made: another process that wants it waits, and finds it. Ends with its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(kind, spec)
-        with FileLock(self.folder / f".{path.stem}.lock"):
-            for rubbish in self.folder.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
-                rubbish.unlink()
+        self.sweep()
+        with self.lock(self.path(kind, spec)):
             yield
+
+    def lock(self, path: Path) -> FileLock:
+        """What a process holds while it makes or writes a result; one that holds it may take it again."""
+        return FileLock(self.folder / f".{path.stem}.lock", is_singleton=True)
+
+    def sweep(self) -> None:
+        """Remove what was left half written by processes that were killed: the files that nobody holds the lock of."""
+        for left in self.folder.glob(".*.safetensors.*"):
+            lock = self.lock(Path(left.name.removeprefix(".")).with_suffix(""))
+            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                left.unlink(missing_ok=True)
 
     def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict) -> None:
         """Store tensors and plain JSON values; the specification goes with them."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         header = {"kind": kind, "spec": json.dumps(spec, sort_keys=True), "meta": json.dumps(meta)}
-        write(self.path(kind, spec), to_safetensors(tensors, header))
+        content = to_safetensors(tensors, header | {"sha256": checksum(header, tensors)})
+        path = self.path(kind, spec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock(path):
+            write(path, content)
 
     def load(self, kind: str, spec: dict) -> tuple[dict[str, Tensor], dict]:
         """The tensors and values that `save` stored; a `ValueError` that names a damaged or foreign file."""
         path = self.path(kind, spec)
         try:
             tensors, header = read_tensors(path)
+            if header.pop("sha256") != checksum(header, tensors):
+                raise ValueError("its contents are not those that were written")
             if header["kind"] != kind or json.loads(header["spec"]) != json.loads(json.dumps(spec)):
                 raise ValueError("it was made from another specification")
             return tensors, json.loads(header["meta"])

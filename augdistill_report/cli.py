@@ -10,6 +10,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run the notebooks, write one page to read")
+    report.add_argument("--track", default="", metavar="NAME", help="trackio, wandb or tensorboard: curves there too")
     sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
     sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.command == "report":
-            changes = settings_changes(options.set)
+            changes = settings_changes(options.set) | ({"track": options.track} if options.track else {})
             page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
             print(f"report: {page}")
         elif options.command == "sweep":
@@ -130,11 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except execute.NotebookFailed as error:
+    except (execute.NotebookFailed, OSError) as error:  # of the system, a full disk for one
         print(f"augdistill: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"augdistill: {error}; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\naugdistill: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)

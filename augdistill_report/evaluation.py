@@ -11,9 +11,9 @@ from augdistill_core import (
     DistillConfig,
     Trajectories,
     augmented,
-    draw_base,
     draw_batches,
     draw_segment,
+    draw_steps,
     flatten,
     initial_parameters,
     logits_of,
@@ -137,9 +137,7 @@ def probe(
     found = {name: [] for name in names}
     for segment in range(segments):
         _, start, target = draw_segment(experts, config, generator)
-        base = draw_base(train.labels, config.episode, generator)
-        steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
-        batches = [base[batch] for batch in steps]
+        base, batches = draw_steps(train.labels, config, generator)
         x, labels, ends, draws = train.images[base], [train.labels[b] for b in batches], [], []
         for one in (phi, phi, identity):
             own = seeded(seed, "probe", segment, len(ends))

@@ -145,7 +145,7 @@ def of_world(folder: str, count: int, world: dict, device: str) -> list[ExpertFi
     return files[:count]
 
 
-class Checkpoint:
+class Epochs:
     """A training under way, on disk: a folder with a file an epoch, which holds what that epoch added.
 
     So each snapshot is written once, and where the last file is damaged, training goes on from the one before. As it

@@ -6,6 +6,7 @@ find what they build on (a distillation its experts, an evaluation its phi) in t
 
 import dataclasses
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from augdistill_core import (
     Phi,
     Trajectories,
     distill,
+    diverged,
     make_phi,
     snapshots_every,
     train_expert,
@@ -27,9 +29,10 @@ from augdistill_core import (
 from augdistill_phis import OURS, Applied, Stored, builders, origin
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
+from augdistill_report.checkpoints import Checkpoint
 from augdistill_report.data import Dataset
 from augdistill_report.evaluation import accuracy, evaluate, probe, teacher_of
-from augdistill_report.expert_files import FLOATS, Checkpoint, ExpertFile, sealed, versions
+from augdistill_report.expert_files import FLOATS, Epochs, ExpertFile, sealed, versions
 from augdistill_report.settings import ROOT, EvalConfig, Setup, given_experts, public_name
 
 Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
@@ -115,7 +118,7 @@ class Expert(Job):
         return file
 
     def finish(self, store):
-        checkpoint(self, [self.expert], store).clear()
+        epochs(self, [self.expert], store).clear()
         ExpertFile(store.path(self.kind, self.spec())).write_json()
 
 
@@ -134,7 +137,7 @@ class Together(Job):
         return {}, {"made": [job.expert for job in missing]}
 
     def finish(self, store):
-        checkpoint(self, [], store).clear()
+        epochs(self, [], store).clear()
 
 
 def scored(setup: Setup, spec: dict, theta: torch.Tensor, about: dict) -> tuple[dict, dict]:
@@ -150,9 +153,9 @@ def scored(setup: Setup, spec: dict, theta: torch.Tensor, about: dict) -> tuple[
     return {"theta": theta}, sealed(theta, spec, about)
 
 
-def checkpoint(job: Expert | Together, which: list[int], store: Store) -> Checkpoint:
+def epochs(job: Expert | Together, which: list[int], store: Store) -> Epochs:
     """Where a job keeps its training until it is done: beside its result."""
-    return Checkpoint(store.path(job.kind, job.spec()).with_suffix(".training"), job.spec(), which)
+    return Epochs(store.path(job.kind, job.spec()).with_suffix(".training"), job.spec(), which)
 
 
 def trained(
@@ -164,7 +167,7 @@ def trained(
     """
     setup, data, losses = job.setup, job.data, []
     images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
-    kept = checkpoint(job, which if isinstance(which, list) else [which], store)
+    kept = epochs(job, which if isinstance(which, list) else [which], store)
 
     def on_snapshot(snapshot, loss):
         losses.append(loss)
@@ -235,17 +238,35 @@ class Distillation(Job):
         base = self.data.train.take(self.subset.index(self.data)).images
         return fitted(make_phi(self.phi, base, len(self.data.classes), self.setup.seed), self.setup.dataset)
 
+    def checkpoint(self, store: Store) -> Checkpoint:
+        """How far it came when it was stopped: the same for every budget of minutes."""
+        spec = self.spec()
+        return Checkpoint(store, spec | {"config": spec["config"] | {"minutes": None}})
+
     def work(self, store, tick):
+        checkpoint = self.checkpoint(store)
+        with checkpoint.held():
+            found, budget = checkpoint.read(), 60 * self.config.minutes or math.inf
+            if found and found["run"]["seconds"] > budget:  # of a run with more minutes: neither used nor replaced
+                found = checkpoint = None
+            return self.from_checkpoint(store, tick, found or {"run": None, "way": {}}, checkpoint)
+
+    def from_checkpoint(self, store: Store, tick: Tick, found: dict, checkpoint: Checkpoint | None) -> tuple:
+        """The work from what was `found`; how far it comes goes to the checkpoint, where there is one."""
         train = self.data.train
         base = train.take(self.subset.index(self.data))
         real = (train.images, train.labels) if self.config.objective == "real_loss" else None
-        phi, way = self.fresh_phi(), {}
+        phi, way = self.fresh_phi(), found["way"]
 
         def on_iteration(record):
             iteration = record["iteration"]
             tick(iteration + 1, self.config.iterations, record["state"] and f"{self.phi}: {record['state']}")
             if kept(iteration):
                 way.update({f"{iteration}/{name}": t.clone() for name, t in phi.state_dict().items()})
+
+        def on_step(state):
+            if checkpoint:
+                checkpoint.offer(lambda: {"run": state(), "way": way})
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a divergence is a result here: it is stored and shown
@@ -259,9 +280,20 @@ class Distillation(Job):
                 augment=augmentation(self.setup.augment, self.setup.dataset),
                 real=real,
                 on_iteration=on_iteration,
+                on_step=on_step,
+                resume=found["run"],
             )
+        if checkpoint and result.stopped and not diverged(result.stopped):
+            checkpoint.write()  # with more minutes it goes on from there
         meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
         return way | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
+
+    def finish(self, store):
+        checkpoint = self.checkpoint(store)
+        if checkpoint.there:
+            stopped = store.load(self.kind, self.spec())[1]["stopped"]
+            if not stopped or diverged(stopped):  # else more minutes may go on from it
+                checkpoint.remove()
 
     def stored_phi(self, store: Store) -> Distilled:
         return Distilled(self.stored_way(store)["last"], **self.stored(store)[1])

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from augdistill_core import diverged
 from augdistill_report.grid import level, over_seeds
 
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
@@ -258,7 +259,7 @@ def _heat_panel(axis, rows: dict[str, list[dict]], number: str, unit: float, loo
         found = [level(cell.get("numbers", {}).get(number)) for cell in group]
         field[y, : len(group)] = [np.nan if v is None else unit * v for v in found]
         for x, cell in enumerate(group):
-            if cell.get("numbers", {}).get("stopped"):
+            if diverged(cell.get("numbers", {}).get("stopped", "")):
                 axis.plot(x, y, "x", color="black", markersize=5)
         known = field[y][np.isfinite(field[y])]
         deviation = f" ± {known.std(ddof=1):.1f}" if len(known) > 1 else ""

@@ -42,7 +42,8 @@ def _run(job, store: Store, builders: dict, progress: Path) -> None:
         nonlocal last
         if time.monotonic() - last > REFRESH:
             last = time.monotonic()
-            write(progress, json.dumps([done / total, note]))
+            with contextlib.suppress(OSError):
+                write(progress, json.dumps([done / total, note]))
 
     job.run(store, tick)
 

@@ -28,8 +28,9 @@ from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, own
 from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
-from augdistill_report.settings import ROOT, Settings, Setup, given_experts, preset_path, resolve
+from augdistill_report.settings import ROOT, Settings, Setup, given_experts, preset_path, public_name, resolve
 from augdistill_report.study import Case, run_cases
+from augdistill_report.tracking import Tracker
 
 CODE = ["augdistill_*.py", "augdistill_report", "notebooks", "pyproject.toml"]
 
@@ -55,13 +56,14 @@ def environment(device: str) -> dict:
 
 
 def configuration(settings: Settings) -> str:
-    """A digest of all that a number may depend on: settings (not the number of processes), the data's content, code.
+    """A digest of all that a number may depend on: settings (not processes, nor trackers), the data's content, code.
 
     Of the code all of it: results by notebook are cheap to make again from the stored pieces, which depend on less.
     """
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
     content |= {"expert_files": [file.content for file in given_experts(settings.part(Setup))]}
-    content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files], "workers": None}
+    content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files]}
+    content |= {"workers": None, "track": None}
     code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "augdistill_report").glob("*.py")}
     return digest({"settings": settings.to_dict() | content, "source": SOURCE, "code": code})
 
@@ -87,6 +89,7 @@ class Run:
     def __init__(self, notebook: str, settings: Settings, folder: Path, store: Path | None = None):
         self.notebook, self.settings, self.folder = notebook, settings, folder
         self.store = Store(store or folder / "artefacts")
+        self.tracker = Tracker(settings.track, folder, notebook)
         self.numbers: dict = {}
         self.figures: list[str] = []
 
@@ -134,6 +137,13 @@ class Run:
         for name, result in results.items():
             lines = "".join(json.dumps(record) + "\n" for record in result.history)
             write(self.folder / "curves" / self.notebook / f"{file_name(name)}.jsonl", lines)
+            job = rows[name]
+            about = job.config.to_dict() | {
+                "phi": job.phi,
+                "seed": job.setup.seed,
+                "dataset": public_name(job.setup.dataset),
+            }
+            self.tracker.curve(file_name(name), about, result.history)
         return results
 
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
@@ -234,6 +244,7 @@ class Run:
             "figures": self.figures,
         }
         write(self.folder / "results" / f"{self.notebook}.json", as_json(results))
+        self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
         lines = [f"| {name} | {shown(value)} |" for name, value in self.numbers.items()]
         return Markdown("\n".join([f"| results/{self.notebook}.json | |", "|---|---|", *lines]))
 

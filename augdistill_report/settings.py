@@ -21,6 +21,7 @@ from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer
 from augdistill_report.augmentations import AUGMENTATIONS
 from augdistill_report.data import Dataset, check_name, load_data
 from augdistill_report.expert_files import FLOATS, WORLD, ExpertFile, of_world
+from augdistill_report.tracking import TRACKERS, check_tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -143,6 +144,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
     late_start_epoch: int = knob(0, "T+ of its phis that learn on that part, or ranges; 0 = as late as can be", low=0)
     policy_iterations: int = knob(60, "outer steps of those phis", low=1)
     episode_iterations: int = knob(100, "outer steps of the phis that meet new images in each", low=1)
+    track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
 
     def __post_init__(self):
@@ -275,6 +277,7 @@ def preflight(settings: Settings) -> None:
     """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
+    check_tracker(settings.track)
     data = settings.load(whiten=False)
     student = settings.student(data)
     trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from augdistill_core import DistillConfig
+from augdistill_core import DistillConfig, diverged
 from augdistill_report.artefacts import Store
 from augdistill_report.grid import level, over_seeds
 from augdistill_report.jobs import Distillation, Evaluation, Probe, Subset, own_source, to_train
@@ -101,8 +101,8 @@ def losses(cells: list[dict]) -> list[dict]:
         if not numbers:
             continue
         states = Counter(state for n in numbers for state in n["states"])
-        stopped = sum(bool(n["stopped"]) for n in numbers)
-        befell = [f"diverged in {stopped} of {len(numbers)}"] * bool(stopped)
+        stops = Counter("diverged" if diverged(n["stopped"]) else "ran out of minutes" for n in numbers if n["stopped"])
+        befell = [f"{stop} in {count} of {len(numbers)}" for stop, count in stops.items()]
         befell += [f"{state} in {count} of {len(numbers)}" for state, count in states.items()]
         row = {"": name}
         row |= {k: float(np.mean([n[k] for n in numbers])) for k in ("matching loss", "identity at the same alpha")}
@@ -187,9 +187,9 @@ def verdicts(cells: list[dict]) -> list[dict]:
             if "numbers" in c
         ]
 
-    def diverged(name: str) -> str:
+    def explosions(name: str) -> str:
         stops = [numbers["stopped"] for numbers in found(name)]
-        return f"diverged in {sum(map(bool, stops))} of {len(stops)} runs"
+        return f"diverged in {sum(map(diverged, stops))} of {len(stops)} runs"
 
     own = [name for name in ("report: Adam for phi", "report: both optimisers", "mended: distnet2") if name in gain]
     mended, unet = "mended: U-Net, Adam .003, log alpha", "report: U-Net with noise"
@@ -204,7 +204,7 @@ def verdicts(cells: list[dict]) -> list[dict]:
         "phi does not learn with SGD at 1000",
         ["report: SGD 1000"],
         lambda: "true: it explodes" if stands("report: SGD 1000") else "not seen",
-        diverged("report: SGD 1000") if "report: SGD 1000" in gain else "",
+        explosions("report: SGD 1000") if "report: SGD 1000" in gain else "",
     )
     slow = [name for name in ("report: SGD .01", "report: SGD .1") if name in gain]
     judge("nor at .01 or .1", slow, lambda: "true: it stands still" if all(map(stands, slow)) else "not seen")
