@@ -962,7 +962,7 @@ def test_a_student_that_stands_still_is_named_while_it_lasts(experts):
 
 def test_a_student_that_climbs_is_named(experts):
     images, labels = toy(6)
-    settings = config(iterations=3, alpha=0.01, alpha_lr=1.0)
+    settings = config(iterations=3, alpha=0.01, alpha_lr=0.1)
     with pytest.warns(UserWarning, match="alpha below zero"):
         result = distill(make_phi("identity", images, 3, 0), images, labels, experts, settings, seed=0)
     assert [record["alpha"] < 0 for record in result.history] == [s == "alpha below zero" for s in states_of(result)]
