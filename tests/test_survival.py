@@ -381,8 +381,8 @@ def wait_for_a_checkpoint(store: Store, *processes) -> None:
 
 
 def left_over(store: Store) -> list[str]:
-    """Files in a store that are neither a result nor a lock."""
-    return [p.name for p in store.folder.iterdir() if p.suffix not in (".safetensors", ".lock")]
+    """Files in a store that are neither a result, nor what an expert's .json says of one, nor a lock."""
+    return [p.name for p in store.folder.iterdir() if p.suffix not in (".safetensors", ".json", ".lock")]
 
 
 def ended_well(store: Store, finished: Store) -> None:
