@@ -126,11 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except execute.NotebookFailed as error:
+    except (execute.NotebookFailed, OSError) as error:  # of the system, a full disk for one
         print(f"augdistill: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"augdistill: {error}; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\naugdistill: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
