@@ -145,7 +145,7 @@ def of_world(folder: str, count: int, world: dict, device: str) -> list[ExpertFi
     return files[:count]
 
 
-class Epochs:
+class TrainingFiles:
     """A training under way, on disk: a folder with a file an epoch, which holds what that epoch added.
 
     So each snapshot is written once, and where the last file is damaged, training goes on from the one before. As it
@@ -185,7 +185,7 @@ class Epochs:
                 break
             try:
                 tensors, about = self.read(path, number)
-            except ValueError as error:
+            except (ValueError, KeyError, TypeError) as error:
                 warnings.warn(f"{path} is damaged or not ours ({error}): training goes on from before it", stacklevel=2)
                 break
             self.parts, self.snapshots = number, about["snapshots"]

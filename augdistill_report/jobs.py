@@ -32,7 +32,7 @@ from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.checkpoints import Checkpoint
 from augdistill_report.data import Dataset
 from augdistill_report.evaluation import accuracy, evaluate, probe, teacher_of
-from augdistill_report.expert_files import FLOATS, Epochs, ExpertFile, sealed, versions
+from augdistill_report.expert_files import FLOATS, ExpertFile, TrainingFiles, sealed, versions
 from augdistill_report.settings import ROOT, EvalConfig, Setup, given_experts, public_name
 
 Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
@@ -59,9 +59,9 @@ class Task:
             with store.making(self.kind, self.spec()):
                 if not store.has(self.kind, self.spec()):
                     store.save(self.kind, self.spec(), *self.work(store, tick))
-        self.finish(store)
+        self.tidy(store)
 
-    def finish(self, store: Store) -> None:
+    def tidy(self, store: Store) -> None:
         """What is left to do when the result is there, even if a process was killed just then."""
 
     def stored(self, store: Store) -> tuple[dict, dict]:
@@ -117,8 +117,8 @@ class Expert(Job):
             raise ValueError(f"{file.path} is not ours (it was made from another specification): delete it")
         return file
 
-    def finish(self, store):
-        epochs(self, [self.expert], store).clear()
+    def tidy(self, store):
+        training_files(self, [self.expert], store).clear()
         ExpertFile(store.path(self.kind, self.spec())).write_json()
 
 
@@ -136,8 +136,8 @@ class Together(Job):
                 store.save(job.kind, job.spec(), *job.scored(*found))
         return {}, {"made": [job.expert for job in missing]}
 
-    def finish(self, store):
-        epochs(self, [], store).clear()
+    def tidy(self, store):
+        training_files(self, [], store).clear()
 
 
 def scored(setup: Setup, spec: dict, theta: torch.Tensor, about: dict) -> tuple[dict, dict]:
@@ -153,9 +153,9 @@ def scored(setup: Setup, spec: dict, theta: torch.Tensor, about: dict) -> tuple[
     return {"theta": theta}, sealed(theta, spec, about)
 
 
-def epochs(job: Expert | Together, which: list[int], store: Store) -> Epochs:
+def training_files(job: Expert | Together, which: list[int], store: Store) -> TrainingFiles:
     """Where a job keeps its training until it is done: beside its result."""
-    return Epochs(store.path(job.kind, job.spec()).with_suffix(".training"), job.spec(), which)
+    return TrainingFiles(store.path(job.kind, job.spec()).with_suffix(".training"), job.spec(), which)
 
 
 def trained(
@@ -167,7 +167,7 @@ def trained(
     """
     setup, data, losses = job.setup, job.data, []
     images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
-    kept = epochs(job, which if isinstance(which, list) else [which], store)
+    kept = training_files(job, which if isinstance(which, list) else [which], store)
 
     def on_snapshot(snapshot, loss):
         losses.append(loss)
@@ -288,7 +288,7 @@ class Distillation(Job):
         meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
         return way | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
 
-    def finish(self, store):
+    def tidy(self, store):
         checkpoint = self.checkpoint(store)
         if checkpoint.there:
             stopped = store.load(self.kind, self.spec())[1]["stopped"]

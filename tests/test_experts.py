@@ -28,7 +28,7 @@ from augdistill_report import cli, jobs
 from augdistill_report.artefacts import Store, digest
 from augdistill_report.augmentations import augmentation
 from augdistill_report.evaluation import accuracy
-from augdistill_report.expert_files import Epochs, ExpertFile, in_folder, sealed
+from augdistill_report.expert_files import ExpertFile, TrainingFiles, in_folder, sealed
 from augdistill_report.settings import EvalConfig, Settings, Setup, preflight, resolve
 from augdistill_report.unseen import Repetition
 
@@ -74,7 +74,7 @@ def interrupted(how, setup, which, folder, epochs):
     arguments = (setup.student(data), data.train.images, data.train.labels, setup, setup.seed, which)
     augment = augmentation(setup.expert_augment, setup.dataset)
     for stop in [*epochs, None]:
-        kept = Epochs(folder, {"a": 1}, which if isinstance(which, list) else [which])
+        kept = TrainingFiles(folder, {"a": 1}, which if isinstance(which, list) else [which])
 
         def on_epoch(at, kept=kept, stop=stop):
             kept.save(at)
@@ -258,13 +258,13 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(
         last = generator is list(calls)[-1]
         return images * (float("nan") if last and calls[generator] == 2 * steps + 5 else 1)
 
-    kept = Epochs(tmp_path / "kept", {}, [4])
+    kept = TrainingFiles(tmp_path / "kept", {}, [4])
     arguments = (SETUP.student(data), data.train.images, data.train.labels, config, 0)
     message = f"expert 4 diverged: its loss is nan at step {2 * steps + 5} .*use a smaller expert_lr"
     with pytest.raises(ValueError, match=message):
         train_expert(*arguments, 4, augment=poison, on_epoch=kept.save)
     good = train_expert(*arguments, 4)
-    assert torch.equal(Epochs(tmp_path / "kept", {}, [4]).load("cpu").theta[0], good[2])
+    assert torch.equal(TrainingFiles(tmp_path / "kept", {}, [4]).load("cpu").theta[0], good[2])
     calls.clear()
     with pytest.raises(ValueError, match=message):
         train_together(*arguments, [2, 4], augment=poison)
