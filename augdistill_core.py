@@ -8,24 +8,26 @@ started on that path and trained for a few steps on phi(x) from a handful of rea
 
 This is Algorithm 1 of "Dataset distillation by matching training trajectories" (MTT; Cazenavette et al., 2022) with phi
 in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student report's
-networks and ours are rows of one table. Five sections, each readable alone:
+networks and ours are rows of one table. Five sections, each readable alone, of which this module holds the last:
 
-    1 Student (augdistill_student.py)   2 Experts   3 The differentiable unroll (augdistill_unroll.py)
-    4 Phi models (augdistill_phis.py, augdistill_policies.py)   5 Distillation
+    1 Student (augdistill_student.py)   2 Experts (augdistill_experts.py)
+    3 The differentiable unroll (augdistill_unroll.py)   4 Phi models (augdistill_phis.py, augdistill_policies.py)
+    5 Distillation: of the others it needs what it imports, and of a phi that it is called as
+      `phi(images, labels=, index=, generator=)`, and its parameters
 
 Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
-trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere (a seed, or a CPU `torch.Generator`).
+trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere: a seed,
+or a CPU `torch.Generator` (augdistill_random.py).
 """
 
 import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +35,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from augdistill_config import Config, knob
+from augdistill_experts import (  # noqa: F401 (section 2: offered here too)
+    ExpertConfig,
+    Trajectories,
+    Underway,
+    snapshots_every,
+    train_expert,
+    train_experts,
+    train_together,
+)
 from augdistill_phis import PHIS, Phi, augmented, make_phi, register_phi  # noqa: F401 (section 4: offered here too)
 from augdistill_policies import Policy  # noqa: F401 (section 4: registers the policies)
+from augdistill_random import minibatches, seeded
 from augdistill_student import (  # noqa: F401 (section 1: offered here too)
     ConvNet,
     check_images,
@@ -46,287 +58,6 @@ from augdistill_student import (  # noqa: F401 (section 1: offered here too)
     unflatten,
 )
 from augdistill_unroll import MEMORY, choose_memory, matching_loss, unroll
-
-# ======================================================================================================================
-# 0. Randomness: a seed or a generator, which every section takes as an argument
-# ======================================================================================================================
-
-
-def seeded(*path) -> torch.Generator:
-    """A CPU generator that depends on the whole `path` (a seed, then names and numbers), e.g. `seeded(0, "expert", 3)`.
-
-    Streams with different paths are independent, so that adding a draw in one place moves no number elsewhere.
-    """
-    digest = hashlib.sha256(repr(path).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def minibatches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches without end: a new permutation of `count` images each epoch, the last batch of it may be short.
-
-    `batch` 0 or above `count` means all of them, in their own order (no draw: a full batch has no order to draw).
-    """
-    if batch <= 0 or batch >= count:
-        yield from itertools.repeat(torch.arange(count))
-    while True:
-        yield from torch.randperm(count, generator=generator).split(batch)
-
-
-# ======================================================================================================================
-# 1. Student: augdistill_student.py
-# ======================================================================================================================
-
-# ======================================================================================================================
-# 2. Experts
-# ======================================================================================================================
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertConfig(Config):
-    """How experts are trained. The official recipe on CIFAR-10: 100 x 50 epochs, lr .01, batch 256, nothing else."""
-
-    experts: int = knob(8, "number of expert trajectories", low=1)
-    epochs: int = knob(15, "epochs each expert trains for", low=1)
-    expert_lr: float = knob(0.02, "SGD step size of the experts", low=1e-12)
-    expert_batch: int = knob(64, "images a step", low=1)
-    expert_momentum: float = knob(0.0, "SGD momentum", low=0, high=1)
-    expert_decay: float = knob(0.0, "weight decay", low=0)
-    snapshot_steps: int = knob(0, "steps between two snapshots; 0 = one epoch", low=0)
-    expert_minutes: float = knob(0.0, "minutes after which each expert stops at the end of its epoch; 0 = none", low=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectories:
-    """Experts' ways through weight space: `ways[expert][snapshot]` are parameters `[P]`, snapshot 0 at initialisation.
-
-    A way is a tensor `[snapshots, P]`, or anything with such items and such a length: a file that is read by the
-    snapshot, for one. All count as cut to the shortest (with a warning), where a time budget left some short.
-    """
-
-    student: nn.Module
-    ways: Sequence[Sequence[Tensor]]
-
-    def __post_init__(self):
-        shortest, longest = self.snapshots, max(map(len, self.ways))
-        if shortest < longest:
-            warnings.warn(
-                f"expert_minutes ran out: the experts hold {shortest} to {longest} snapshots, all are cut to the first "
-                f"{shortest}",
-                stacklevel=3,
-            )
-
-    @property
-    def snapshots(self) -> int:
-        """How many snapshots every way holds."""
-        return min(map(len, self.ways))
-
-    @property
-    def theta(self) -> Tensor:
-        """All of it as one tensor `[experts, snapshots, P]`: read anew each time, and large."""
-        return torch.stack([torch.stack([way[t] for t in range(self.snapshots)]) for way in self.ways])
-
-    def segment(self, expert: int, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """The parameters `[P]` where a segment starts, and those `length` snapshots later."""
-        last = self.snapshots - 1
-        if not 1 <= length <= last:
-            raise ValueError(f"a segment of {length} snapshots: must be in [1, {last}], at most the whole trajectory")
-        if not 0 <= start <= last - length:
-            raise ValueError(
-                f"start {start} plus {length} snapshots: this trajectory ends at snapshot {last}, "
-                f"so the start must be in [0, {last - length}]"
-            )
-        if not 0 <= expert < len(self.ways):
-            raise ValueError(f"expert {expert}: must be in [0, {len(self.ways) - 1}]")
-        begin, end = self.ways[expert][start], self.ways[expert][start + length]
-        if torch.equal(begin, end):
-            raise ValueError(f"expert {expert} stands still from snapshot {start} on: there is no way to match")
-        return begin, end
-
-
-def snapshots_every(count: int, config: ExpertConfig) -> tuple[int, int]:
-    """For `count` training images: the steps between two snapshots, and how many snapshots follow the first."""
-    epoch = -(-count // config.expert_batch)
-    every = config.snapshot_steps or epoch
-    if every > config.epochs * epoch:
-        raise ValueError(f"snapshot_steps={every}: must be at most the {config.epochs * epoch} steps that are trained")
-    return every, config.epochs * epoch // every
-
-
-@dataclasses.dataclass
-class Underway:
-    """E experts in training: all that it takes to go on from the end of an epoch, and end with the same bits.
-
-    `on_epoch` is handed the live one: what is to last, in a file or elsewhere, must be copied there and then.
-    """
-
-    theta: Tensor  # [E, P]
-    velocity: Tensor  # [E, P], of the momentum
-    generators: list[torch.Generator]  # one an expert
-    way: list[Tensor]  # [E, P] each, one a snapshot
-    losses: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, the mean before every later snapshot
-    rest: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, of the steps since the last snapshot
-    seconds: float = 0.0  # spent so far
-
-
-def train_expert(
-    student: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    config: ExpertConfig,
-    seed: int,
-    expert: int,
-    *,
-    augment: Callable | None = None,
-    on_snapshot: Callable[[int, float], None] | None = None,
-    on_epoch: Callable[[Underway], None] | None = None,
-    underway: Underway | None = None,
-) -> Tensor:
-    """One expert's way `[snapshots, P]`, the first at its initialisation; it depends on (seed, expert) alone.
-
-    `augment` is called like a phi on every batch; `on_snapshot(snapshot, mean loss since the last)` may report
-    progress, and may stop the training by raising. One snapshot an epoch, or every `snapshot_steps` steps. Where
-    `expert_minutes` run out, the way ends with the last snapshot of the epoch under way (how many, no seed decides).
-    `on_epoch` is handed the training at the end of each epoch; passed as `underway`, it goes on from there
-    (`on_snapshot` is told of the snapshots that it brings, too). A loss or parameters that are not finite are a
-    `ValueError` that names the step.
-    """
-    check_images(student, images, labels)
-    at = underway or set_out(student, images, seed, [expert])
-    batches = expert_batches(images, labels, config, augment, at.generators[0])
-    options = config.expert_lr, config.expert_momentum, config.expert_decay, at.velocity[0]
-    steps = ((model, loss[None]) for model, loss in sgd(student, at.theta[0], batches, *options))
-
-    def read(model: nn.Module) -> Tensor:
-        return flatten(model.parameters()).detach()[None]
-
-    def tell(snapshot: int, losses: Tensor) -> None:
-        if on_snapshot is not None:
-            on_snapshot(snapshot, float(losses))
-
-    return collect(at, steps, read, len(images), config, [expert], tell, on_epoch)[0]
-
-
-def train_together(
-    student: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    config: ExpertConfig,
-    seed: int,
-    experts: Sequence[int],
-    *,
-    augment: Callable | None = None,
-    on_snapshot: Callable[[int, Tensor], None] | None = None,
-    on_epoch: Callable[[Underway], None] | None = None,
-    underway: Underway | None = None,
-) -> Tensor:
-    """The ways `[E, snapshots, P]` of the experts of these numbers, all trained at once, as many as memory holds.
-
-    Each is what `train_expert` makes of its number, to rounding: its own start, batches and draws. For a GPU, which one
-    expert of the recipe leaves idle; on a CPU one process a core is faster. `on_snapshot` is told the losses `[E]`;
-    `expert_minutes` counts for all of them together.
-    """
-    check_images(student, images, labels)
-    at = underway or set_out(student, images, seed, experts)
-    batches = zip(*(expert_batches(images, labels, config, augment, own) for own in at.generators), strict=True)
-    options = config.expert_lr, config.expert_momentum, config.expert_decay, at.velocity
-    steps = sgd_together(student, at.theta, batches, *options)
-    return collect(at, steps, Tensor.clone, len(images), config, experts, on_snapshot, on_epoch)
-
-
-def set_out(student: nn.Module, images: Tensor, seed: int, experts: Sequence[int]) -> Underway:
-    """The experts of these numbers where they start."""
-    generators = [seeded(seed, "expert", k) for k in experts]
-    start = torch.stack([initial_parameters(student, own) for own in generators]).to(images)
-    return Underway(start, torch.zeros_like(start), generators, [start])
-
-
-def expert_batches(
-    images: Tensor, labels: Tensor, config: ExpertConfig, augment: Callable | None, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """An expert's batches without end. Nothing is drawn ahead: the generator's state is that of the last one given."""
-    for i in minibatches(len(images), config.expert_batch, generator):
-        yield augmented(augment, images[i], labels[i], i, generator), labels[i]
-
-
-def collect(
-    at: Underway,
-    steps: Iterator,
-    read: Callable,
-    count: int,
-    config: ExpertConfig,
-    experts: Sequence[int],
-    on_snapshot: Callable | None,
-    on_epoch: Callable | None,
-) -> Tensor:
-    """The ways `[E, snapshots, P]` of a training on `count` images: `steps` yield what `read` copies theta from, and
-    the losses `[E]`."""
-    every, snapshots = snapshots_every(count, config)
-    epoch = -(-count // config.expert_batch)
-    began = time.monotonic() - at.seconds
-    deadline = 60 * config.expert_minutes or math.inf
-    for snapshot, mean in enumerate(at.losses, 1):
-        if on_snapshot is not None:
-            on_snapshot(snapshot, mean)
-    done = len(at.losses) * every + len(at.rest)
-    for step, (state, losses) in enumerate(itertools.islice(steps, snapshots * every - done), done + 1):
-        at.rest.append(losses)
-        if step % every and step % epoch:
-            continue
-        at.theta = read(state)
-        check_finite(at, step, config, experts)
-        if step % every == 0:
-            at.way.append(at.theta)
-            at.losses.append(torch.stack(at.rest).mean(0))
-            at.rest.clear()
-            if on_snapshot is not None:
-                on_snapshot(step // every, at.losses[-1])
-        if step % epoch == 0:
-            at.seconds = time.monotonic() - began
-            if on_epoch is not None:
-                on_epoch(at)
-            if len(at.way) > 1 and at.seconds > deadline:
-                break
-    return torch.stack(at.way, 1)
-
-
-def check_finite(at: Underway, step: int, config: ExpertConfig, experts: Sequence[int]) -> None:
-    """A `ValueError` that says which expert diverged, at which step: a loss since the last snapshot, or theta."""
-    bad = torch.nonzero(~torch.stack(at.rest).isfinite()).tolist()
-    bad += [[len(at.rest) - 1, e] for e in torch.nonzero(~at.theta.isfinite().all(1)).flatten().tolist()]
-    if bad:
-        of_rest, which = bad[0]
-        raise ValueError(
-            f"expert {experts[which]} diverged: its loss is {float(at.rest[of_rest][which]):.3g} at step "
-            f"{step - len(at.rest) + of_rest + 1} (expert_lr={config.expert_lr:g}, "
-            f"expert_momentum={config.expert_momentum:g}); use a smaller expert_lr, a third of it say"
-        )
-
-
-def train_experts(
-    student: nn.Module, images: Tensor, labels: Tensor, config: ExpertConfig, seed: int, **options
-) -> Trajectories:
-    """`Trajectories` of `config.experts` experts: all at once on a GPU, one after the other on a CPU.
-
-    The options are `augment` and `on_snapshot` of `train_expert` and `train_together`.
-    """
-    arguments, experts = (student, images, labels, config, seed), range(config.experts)
-    if images.is_cuda:
-        return Trajectories(student, train_together(*arguments, experts, **options))
-    return Trajectories(student, [train_expert(*arguments, k, **options) for k in experts])
-
-
-# ======================================================================================================================
-# 3. The differentiable unroll: augdistill_unroll.py
-# ======================================================================================================================
-
-# ======================================================================================================================
-# 4. Phi models: augdistill_phis.py, augdistill_policies.py
-# Section 5 needs of them only that they are called as `phi(images, labels=, index=, generator=)`, and their parameters.
-# ======================================================================================================================
-
-# ======================================================================================================================
-# 5. Distillation
-# ======================================================================================================================
 
 
 @dataclasses.dataclass(frozen=True)

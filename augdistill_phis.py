@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from augdistill_random import randn
+
 
 class Phi(nn.Module):
     """An augmentation: maps images `[B, C, H, W]` to images of the same shape. Subclass, write `forward`, register.
@@ -129,13 +131,6 @@ def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator:
     if out.shape != images.shape:
         raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
     return out
-
-
-def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
-    """Standard normal noise of `like`'s shape (or `shape`), type and device, drawn from a generator on any device."""
-    return torch.randn(shape or like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
-        like.device
-    )
 
 
 @register_phi("identity")

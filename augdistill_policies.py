@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augdistill_phis import Phi, randn, register_phi
+from augdistill_phis import Phi, register_phi
+from augdistill_random import randn
 
 # --- differentiable transformations: images [B, C, H, W], then for each image its own parameters [B] ------------------
 
