@@ -60,6 +60,19 @@ def deadly(images, classes):
     return Cut(images, classes)
 """
 
+SLEEPY = (
+    CUT
+    + """
+
+@register_phi("sleepy")
+class Sleepy(Cut):
+    def forward(self, images, **_):
+        import time
+
+        time.sleep(600)
+"""
+)
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
@@ -271,7 +284,10 @@ def test_the_study_is_such_a_grid():
 def test_a_stop_keeps_the_cells_that_were_finished_and_leaves_no_process_behind(tmp_path, how):
     from test_report import processes_of
 
-    path = grid_file(tmp_path / "grid", rows={"quick": {}, "slow": {"syn_steps": 9999}}, axes={"seed": [0, 1]})
+    (tmp_path / "mine.py").write_text(SLEEPY)
+    rows = {"quick": {"iterations": 4}, "slow": {"phi": "sleepy"}}  # those of more iterations start first
+    changes = {"set": TINY | {"phis": str(tmp_path / "mine.py")}}
+    path = grid_file(tmp_path / "grid", rows=rows, axes={"seed": [0, 1]}, **changes)
     command = [sys.executable, "-c", "import sys; from augdistill_report.cli import main; sys.exit(main())", "sweep"]
     process = subprocess.Popen(
         [*command, str(path), "--out", str(tmp_path / "run"), "--set", "workers=2"],
