@@ -142,8 +142,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
     teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
     phi_fraction: float = knob(0.1, "the part of the data that it sends through phi", low=1e-6, high=1)
     late_start_epoch: int = knob(0, "T+ of its phis that learn on that part, or ranges; 0 = as late as can be", low=0)
-    policy_iterations: int = knob(60, "outer steps of those phis", low=1)
-    episode_iterations: int = knob(150, "outer steps of the phis that meet new images in each", low=1)
+    policy_iterations: int = knob(50, "outer steps of those phis", low=1)
+    episode_iterations: int = knob(120, "outer steps of the phis that meet new images in each", low=1)
     track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
 
