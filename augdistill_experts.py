@@ -49,8 +49,8 @@ class Trajectories:
         shortest, longest = self.snapshots, max(map(len, self.ways))
         if shortest < longest:
             warnings.warn(
-                f"expert_minutes ran out: the experts hold {shortest} to {longest} snapshots, all are cut to the first "
-                f"{shortest}",
+                f"the experts hold {shortest} to {longest} snapshots, all are cut to the first {shortest} "
+                "(expert_minutes ran out for some, or their files are of several trainings)",
                 stacklevel=3,
             )
 
