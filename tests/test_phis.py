@@ -20,7 +20,7 @@ from augdistill_core import (
     seeded,
     train_experts,
 )
-from augdistill_phis import DistNet, UNet
+from augdistill_phis import MLP, DistNet, UNet
 
 SHAPES = [(10, 1, 16, 16), (6, 3, 32, 32), (5, 1, 28, 28), (4, 3, 8, 8)]
 every_phi = pytest.mark.parametrize("name", sorted(PHIS))
@@ -186,6 +186,21 @@ def test_unet_refuses_images_that_it_cannot_halve_twice():
 def test_unet_takes_sizes_that_do_not_divide_by_4(size):
     images, labels, index = base((2, 1, size, size))
     assert call(jittered(UNet(images, 3, noise=2)), images, labels, index).shape == images.shape
+
+
+def test_mlp_is_its_formula_and_sees_all_of_the_image():
+    images, labels, index = base(SHAPES[1], torch.float64)
+    phi = jittered(MLP(images, 3, width=7, noise=2).double())
+    (w1, b1), (w2, b2), (w3, b3) = ((m.weight, m.bias) for m in (phi.first, phi.second, phi.last))
+    eps = torch.randn((len(images), 2), generator=seeded(0), dtype=torch.float64)
+    h = torch.cat([images.reshape(len(images), -1), eps], 1) @ w1.T + b1
+    h = (h * h.sigmoid()) @ w2.T + b2
+    expected = images + ((h * h.sigmoid()) @ w3.T + b3).reshape(images.shape)
+    torch.testing.assert_close(call(phi, images, labels, index), expected, rtol=1e-12, atol=1e-12)
+
+    corner = images.clone().requires_grad_()
+    call(phi, corner, labels, index)[:, :, 0, 0].sum().backward()
+    assert corner.grad[:, :, -1, -1].abs().min() > 0
 
 
 def test_a_taken_name_is_refused_and_keeps_its_phi():
