@@ -96,6 +96,11 @@ def checksum(about: dict, tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file takes them: on the CPU, each with memory of its own (a phi may hold one layer twice)."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
 class Store:
     """Results of finished pieces of work, in `folder`, by kind and specification."""
 
@@ -129,7 +134,7 @@ class Store:
 
     def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict) -> None:
         """Store tensors and plain JSON values; the specification goes with them."""
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        tensors = apart(tensors)
         header = {"kind": kind, "spec": json.dumps(spec, sort_keys=True), "meta": json.dumps(meta)}
         content = to_safetensors(tensors, header | {"sha256": checksum(header, tensors)})
         path = self.path(kind, spec)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from augdistill_config import Config, knob
 from augdistill_core import make_phi, seeded
 from augdistill_phis import PHIS, Applied, Phi, augmented
-from augdistill_report.artefacts import Store, checksum, digest, read_tensors, write
+from augdistill_report.artefacts import Store, apart, checksum, digest, read_tensors, write
 from augdistill_report.augmentations import fitted
 from augdistill_report.data import mixed
 from augdistill_report.jobs import SOURCE, Distillation, own_source
@@ -127,7 +127,7 @@ def save_phi(
     use, data, index = Use(strength, probability), job.data, job.subset.index(job.data)
     distilled = job.stored_phi(store)
     phi = distilled.phi.cpu()
-    tensors = {name: t.detach().contiguous() for name, t in phi.state_dict().items()}
+    tensors = apart(phi.state_dict())
     own = job.phi_source or own_source(job.phi)
     about = {
         "phi": job.phi,

@@ -164,6 +164,27 @@ def test_a_phi_of_one_s_own_is_loaded_where_it_is_registered(run, pixels):
         load_phi(path)
 
 
+class Twice(Phi):
+    """One layer under two names."""
+
+    def __init__(self, images, classes):
+        super().__init__()
+        self.one = self.other = torch.nn.Conv2d(images.shape[1], images.shape[1], 3, padding=1)
+
+    def forward(self, images, **_):
+        return images + self.other(torch.tanh(self.one(images)))
+
+
+def test_a_phi_that_holds_one_layer_twice_is_stored_and_saved(run, pixels):
+    register_phi("twice")(Twice)
+    job = run.distillation("twice", run.base)
+    phi = job.stored_phi(run.store).phi
+    assert phi.one.weight is phi.other.weight
+    with torch.no_grad():
+        expected = run.data.pixels(phi((pixels[0] - run.data.mean) / run.data.std))
+    assert torch.equal(load_phi(run.save("twice", job))(pixels[0]), expected)
+
+
 def test_a_phi_that_has_become_another_is_told_of(run):
     register_phi("mine")(Louder)
     job = run.distillation("mine", run.base)
