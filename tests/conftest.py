@@ -14,6 +14,13 @@ torch.set_num_threads(1)
 torch.set_warn_always(True)  # torch reports some warnings once a process, so which test failed would hang on the order
 
 
+def pytest_collection_modifyitems(items):
+    """Under `--dist loadgroup`, a file's tests that share a set-up run in one process, which makes it once."""
+    for item in items:
+        if not set(item.fixturenames).isdisjoint(vars(item.module)):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture
 def rng_untouched():
     """A context manager: what runs inside must neither draw from torch's global generator nor seed it."""

@@ -319,7 +319,7 @@ def readme_s_phi() -> str:
     return mine
 
 
-def test_every_notebook_takes_a_phi_from_a_file_by_name(smoke, tmp_path):
+def test_every_notebook_takes_a_phi_from_a_file_by_name(tmp_path):
     (tmp_path / "own.py").write_text(readme_s_phi())
     out, own = tmp_path / "out", ["--set", f"phis={tmp_path / 'own.py'}", "--set", "phi=brightness"]
     arguments = ["report", "--preset", "smoke", "--out", str(out), *own, "--set", "workers=2"]
