@@ -96,6 +96,11 @@ class Dataset:
         images = images if self.colour is None else mixed(images, self.colour)
         return (images * self.std + self.mean).clamp(0, 1)
 
+    def standardise(self, pixels: Tensor) -> Tensor:
+        """Pixels `[n, C, H, W]` in [0, 1] as the splits' images are: standardised, or whitened."""
+        images = (pixels - self.mean) / self.std
+        return images if self.colour is None else mixed(images, self.train.whiten)
+
     def subset(
         self, seed: int, *, fraction: float | None = None, per_class: int | None = None, skip: float = 0.0
     ) -> Tensor:

@@ -175,7 +175,7 @@ def trained(
 
     # all of it as floats meanwhile (CIFAR-10: 550 MB), since the core takes tensors of floats
     arguments = (job.student(), images, data.train.labels, setup, setup.seed, which)
-    augment = augmentation(setup.expert_augment, setup.dataset)
+    augment = augmentation(setup.expert_augment, data)
     options = dict(augment=augment, on_snapshot=on_snapshot, on_epoch=kept.save, underway=kept.load(setup.device))
     return how(*arguments, **options), losses
 
@@ -277,7 +277,7 @@ class Distillation(Job):
                 trajectories(self.setup, store),
                 self.config,
                 seed=self.setup.seed,
-                augment=augmentation(self.setup.augment, self.setup.dataset),
+                augment=augmentation(self.setup.augment, self.data),
                 real=real,
                 on_iteration=on_iteration,
                 on_step=on_step,
@@ -369,7 +369,7 @@ class Evaluation(Job):
             phi = Applied(phi, config.phi_strength, config.phi_probability)
         train = data.train.take(self.subset.index(data))
         scored = {"validation": data.validation.made(), "test": data.test.made()}
-        augment = augmentation(config.eval_augment, self.setup.dataset)
+        augment = augmentation(config.eval_augment, data, magnitude=config.eval_magnitude)
         arguments = (self.student(), phi, train, scored, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(trajectories(self.setup, store)) if soft else None

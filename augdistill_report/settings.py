@@ -18,7 +18,7 @@ import yaml
 
 from augdistill_config import Config, knob
 from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer, make_phi, snapshots_every
-from augdistill_report.augmentations import AUGMENTATIONS
+from augdistill_report.augmentations import AUGMENTATIONS, DIFFERENTIABLE
 from augdistill_report.data import Dataset, check_name, load_data
 from augdistill_report.expert_files import FLOATS, WORLD, ExpertFile, of_world
 from augdistill_report.tracking import TRACKERS, check_tracker
@@ -52,7 +52,7 @@ class Setup(ExpertConfig):
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
     expert_float: str = knob("float32", "how experts' parameters are kept on disk", choices=tuple(FLOATS))
     expert_files: str = knob("", "a folder of experts to use instead of training them")
-    augment: str = knob("none", "augmentation after phi in the unroll (MTT's A)", choices=tuple(AUGMENTATIONS))
+    augment: str = knob("none", "differentiable augmentation after phi in the unroll (MTT's A)", choices=DIFFERENTIABLE)
     seed: int = knob(0, "everything random follows from it", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
     threads: int = knob(1, "CPU threads in a process (another count rounds differently)", low=1)
@@ -112,6 +112,7 @@ class EvalConfig(Config):
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
+    eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
     eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from augdistill_core import DistillConfig, snapshots_every
-from augdistill_report.augmentations import RandomAffine, augmentation
+from augdistill_report.augmentations import RandomAffine, fitting
 from augdistill_report.jobs import Distillation, Evaluation, Subset, own_source
 from augdistill_report.numbers import Accuracy, summary
 from augdistill_report.settings import Settings, Setup
@@ -112,7 +112,7 @@ def repetitions(settings: Settings) -> list[Repetition]:
 
 def truth(settings: Settings) -> dict[str, float]:
     """The ranges of the experts' augmentation, by the kinds of a policy; nothing where it has no such ranges."""
-    augment = augmentation(settings.teach, settings.dataset)
+    augment = fitting(settings.teach, settings.dataset)
     if not isinstance(augment, RandomAffine):
         return {}
     of = {"rotation": augment.rotation, "scale": augment.scale, "shift_x": augment.shift, "shift_y": augment.shift}

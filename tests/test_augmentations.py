@@ -1,5 +1,6 @@
 """Augmentations: each operation against an independent computation, their draws, their gradients, and who uses them."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,10 +11,19 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from augdistill_core import PHIS, ConvNet, DistillConfig, Trajectories, distill, initial_parameters, make_phi, seeded
-from augdistill_report import augmentations, jobs
+from augdistill_report import augmentations, jobs, whitening
 from augdistill_report.artefacts import Store
-from augdistill_report.augmentations import AUGMENTATIONS, DSA, OPERATIONS, RandomAffine, augmentation
-from augdistill_report.data import load
+from augdistill_report.augmentations import (
+    AUGMENTATIONS,
+    DIFFERENTIABLE,
+    DSA,
+    LIBRARY,
+    OPERATIONS,
+    OnPixels,
+    RandomAffine,
+    augmentation,
+)
+from augdistill_report.data import load, standardised
 from augdistill_report.evaluation import evaluate, train_student
 from augdistill_report.settings import EvalConfig, Settings, Setup
 
@@ -346,6 +356,108 @@ def test_without_strength_distillation_is_that_without_augmentation():
     assert history == plain and torch.equal(pixels, plain_pixels)
 
 
+# --- torchvision's, on pixels -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", 16)
+
+
+@pytest.fixture(scope="module")
+def coloured():
+    """Random images of three channels as a set, standardised and whitened."""
+    raw = torch.randint(0, 256, (40, 3, 8, 8), generator=seeded(0), dtype=torch.uint8)
+    parts = torch.arange(40).split([30, 5, 5])
+    found = standardised("cifar10", "ab", raw, torch.arange(40) % 2, parts)
+    fitted = whitening.fit(found.train.raw)
+    changes = {"zero": 255 * fitted["mean"], "unit": torch.full((1, 1, 1), 255.0), "whiten": fitted["matrix"]}
+    splits = {k: dataclasses.replace(getattr(found, k), **changes) for k in ("train", "validation", "test")}
+    white = dataclasses.replace(found, **splits, mean=fitted["mean"], std=torch.ones(1, 1, 1), colour=fitted["inverse"])
+    return {"standardised": found, "whitened": white}
+
+
+def named(data, name):
+    return dataclasses.replace(data, name=name)
+
+
+kinds = pytest.mark.parametrize("kind", ["standardised", "whitened"])
+library = pytest.mark.parametrize("name", LIBRARY)
+
+
+@kinds
+def test_standardise_undoes_pixels(kind, coloured, digits):
+    for data in (coloured[kind], digits):
+        images = data.train.take(slice(0, 20)).images
+        torch.testing.assert_close(data.standardise(data.pixels(images)), images, atol=2e-4, rtol=0)
+
+
+@kinds
+@library
+def test_a_policy_sees_and_leaves_pixels(name, kind, coloured, monkeypatch):
+    from torchvision.transforms import v2
+
+    data, seen = coloured[kind], []
+    images = data.train.images
+    transform = OnPixels.transform
+
+    def watched(self, size):
+        return v2.Compose([v2.Lambda(lambda x: seen.append(x) or x), transform(self, size)])
+
+    monkeypatch.setattr(OnPixels, "transform", watched)
+    out = augmentation(name, data)(images, generator=seeded(1))
+    assert torch.equal(torch.stack(seen), data.train.raw)  # to the bit, whitened or not
+    pixels = out if data.colour is None else (out.flatten(1) @ data.colour).view_as(out)
+    pixels = pixels * data.std + data.mean  # not `data.pixels`, which clamps
+    assert pixels.min() > -1e-4 and pixels.max() < 1 + 1e-4
+    torch.testing.assert_close(255 * pixels, (255 * pixels).round(), atol=0.05, rtol=0)
+    assert out.shape == images.shape and out.dtype == images.dtype and out.isfinite().all()
+    assert sum(not torch.equal(a, b) for a, b in zip(out, images, strict=True)) / len(out) > 0.5
+    # a phi before it may leave [0, 1]
+    assert augmentation(name, data)(100 * images, generator=seeded(1)).isfinite().all()
+
+
+@library
+def test_a_policy_draws_from_its_generator_alone(name, digits, rng_untouched):
+    augment, images = augmentation(name, digits), digits.train.take(slice(0, 30)).images
+    before = images.clone()
+    with rng_untouched():
+        first = [augment(images, labels=None, index=None, generator=g) for g in [seeded(0)] for _ in range(2)]
+    again = [augment(images, generator=g) for g in [seeded(0)] for _ in range(2)]
+    assert all(map(torch.equal, first, again)) and torch.equal(images, before)
+    assert not torch.equal(*first) and not torch.equal(first[0], augment(images, generator=seeded(1)))
+
+
+def test_policies_are_those_of_torchvision(digits):
+    from torchvision.transforms import v2
+
+    def last(name, **strength):
+        return augmentation(name, digits, **strength).transform(16).transforms[-1]
+
+    assert isinstance(last("trivialaugment"), v2.TrivialAugmentWide)
+    assert last("autoaugment").policy == v2.AutoAugmentPolicy.CIFAR10
+    assert (last("randaugment").num_ops, last("randaugment").magnitude) == (2, 9)
+    assert last("randaugment", magnitude=3).magnitude == 3
+    crop, flip = augmentation("crop_flip", named(digits, "fashion")).transform(32).transforms[:2]
+    assert crop.padding == [4] * 4 and flip.p == 0.5  # CIFAR's
+
+
+def test_crop_and_flip_are_windows_of_the_padded_image_or_its_mirror(digits):
+    data = named(digits, "fashion")
+    images = data.train.take(slice(0, 200)).images
+    pixels, out = (
+        (255 * data.pixels(x)).round() for x in (images, augmentation("crop_flip", data)(images, generator=seeded(3)))
+    )
+    found = []
+    for x, y in zip(pixels, out, strict=True):
+        windows = F.pad(x, (2, 2, 2, 2)).unfold(1, 16, 1).unfold(2, 16, 1)[0]  # [5, 5, 16, 16]
+        sides = [(windows == side).all((-1, -2)).nonzero().tolist() for side in (y[0], y[0].flip(-1))]
+        assert sides[0] or sides[1]
+        found.append((bool(sides[1]), *(sides[0] or sides[1])[0]))
+    flipped, down, right = zip(*found, strict=True)
+    assert 0.35 < np.mean(flipped) < 0.65 and set(down) == set(right) == set(range(5))
+
+
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
@@ -364,24 +476,29 @@ def test_an_impossible_strength_is_refused_by_name(key, value):
         DSA(**{key: value})
 
 
-def test_the_flip_is_left_out_where_a_mirror_image_is_no_digit():
-    for dataset in ("digits", "mnist"):
-        assert augmentation("dsa", dataset) == DSA(strategy=("color", "crop", "cutout", "scale", "rotate"))
-    assert augmentation("dsa", "cifar10") == DSA() == AUGMENTATIONS["dsa"]
-    assert augmentation("affine", "digits") == AUGMENTATIONS["affine"] == augmentation("affine", "fashion")
-    assert augmentation("flip_affine", "mnist") == AUGMENTATIONS["affine"]
-    assert augmentation("flip_affine", "fashion") == RandomAffine(flip=0.5)
-    assert augmentation("none", "digits") is None
+def test_the_flip_is_left_out_where_a_mirror_image_is_no_digit(digits):
+    cifar, fashion = named(digits, "cifar10"), named(digits, "fashion")
+    for data in (digits, named(digits, "mnist")):
+        assert augmentation("dsa", data) == DSA(strategy=("color", "crop", "cutout", "scale", "rotate"))
+        assert augmentation("flip_affine", data) == AUGMENTATIONS["affine"]
+        assert {augmentation(name, data).flip for name in LIBRARY} == {0}
+    assert augmentation("dsa", cifar) == DSA() == AUGMENTATIONS["dsa"]
+    assert augmentation("affine", digits) == AUGMENTATIONS["affine"] == augmentation("affine", fashion)
+    assert augmentation("flip_affine", fashion) == RandomAffine(flip=0.5)
+    assert {augmentation(name, cifar).flip for name in LIBRARY} == {0.5}
+    assert augmentation("none", digits) is None
     assert set(augmentations.NEVER_FLIPPED) <= {"digits", "mnist"}
 
 
 @pytest.mark.parametrize("key", ["expert_augment", "augment", "eval_augment"])
 def test_settings_know_the_augmentations_and_use_none_unless_told(key):
     assert getattr(Settings(), key) == "none"
-    for name in AUGMENTATIONS:
+    known = DIFFERENTIABLE if key == "augment" else tuple(AUGMENTATIONS)
+    for name in known:
         assert getattr(Settings(**{key: name}), key) == name
-    with pytest.raises(ValueError, match=f"{key}='dsa2': must be one of none, affine, flip_affine, dsa"):
-        Settings(**{key: "dsa2"})
+    for wrong in {"dsa2", *AUGMENTATIONS} - set(known):
+        with pytest.raises(ValueError, match=rf"{key}='{wrong}': must be one of {', '.join(known)} \("):
+            Settings(**{key: wrong})
 
 
 # --- who uses them ----------------------------------------------------------------------------------------------------
@@ -421,7 +538,7 @@ def test_every_job_takes_its_own_augmentation_and_no_other(key, function, monkey
         }[function]
         with pytest.raises(Caught) as caught:
             job.work(Store(tmp_path), lambda done, total: None)
-        assert caught.value.args[0] == augmentation(chosen, "digits")
+        assert caught.value.args[0] == augmentation(chosen, load("digits", 8))
 
 
 def test_what_depends_on_the_augmentation_is_not_mistaken_for_another():

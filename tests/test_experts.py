@@ -72,7 +72,7 @@ def interrupted(how, setup, which, folder, epochs):
     """Train through files, and stop after each of `epochs` once; then to the end."""
     data = setup.load()
     arguments = (setup.student(data), data.train.images, data.train.labels, setup, setup.seed, which)
-    augment = augmentation(setup.expert_augment, setup.dataset)
+    augment = augmentation(setup.expert_augment, setup.load())
     for stop in [*epochs, None]:
         kept = TrainingFiles(folder, {"a": 1}, which if isinstance(which, list) else [which])
 
