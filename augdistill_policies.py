@@ -87,6 +87,15 @@ START = 0.03  # every range, and the probability of a flip, before anything is l
 PACE = 10.0  # a step of a parameter, in steps of its range's logarithm: so one step size serves a U-Net and its policy
 
 
+def per_image(channels: int, outputs: int) -> tuple[nn.Sequential, nn.Linear]:
+    """A small network that looks at images `[B, channels, H, W]`, and its last layer, zero at first: `[B, outputs]`."""
+    layers = nn.Conv2d(channels, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.SiLU()
+    last = nn.Linear(16, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), last
+
+
 class Policy(Phi):
     """Random transformations of which the ranges are learned: standard deviations, and a probability for the flip.
 
@@ -104,11 +113,7 @@ class Policy(Phi):
         first[-1] = torch.logit(torch.tensor(start))
         self.register_buffer("first", first)
         if by == "image":
-            layers = nn.Conv2d(channels, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.SiLU()
-            self.look = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.last = nn.Linear(16, len(self.kinds))
-            nn.init.zeros_(self.last.weight)
-            nn.init.zeros_(self.last.bias)
+            self.look, self.last = per_image(channels, len(self.kinds))
         else:
             self.change = nn.Parameter(torch.zeros(classes if by == "class" else 1, len(self.kinds)))
 

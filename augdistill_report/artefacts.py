@@ -156,7 +156,17 @@ class Store:
             raise ValueError(f"{path} is damaged or not ours ({error}): delete it, and run again") from None
 
 
-REPORT = ("augmentations", "data", "evaluation", "expert_files", "jobs", "settings", "whitening")
+REPORT = (
+    "augmentations",
+    "data",
+    "evaluation",
+    "expert_files",
+    "instaaug",
+    "jobs",
+    "settings",
+    "students",
+    "whitening",
+)
 
 
 def source_digest(root: Path) -> str:

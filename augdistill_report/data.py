@@ -53,6 +53,10 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def opened(self) -> "Split":
+        """What has images to look at: itself, unless it is `Sealed`."""
+        return self
+
     def take(self, index: Tensor | slice) -> "Split":
         return dataclasses.replace(self, raw=self.raw[index], labels=self.labels[index])
 
@@ -62,6 +66,23 @@ class Split:
 
     def to(self, device: str) -> "Split":
         return moved(self, device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealed(Split):
+    """The test split: it keeps its images to itself until it is `opened`, which only the last scoring does.
+
+    So no method and no choice can look at a test image and go unnoticed.
+    """
+
+    @property
+    def images(self) -> Tensor:
+        raise ValueError(
+            "the test split is sealed: methods and choices see train and validation, only the last scoring opens it"
+        )
+
+    def opened(self) -> Split:
+        return Split(self.raw, self.labels, self.zero, self.unit, self.whiten)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +97,7 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     validation: Split
-    test: Split
+    test: Sealed
     mean: Tensor
     std: Tensor
     fingerprint: str
@@ -192,7 +213,8 @@ def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where
     zero, unit = moments(raw[indices[0]])
     if not unit.min() > 0:
         raise ValueError(f"dataset={name!r}: a channel of its training images is the same everywhere ({where})")
-    splits = [Split(raw[i], labels[i], zero, unit) for i in indices]
+    kinds = Split, Split, Sealed
+    splits = [kind(raw[i], labels[i], zero, unit) for kind, i in zip(kinds, indices, strict=True)]
     return Dataset(name, classes, *splits, zero / full, unit / full, fingerprint(splits), where)
 
 

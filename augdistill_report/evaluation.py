@@ -1,4 +1,4 @@
-"""Scoring a method: fresh students, trained on what it makes of a subset, tested on images that nobody trained on."""
+"""Scoring a method: fresh students, trained on what it makes of a subset, judged on images that nobody trained on."""
 
 import dataclasses
 import itertools
@@ -27,6 +27,7 @@ from augdistill_core import (
     unroll,
 )
 from augdistill_report.data import Split
+from augdistill_report.instaaug import InstaAug
 from augdistill_report.settings import EvalConfig
 
 
@@ -47,61 +48,124 @@ def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
 
 
-def train_student(
-    student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed, augment=None, teacher=None
-) -> Tensor:
-    """One fresh student's final parameters `[P]`: trained on augment(phi(images)), both drawn afresh in every step.
+MOST = 20  # times eval_steps that a student with patience takes at most
 
-    `phi` None trains on the images themselves. The step size falls to a tenth halfway. One `seed` (path) gives the same
-    initialisation, batches and augmentations for every phi, so that methods are compared in pairs. With a `teacher`
-    the labels are what it says of each image that is fed (Qin et al. 2024).
+
+class Patience:
+    """Ends a training that stops improving: the step size falls to a tenth, and then it is over; the best is kept."""
+
+    def __init__(self, patience: int):
+        self.patience, self.factor, self.best, self.state, self.failed, self.looks = patience, 1.0, -1.0, {}, 0, 0
+
+    def is_over(self, model: nn.Module, accuracy: float) -> bool:
+        """Whether training is over, now that the model has reached this accuracy."""
+        self.looks += 1
+        if accuracy > self.best:
+            self.best, self.failed = accuracy, 0
+            self.state = {name: t.clone() for name, t in model.state_dict().items()}
+        else:
+            self.failed += 1
+        if self.failed == self.patience and self.factor == 1:
+            self.factor, self.failed = 0.1, 0
+        return self.failed == self.patience or self.looks == MOST
+
+
+def train_student(
+    student: nn.Module,
+    phi,
+    images: Tensor,
+    labels: Tensor,
+    config: EvalConfig,
+    *seed,
+    augment=None,
+    teacher=None,
+    validation: Split | None = None,
+) -> nn.Module:
+    """One fresh student, trained on augment(phi(images)), both drawn afresh in every step; in its evaluation mode.
+
+    `phi` None trains on the images themselves. The step size falls to a tenth halfway, or as `config.eval_patience`
+    says, by accuracy on the `validation` split. One `seed` (path) gives the same initialisation, batches and
+    augmentations for every phi, so that methods are compared in pairs. With a `teacher` the labels are what it says of
+    each image that is fed (Qin et al. 2024). An augmentation that learns (`InstaAug`) learns along. A phi or an
+    augmentation that changes the shape or returns what is not finite is a `ValueError` that names it.
     """
     generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
     start = initial_parameters(student, generator).to(images)
+    learns = isinstance(augment, InstaAug)
 
-    @torch.no_grad()
+    def through(method, x: Tensor, i: Tensor, own: torch.Generator) -> Tensor:
+        x = augmented(method, x, labels[i], i, own)
+        if not x.isfinite().all():
+            raise ValueError(f"{name_of(method)} returns values that are not finite")
+        return x
+
     def batches():
         for i in minibatches(len(images), config.eval_batch, generator):
-            fed = augmented(phi, images[i], labels[i], i, noise)
-            fed = augmented(augment, fed, labels[i], i, shaking)
-            yield fed, teacher(fed) if teacher else labels[i]
+            with torch.no_grad():
+                fed = through(phi, images[i], i, noise)
+            with torch.set_grad_enabled(learns):
+                fed = through(augment, fed, i, shaking)
+            yield fed, teacher(fed.detach()) if teacher else labels[i]
+            if learns:
+                augment.learn()
 
-    count = config.steps(len(images))
+    count, patience = config.steps(len(images)), Patience(config.eval_patience)
 
     def rate(step: int) -> float:
+        if config.eval_patience:
+            return config.eval_lr * patience.factor
         return config.eval_lr * (0.1 if step >= count // 2 else 1.0)
 
     steps = sgd(student, start, batches(), rate, config.eval_momentum, config.eval_decay)
-    *_, (model, _) = itertools.islice(steps, count)
-    return flatten(model.parameters()).detach()
+    if not config.eval_patience:
+        *_, (model, _) = itertools.islice(steps, count)
+        return model.eval()
+    for step, (model, _) in enumerate(steps, 1):
+        if step % count == 0:
+            over = patience.is_over(model, accuracy_of(model.eval(), validation))
+            model.train()
+            if over:
+                break
+    model.load_state_dict(patience.state)
+    return model.eval()
+
+
+def name_of(method) -> str:
+    """What a phi or an augmentation is called in a message."""
+    return type(getattr(method, "phi", method)).__name__
+
+
+def accuracy_of(model: nn.Module, split: Split) -> float:
+    """The `accuracy` of a model with its own parameters."""
+    return accuracy(model, flatten(model.parameters()).detach(), split)
 
 
 def evaluate(
     student: nn.Module,
     phi,
     train: Split,
-    scored: dict[str, Split],
+    validation: Split,
     config: EvalConfig,
     seed: int,
     *,
     augment=None,
     teacher=None,
     on_student=None,
-) -> dict[str, list[float]]:
-    """For each split of `scored`, the accuracy of each of `config.eval_students` students trained on phi(train).
+) -> tuple[list[nn.Module], list[float]]:
+    """`config.eval_students` students trained on phi(train), and the accuracy of each on the validation split.
 
     `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data,
-    and so is the `teacher` for `config.eval_labels`.
+    and so is the `teacher` for `config.eval_labels`. An augmentation that learns is given as its class: each student
+    has one of its own.
     """
-    values = {name: [] for name in scored}
+    images, labels, models = train.images, train.labels, []
     for k in range(config.eval_students):
-        arguments = (student, phi, train.images, train.labels, config, seed, "student", k)
-        theta = train_student(*arguments, augment=augment, teacher=teacher)
-        for name, split in scored.items():
-            values[name].append(accuracy(student, theta, split))
+        own = augment(images, k) if augment is InstaAug else augment
+        arguments = (student, phi, images, labels, config, seed, "student", k)
+        models.append(train_student(*arguments, augment=own, teacher=teacher, validation=validation))
         if on_student is not None:
             on_student(k + 1)
-    return values
+    return models, [accuracy_of(model, validation) for model in models]
 
 
 @torch.no_grad()

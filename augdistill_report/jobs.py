@@ -31,9 +31,11 @@ from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.checkpoints import Checkpoint
 from augdistill_report.data import Dataset
-from augdistill_report.evaluation import accuracy, evaluate, probe, teacher_of
+from augdistill_report.evaluation import accuracy, accuracy_of, evaluate, probe, teacher_of
 from augdistill_report.expert_files import FLOATS, ExpertFile, TrainingFiles, sealed, versions
+from augdistill_report.instaaug import InstaAug
 from augdistill_report.settings import ROOT, EvalConfig, Setup, given_experts, public_name
+from augdistill_report.students import STUDENTS
 
 Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
 SOURCE = source_digest(ROOT)  # of the code that this process has imported
@@ -331,9 +333,10 @@ def source(build) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Job):
-    """Fresh students trained on a subset, through a distilled phi or (None) plainly; scored on validation and test.
+    """Fresh students trained on a subset, through a distilled phi or (None) plainly, and their validation accuracy.
 
-    `only` "stored": through nothing but what phi makes of a blank image (`Stored`).
+    `only` "stored": through nothing but what phi makes of a blank image (`Stored`). What the students are worth on the
+    test split, only a `Score` says.
     """
 
     subset: Subset
@@ -341,7 +344,7 @@ class Evaluation(Job):
     distilled: Distillation | None = None
     only: str = ""
 
-    kind = "accuracy"
+    kind = "students"
 
     @property
     def cost(self):
@@ -353,9 +356,18 @@ class Evaluation(Job):
             raise ValueError(f"only={self.only!r}: must be empty, or 'stored' beside a distilled phi")
         if not (self.config.eval_lr or self.distilled):
             raise ValueError("eval_lr=0.0: must be above 0 for plain images, which have learned no step size")
+        if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
+            ours, its = (", ".join(map(str, images_of(s))) for s in (self.setup, self.distilled.setup))
+            raise ValueError(f"phi {self.distilled.phi!r} was trained on {its}: not for {ours} (dataset, size, zca)")
 
     def spec(self):
         return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
+
+    def student(self):
+        build = STUDENTS.get(self.config.eval_student)
+        if build is None:
+            return super().student()
+        return build(self.data.shape[0], len(self.data.classes), self.setup.size).to(self.setup.device)
 
     def work(self, store, tick):
         data = self.data
@@ -367,14 +379,55 @@ class Evaluation(Job):
             phi = Stored(phi)
         if phi is not None:
             phi = Applied(phi, config.phi_strength, config.phi_probability)
-        train = data.train.take(self.subset.index(data))
-        scored = {"validation": data.validation.made(), "test": data.test.made()}
-        augment = augmentation(config.eval_augment, data, magnitude=config.eval_magnitude)
-        arguments = (self.student(), phi, train, scored, config, self.setup.seed)
+        train, validation = data.train.take(self.subset.index(data)), data.validation.made()
+        arguments = (self.student(), phi, train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(trajectories(self.setup, store)) if soft else None
+        augment = InstaAug
+        if config.eval_augment != "instaaug":
+            augment = augmentation(config.eval_augment, data, config.eval_magnitude)
         options = dict(augment=augment, teacher=teacher, on_student=lambda done: tick(done, total))
-        return {}, evaluate(*arguments, **options)
+        models, found = evaluate(*arguments, **options)
+        states = {f"{k}/{name}": t for k, model in enumerate(models) for name, t in model.state_dict().items()}
+        return states, {"validation": found}
+
+    def stored_students(self, store: Store) -> list[torch.nn.Module]:
+        """The students as they ended."""
+        tensors, models = self.stored(store)[0], []
+        for k in range(self.config.eval_students):
+            start = f"{k}/"
+            own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+            models.append(self.student().eval())
+            models[-1].load_state_dict(own)
+        return models
+
+
+def images_of(setup: Setup) -> tuple:
+    """What images a phi takes in this world."""
+    return public_name(setup.dataset), setup.size, setup.zca
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Job):
+    """The last scoring: what an evaluation's students are worth on the test split, which nothing else opens."""
+
+    evaluation: Evaluation
+
+    kind = "accuracy"
+
+    @property
+    def cost(self):
+        return self.evaluation.cost
+
+    def spec(self):
+        return super().spec() | {"evaluation": self.evaluation.spec()}
+
+    def work(self, store, tick):
+        validation, test = self.evaluation.stored(store)[1]["validation"], self.data.test.opened().made()
+        return {}, {
+            "validation": validation,
+            "test": [accuracy_of(model, test) for model in self.evaluation.stored_students(store)],
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from augdistill_report.artefacts import Store, as_json, digest, write
 from augdistill_report.data import Split
 from augdistill_report.expert_files import versions
 from augdistill_report.grid import Grid, as_found
-from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, own_source, to_train, trajectories
+from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Score, Subset, own_source, to_train, trajectories
 from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
@@ -152,19 +152,20 @@ class Run:
         return Evaluation(self.settings.part(Setup), subset, config, distilled)
 
     def evaluate(self, rows: dict) -> dict:
-        """Score every row, an `Accuracy` each."""
-        self._run(list(rows.values()), "evaluation")
-        return {name: Accuracy(**job.stored(self.store)[1]) for name, job in rows.items()}
+        """Score every row on the test split, an `Accuracy` each: the last thing that is done with it."""
+        scores = {name: Score(job.setup, job) for name, job in rows.items()}
+        self._run(list(scores.values()), "evaluation")
+        return {name: Accuracy(**job.stored(self.store)[1]) for name, job in scores.items()}
 
     def choose(self, options: dict) -> dict:
         """For each method, which of its options scores best on the validation split (the first, if several do).
 
-        `options` holds jobs by (method, option). The test split has no say.
+        `options` holds jobs by (method, option). The test split is not even opened.
         """
-        scores = self.evaluate(options)
+        self._run(list(options.values()), "choices")
         best: dict = {}
-        for (method, option), score in scores.items():
-            value = float(np.mean(score.validation))
+        for (method, option), job in options.items():
+            value = float(np.mean(job.stored(self.store)[1]["validation"]))
             if method not in best or value > best[method][0]:
                 best[method] = (value, option)
         return {method: option for method, (_, option) in best.items()}

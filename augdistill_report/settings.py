@@ -21,6 +21,7 @@ from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer
 from augdistill_report.augmentations import AUGMENTATIONS, DIFFERENTIABLE
 from augdistill_report.data import Dataset, check_name, load_data
 from augdistill_report.expert_files import FLOATS, WORLD, ExpertFile, of_world
+from augdistill_report.students import STUDENTS
 from augdistill_report.tracking import TRACKERS, check_tracker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,14 @@ class EvalConfig(Config):
     eval_lr: float = knob(0.02, "SGD step size; 0 = the alpha that phi learned (plain images: alpha)", low=0)
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
-    eval_augment: str = knob("none", "augmentation after phi in every step", choices=tuple(AUGMENTATIONS))
+    eval_patience: int = knob(
+        0,
+        "how often eval_steps more may fail to improve the validation accuracy before the step size falls, and again "
+        "before training ends, with the best student; 0 = eval_steps (or eval_epochs) are all",
+        low=0,
+    )
+    eval_student: str = knob("convnet", "which students: the experts' own, or others", choices=("convnet", *STUDENTS))
+    eval_augment: str = knob("none", "augmentation after phi in every step", choices=(*AUGMENTATIONS, "instaaug"))
     eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
     eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)

@@ -12,7 +12,7 @@ import numpy as np
 from augdistill_core import DistillConfig, diverged
 from augdistill_report.artefacts import Store
 from augdistill_report.grid import level, over_seeds
-from augdistill_report.jobs import Distillation, Evaluation, Probe, Subset, own_source, to_train
+from augdistill_report.jobs import Distillation, Evaluation, Probe, Score, Subset, own_source, to_train
 from augdistill_report.numbers import Accuracy, summary, tenths
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import Settings, Setup
@@ -35,17 +35,17 @@ class Case:
         phi, config = self.settings.phi, self.settings.part(DistillConfig)
         return Distillation(self.settings.part(Setup), phi, subset, config, own_source(phi))
 
-    def evaluation(self, distilled: Distillation | None) -> Evaluation:
-        config = self.settings.eval_config(distilled is not None)
-        return Evaluation(self.settings.part(Setup), self.base, config, distilled)
+    def score(self, distilled: Distillation | None) -> Score:
+        setup, config = self.settings.part(Setup), self.settings.eval_config(distilled is not None)
+        return Score(setup, Evaluation(setup, self.base, config, distilled))
 
     @property
     def jobs(self) -> dict:
         """What is measured once phi is trained: its probe, its accuracy, and that of the real images."""
         return {
             "probe": Probe(self.settings.part(Setup), self.distilled),
-            "phi": self.evaluation(self.distilled),
-            "plain": self.evaluation(None),
+            "phi": self.score(self.distilled),
+            "plain": self.score(None),
         }
 
     def history(self, store: Store) -> list[dict]:

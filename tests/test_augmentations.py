@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from augdistill_core import PHIS, ConvNet, DistillConfig, Trajectories, distill, initial_parameters, make_phi, seeded
+from augdistill_core import (
+    PHIS,
+    ConvNet,
+    DistillConfig,
+    Trajectories,
+    distill,
+    flatten,
+    initial_parameters,
+    make_phi,
+    seeded,
+)
 from augdistill_report import augmentations, jobs, whitening
 from augdistill_report.artefacts import Store
 from augdistill_report.augmentations import (
@@ -493,7 +503,7 @@ def test_the_flip_is_left_out_where_a_mirror_image_is_no_digit(digits):
 @pytest.mark.parametrize("key", ["expert_augment", "augment", "eval_augment"])
 def test_settings_know_the_augmentations_and_use_none_unless_told(key):
     assert getattr(Settings(), key) == "none"
-    known = DIFFERENTIABLE if key == "augment" else tuple(AUGMENTATIONS)
+    known = {"augment": DIFFERENTIABLE, "eval_augment": (*AUGMENTATIONS, "instaaug")}.get(key, tuple(AUGMENTATIONS))
     for name in known:
         assert getattr(Settings(**{key: name}), key) == name
     for wrong in {"dsa2", *AUGMENTATIONS} - set(known):
@@ -571,19 +581,22 @@ def test_evaluation_augments_after_phi_with_draws_of_its_own():
     def black(x, **_):
         return torch.zeros_like(x)
 
-    plain = train_student(student, None, images, labels, config, 7)
-    assert torch.equal(plain, train_student(student, None, images, labels, config, 7, augment=watch))
+    def trained(phi, **augment):
+        return flatten(train_student(student, phi, images, labels, config, 7, **augment).parameters())
+
+    plain = trained(None)
+    assert torch.equal(plain, trained(None, augment=watch))
     assert all(torch.equal(x, images[i]) and torch.equal(y, labels[i]) for x, y, i in seen)
     first = draws.copy()
     draws.clear()
     phi = PHIS["distnet2"](images, 3)  # draws noise
-    noisy = train_student(student, phi, images, labels, config, 7)
-    assert torch.equal(noisy, train_student(student, phi, images, labels, config, 7, augment=watch))
+    noisy = trained(phi)
+    assert torch.equal(noisy, trained(phi, augment=watch))
     assert draws == first  # the same for every phi
     assert not any(torch.equal(x, images[i]) for x, _, i in seen[len(first) :])  # phi came before
-    dark = train_student(student, black, images, labels, config, 7)
-    assert torch.equal(dark, train_student(student, None, images, labels, config, 7, augment=black))
-    shaken = train_student(student, None, images, labels, config, 7, augment=DSA())
+    dark = trained(black)
+    assert torch.equal(dark, trained(None, augment=black))
+    shaken = trained(None, augment=DSA())
     assert shaken.isfinite().all() and not torch.equal(shaken, plain)
 
 
@@ -595,7 +608,7 @@ def test_evaluation_hands_its_augmentation_to_every_student():
         ConvNet(1, 10, 8, width=4, depth=1),
         None,
         train,
-        {"validation": data.validation},
+        data.validation,
         EvalConfig(eval_students=3, eval_steps=4),
         0,
         augment=lambda images, **_: called.append(len(images)) or images,

@@ -59,8 +59,8 @@ def per_class(labels):
 def test_the_splits_are_a_partition_of_the_1797_digits(digits, raw):
     rows = []
     for split in (getattr(digits, name) for name in SPLITS):
-        pixels = (digits.pixels(split.images) * 16).round()
-        torch.testing.assert_close(digits.pixels(split.images) * 16, pixels, atol=1e-4, rtol=0)  # inverts
+        pixels = (digits.pixels(split.opened().images) * 16).round()
+        torch.testing.assert_close(digits.pixels(split.opened().images) * 16, pixels, atol=1e-4, rtol=0)  # inverts
         rows.append(torch.cat([split.labels[:, None], pixels.flatten(1).long()], 1))
     expected = torch.cat([raw[1][:, None], raw[0].flatten(1).long()], 1)
     assert len(expected) == 1797 == sum(map(len, rows))
@@ -82,7 +82,7 @@ def test_the_split_never_changes(digits, raw, rng_untouched):
     with rng_untouched():
         again = load("digits", 8)
     for name in SPLITS:
-        assert torch.equal(getattr(again, name).images, getattr(digits, name).images)
+        assert torch.equal(getattr(again, name).opened().images, getattr(digits, name).opened().images)
         assert torch.equal(getattr(again, name).labels, getattr(digits, name).labels)
     train, validation, test = split_indices(raw[1], (0.1, 0.2))
     assert not set(train.tolist()) & set(validation.tolist()) | set(validation.tolist()) & set(test.tolist())
@@ -104,9 +104,9 @@ def test_channels_are_standardised_one_by_one_with_the_training_images_only():
     for c in range(3):
         mean, std = pixels[:20, c].mean(), pixels[:20, c].std()
         for name, index in zip(SPLITS, indices, strict=True):
-            torch.testing.assert_close(getattr(data, name).images[:, c], (pixels[index, c] - mean) / std)
-    torch.testing.assert_close(data.pixels(data.test.images), pixels[25:])
-    assert data.pixels(data.test.images * 100).max() == 1 and data.pixels(data.test.images * 100).min() == 0
+            torch.testing.assert_close(getattr(data, name).opened().images[:, c], (pixels[index, c] - mean) / std)
+    torch.testing.assert_close(data.pixels(data.test.opened().images), pixels[25:])
+    assert data.pixels(data.test.opened().images * 100).aminmax() == (0, 1)
 
 
 def test_images_are_resized_bilinearly(raw, digits):
@@ -118,12 +118,12 @@ def test_images_are_resized_bilinearly(raw, digits):
     data, index = load("digits", 16), split_indices(raw[1], (0.1, 0.2))
     assert data.shape == (1, 16, 16)
     expected = weights @ (raw[0][index[2]] / 16) @ weights.T
-    torch.testing.assert_close(data.pixels(data.test.images)[:, 0].double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.pixels(data.test.opened().images)[:, 0].double(), expected, atol=1e-5, rtol=0)
 
 
 def test_to_moves_everything(digits):
     moved = digits.to("meta")
-    tensors = [t for name in SPLITS for t in (getattr(moved, name).images, getattr(moved, name).labels)]
+    tensors = [t for name in SPLITS for t in (getattr(moved, name).opened().images, getattr(moved, name).labels)]
     assert {t.device.type for t in [*tensors, moved.mean, moved.std]} == {"meta"}
     assert digits.train.images.device.type == "cpu" and moved.classes == digits.classes
 
@@ -197,17 +197,17 @@ def test_bytes_are_standardised_like_the_floats_they_stand_for():
     for c in range(3):
         assert ours.mean[c].item() == pytest.approx(train[:, c].mean().item(), rel=1e-6)
         assert ours.std[c].item() == pytest.approx(train[:, c].std().item(), rel=1e-6)
-    assert ours.test.raw.dtype == torch.uint8 and ours.test.images.dtype == torch.float32
+    assert ours.test.raw.dtype == torch.uint8 and ours.test.opened().images.dtype == torch.float32
     expected = (raw[2500:].double() / 255 - train.mean((0, 2, 3)).view(3, 1, 1)) / train.std((0, 2, 3)).view(3, 1, 1)
-    torch.testing.assert_close(ours.test.images.double(), expected, atol=1e-5, rtol=0)
-    assert torch.equal((ours.pixels(ours.test.images) * 255).round().byte(), raw[2500:])
+    torch.testing.assert_close(ours.test.opened().images.double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal((ours.pixels(ours.test.opened().images) * 255).round().byte(), raw[2500:])
 
 
 def test_a_batch_is_the_same_floats_as_the_whole(digits):
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(256, (70, 1, 4, 4), generator=generator, dtype=torch.uint8)
     coloured = standardised("bytes", "ab", raw, torch.arange(70) % 2, torch.arange(70).split((50, 10, 10))).train
-    for split in (digits.test, coloured):
+    for split in (digits.test.opened(), coloured):
         index = torch.randperm(len(split), generator=generator)[:13]
         assert torch.equal(split.take(index).images, split.images[index])
         parts = list(split.batches(16))

@@ -530,7 +530,7 @@ def test_official_experts_are_imported(tmp_path, published, zipped, capsys):
     for file, snapshots, model in zip(files, experts, ends, strict=True):
         file.check()
         assert torch.equal(file[1], parameters_to_vector(snapshots[1]))
-        x = data.test.images
+        x = data.test.opened().images
         student = SETUP.student(data)
         torch.testing.assert_close(logits_of(student, unflatten(student, file[-1]), x), model(x), rtol=1e-4, atol=1e-5)
         right = (model(data.validation.images).argmax(1) == data.validation.labels).float().mean().item()

@@ -91,7 +91,7 @@ def test_whitened_images_are_made_of_the_training_split_alone():
     white = whitened(data)
     mean, matrix, _ = reference(data.train.raw)
     for name in ("train", "validation", "test"):
-        split = getattr(white, name)
+        split = getattr(white, name).opened()
         x = split.raw.flatten(1).double().numpy() / 255
         expected = ((x - mean) @ matrix).reshape(-1, 3, 4, 4)
         np.testing.assert_allclose(split.images, expected, atol=2e-6)
@@ -118,10 +118,10 @@ def test_subsets_and_batches_are_the_same_images():
 
 def test_pixels_are_the_inverse():
     data, white = a_set(), whitened(a_set())
-    pixels = white.pixels(white.test.images)
+    pixels = white.pixels(white.test.opened().images)
     torch.testing.assert_close(pixels, data.test.raw / 255, rtol=0, atol=5e-6)
-    torch.testing.assert_close(pixels, data.pixels(data.test.images), rtol=0, atol=5e-6)
-    assert white.pixels(100 * white.test.images).aminmax() == (0, 1)  # clamped
+    torch.testing.assert_close(pixels, data.pixels(data.test.opened().images), rtol=0, atol=5e-6)
+    assert white.pixels(100 * white.test.opened().images).aminmax() == (0, 1)  # clamped
 
 
 def test_to_moves_everything():
