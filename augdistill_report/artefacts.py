@@ -132,15 +132,21 @@ class Store:
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 left.unlink(missing_ok=True)
 
-    def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Store tensors and plain JSON values; the specification goes with them."""
+    def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict, seconds: float = 0.0) -> None:
+        """Store tensors and plain JSON values; the specification goes with them, and how long it took."""
         tensors = apart(tensors)
         header = {"kind": kind, "spec": json.dumps(spec, sort_keys=True), "meta": json.dumps(meta)}
+        header["seconds"] = json.dumps(seconds)
         content = to_safetensors(tensors, header | {"sha256": checksum(header, tensors)})
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock(path):
             write(path, content)
+
+    def seconds(self, kind: str, spec: dict) -> float:
+        """How long a stored result took to make."""
+        with opened(self.path(kind, spec)) as file:
+            return json.loads(file.metadata()["seconds"])
 
     def load(self, kind: str, spec: dict) -> tuple[dict[str, Tensor], dict]:
         """The tensors and values that `save` stored; a `ValueError` that names a damaged or foreign file."""

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,9 @@ class Task:
         if not store.has(self.kind, self.spec()):
             with store.making(self.kind, self.spec()):
                 if not store.has(self.kind, self.spec()):
-                    store.save(self.kind, self.spec(), *self.work(store, tick))
+                    began = time.process_time()  # what others do on the machine does not count
+                    result = self.work(store, tick)
+                    store.save(self.kind, self.spec(), *result, time.process_time() - began)
         self.tidy(store)
 
     def tidy(self, store: Store) -> None:
@@ -370,6 +373,12 @@ class Evaluation(Job):
         return build(self.data.shape[0], len(self.data.classes), self.setup.size).to(self.setup.device)
 
     def work(self, store, tick):
+        models, found = self.trained(store, tick)
+        states = {f"{k}/{name}": t for k, model in enumerate(models) for name, t in model.state_dict().items()}
+        return states, {"validation": found}
+
+    def trained(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
+        """The students, and the validation accuracy of each."""
         data = self.data
         distilled, config = self.distilled and self.distilled.stored_phi(store), self.config
         phi = distilled and distilled.phi
@@ -387,19 +396,18 @@ class Evaluation(Job):
         if config.eval_augment != "instaaug":
             augment = augmentation(config.eval_augment, data, config.eval_magnitude)
         options = dict(augment=augment, teacher=teacher, on_student=lambda done: tick(done, total))
-        models, found = evaluate(*arguments, **options)
-        states = {f"{k}/{name}": t for k, model in enumerate(models) for name, t in model.state_dict().items()}
-        return states, {"validation": found}
+        return evaluate(*arguments, **options)
 
-    def stored_students(self, store: Store) -> list[torch.nn.Module]:
-        """The students as they ended."""
-        tensors, models = self.stored(store)[0], []
-        for k in range(self.config.eval_students):
+    def students(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
+        """The same; those that a choice has stored, or trained now and not stored (they may be large)."""
+        if not store.has(self.kind, self.spec()):
+            return self.trained(store, tick)
+        tensors, meta = self.stored(store)
+        models = [self.student().eval() for _ in meta["validation"]]
+        for k, model in enumerate(models):
             start = f"{k}/"
-            own = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            models.append(self.student().eval())
-            models[-1].load_state_dict(own)
-        return models
+            model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+        return models, meta["validation"]
 
 
 def images_of(setup: Setup) -> tuple:
@@ -423,11 +431,9 @@ class Score(Job):
         return super().spec() | {"evaluation": self.evaluation.spec()}
 
     def work(self, store, tick):
-        validation, test = self.evaluation.stored(store)[1]["validation"], self.data.test.opened().made()
-        return {}, {
-            "validation": validation,
-            "test": [accuracy_of(model, test) for model in self.evaluation.stored_students(store)],
-        }
+        models, validation = self.evaluation.students(store, tick)
+        test = self.data.test.opened().made()
+        return {}, {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A method keeps its colour in every picture of the report (`colour`).
 """
 
+import itertools
 import zlib
 
 import matplotlib
@@ -33,6 +34,14 @@ COLOURS = {
     "conditioned phi": "#0072b2",
     "what the conditioned phi stores": "#cc79a7",
     "policy": "#56b4e9",
+    "DSA": "#cc79a7",
+    "crop": "#56b4e9",
+    "crop and flip": "#56b4e9",
+    "AutoAugment": "#e69f00",
+    "RandAugment": "#d55e00",
+    "TrivialAugment": "#8c6d31",
+    "InstaAug": "#0072b2",
+    "unet_noise and RandAugment": "#6a3d9a",
     "U-Net and policy": "#0072b2",
     "plain images, soft labels": "#8c6d31",
 }
@@ -198,22 +207,31 @@ def followers(way: list[Tensor], paths: dict[str, list[Tensor]]) -> Figure:
     return figure
 
 
-def by_fraction(series: dict[str, dict[float, object]], full) -> Figure:
-    """Test accuracy against the fraction of the training data, bands of one standard deviation; `full` is a line."""
-    figure, (axis,) = new_figure(7.5, 4.4)
-    for name, scores in series.items():
-        x = [100 * f for f in scores]
-        mean = np.array([100 * s.mean for s in scores.values()])
-        std = np.array([100 * s.std for s in scores.values()])
-        axis.plot(x, mean, "o:" if name == "identity" else "o-", color=colour(name), label=name)
-        axis.fill_between(x, mean - std, mean + std, color=colour(name), alpha=0.2, linewidth=0)
-    axis.axhline(100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}")
-    axis.axhspan(100 * (full.mean - full.std), 100 * (full.mean + full.std), color=colour("all the data"), alpha=0.1)
-    axis.set(xscale="log", xlabel="% of the training data", ylabel="test accuracy in %")
-    ticks = [100 * f for f in next(iter(series.values()))]
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axis.minorticks_off()
-    axis.legend(frameon=False)
+def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full) -> Figure:
+    """Test accuracy against the fraction of the training data, a panel each: bands of one deviation; `full` a line.
+
+    Methods are told apart by colour and marker.
+    """
+    figure, axes = new_figure(5.6 * len(panels), 5.2, len(panels), sharey=True)
+    for axis, (title, series) in zip(axes, panels.items(), strict=True):
+        for (name, scores), marker in zip(series.items(), itertools.cycle("osD^vPX*"), strict=False):
+            x = [100 * f for f in scores]
+            mean = np.array([100 * s.mean for s in scores.values()])
+            std = np.array([100 * s.std for s in scores.values()])
+            axis.plot(x, mean, marker + (":" if name == "identity" else "-"), color=colour(name), label=name)
+            axis.fill_between(x, mean - std, mean + std, color=colour(name), alpha=0.12, linewidth=0)
+        axis.axhline(
+            100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}"
+        )
+        axis.axhspan(
+            100 * (full.mean - full.std), 100 * (full.mean + full.std), color=colour("all the data"), alpha=0.1
+        )
+        axis.set(xscale="log", xlabel="% of the training data", title=title)
+        ticks = [100 * f for f in next(iter(series.values()))]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8.5, loc="lower right")
+    axes[0].set_ylabel("test accuracy in %")
     return figure
 
 

@@ -170,6 +170,11 @@ class Run:
                 best[method] = (value, option)
         return {method: option for method, (_, option) in best.items()}
 
+    def seconds(self, job: Distillation | Evaluation) -> float:
+        """CPU seconds that a finished job took; an evaluation's with its score, which trains what no choice stored."""
+        parts = [job, *([Score(job.setup, job)] if isinstance(job, Evaluation) else [])]
+        return sum(self.store.seconds(p.kind, p.spec()) for p in parts if self.store.has(p.kind, p.spec()))
+
     def probe(self, rows: dict) -> dict:
         """What every `Probe` of the rows found."""
         self._run(list(rows.values()), "probes")

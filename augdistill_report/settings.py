@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -146,6 +147,10 @@ class Settings(Setup, DistillConfig, EvalConfig):
     fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
     subset_iterations: int = knob(60, "outer steps when phi learns on a fraction", low=1)
+    subset_repeats: int = knob(1, "parts of each size in notebook 05, each with phis of its own; 3 to quote", low=1)
+    subset_rates: str = knob("0.02", "step sizes of its students, one of which validation chooses for each method")
+    subset_patience: int = knob(0, "eval_patience of its second budget; 0 = none", low=0)
+    subset_students: str = knob("", "its students of other architectures, with commas between; those of eval_student")
     subset_eval_steps: int = knob(200, "SGD steps of a student that is scored in notebooks 05 and 07", low=2)
     repeats: int = knob(1, "repetitions of notebook 07: other experts, other images, another phi", low=1)
     teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
@@ -158,7 +163,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.fraction_list  # refuses what is not a list of fractions
+        _ = self.fraction_list, self.rate_list, self.student_list  # each refuses what is not such a list
         files = (absolute(part.strip()) for part in self.phis.split(","))
         object.__setattr__(self, "phis", ", ".join(file for file in files if file))
 
@@ -171,6 +176,24 @@ class Settings(Setup, DistillConfig, EvalConfig):
         if not values or not all(0 < v <= 1 for v in values) or len(set(values)) < len(values):
             raise ValueError(f"fractions={self.fractions!r}: must be different numbers in (0, 1], with commas between")
         return values
+
+    @property
+    def rate_list(self) -> list[float]:
+        try:
+            values = [float(part) for part in self.subset_rates.split(",")]
+        except ValueError:
+            values = []
+        if not values or not all(0 < v < math.inf for v in values):
+            raise ValueError(f"subset_rates={self.subset_rates!r}: must be step sizes above 0, with commas between")
+        return values
+
+    @property
+    def student_list(self) -> list[str]:
+        names = [part.strip() for part in self.subset_students.split(",") if part.strip()]
+        if not set(names) <= set(STUDENTS):
+            known = ", ".join(STUDENTS)
+            raise ValueError(f"subset_students={self.subset_students!r}: must be among {known}, with commas between")
+        return names
 
     def public(self) -> dict:
         return super().public() | {"phis": ", ".join(path.name for path in self.phi_files)}

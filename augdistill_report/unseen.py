@@ -146,11 +146,18 @@ def pool(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
 
 
 def gain(scores: dict[tuple, Accuracy], method: str, plain: str = "plain images") -> dict:
-    """What a method adds to plain images: mean and 95 % interval (Student's t), and over how many of what.
+    """What a method adds to plain images: mean and 95 % interval, and over how many of what."""
+    mean, half, over = difference(scores, method, plain)
+    return {"gain in points": f"{100 * mean:+.1f} ± {100 * half:.1f}", "over": over}
 
-    Over repetitions, where there are several (students of one world share images, experts and phi); else over students.
+
+def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> tuple[float, float, str]:
+    """How much better a method is than another: mean, half of its 95 % interval (Student's t), and over what.
+
+    `scores` are by (method, repetition). Over repetitions, where there are several (students of one world share images,
+    experts and phi); else over students.
     """
-    found = [(score - scores[plain, k])["values"] for (name, k), score in scores.items() if name == method]
+    found = [(score - scores[other, k])["values"] for (name, k), score in scores.items() if name == method]
     values, of = ([np.mean(v) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
     half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5
-    return {"gain in points": f"{100 * np.mean(values):+.1f} ± {100 * half:.1f}", "over": f"{len(values)} {of}"}
+    return float(np.mean(values)), float(half), f"{len(values)} {of}"

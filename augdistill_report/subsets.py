@@ -1,0 +1,311 @@
+"""How far parts of the data go, through each method: what notebook 05 learns, chooses and scores.
+
+One protocol for all: the same student, the same number of steps (or, as a second budget, until it stops improving), the
+same nested and stratified parts, every choice by validation accuracy. A method is a phi that learns on the part, an
+augmentation of each step, or the one after the other. `settings.subset_repeats` parts of each size, with phis of their
+own, make the repetitions that intervals are over; experts and the students' seeds are the same in all of them.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+
+from augdistill_core import DistillConfig, augmented, seeded
+from augdistill_report.augmentations import NEVER_FLIPPED, augmentation
+from augdistill_report.evaluation import train_student
+from augdistill_report.instaaug import InstaAug
+from augdistill_report.jobs import Distillation, Evaluation, Subset
+from augdistill_report.numbers import Accuracy
+from augdistill_report.settings import Settings
+from augdistill_report.unseen import CONDITIONED, POLICY, USES, Repetition, difference, pool
+
+PLAIN, FULL = "plain images", "all the data"
+MAGNITUDES = (3, 9, 15)  # of RandAugment, one of which the validation split chooses
+PIXELS = ("pixels (MTT)", "pixels (2018 loss)")
+STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row: through the phi that `learned` names (none: ""), then an augmentation."""
+
+    learned: str = ""
+    augment: str = "none"
+
+    def options(self, settings: Settings) -> list[dict]:
+        """What the validation split may choose between, as changes of `EvalConfig`."""
+        whole = self.learned in ("", "identity", *PIXELS)  # nothing is left of an image that pixels have taken
+        uses = [{}] if whole else [dict(phi_strength=s, phi_probability=p) for s, p in USES]
+        strengths = [dict(eval_magnitude=m) for m in MAGNITUDES] if self.augment == "randaugment" else [{}]
+        rates = [dict(eval_lr=rate) for rate in settings.rate_list]
+        return [dict(eval_augment=self.augment) | a | b | c for a, b, c in itertools.product(rates, strengths, uses)]
+
+
+def methods(settings: Settings) -> dict[str, Method]:
+    """Every row of the table, in its order."""
+    crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
+    return {
+        PLAIN: Method(),
+        "identity": Method("identity"),
+        "DSA": Method(augment="dsa"),
+        crop: Method(augment="crop_flip"),
+        "AutoAugment": Method(augment="autoaugment"),
+        "RandAugment": Method(augment="randaugment"),
+        "TrivialAugment": Method(augment="trivialaugment"),
+        "InstaAug": Method(augment="instaaug"),
+        **{name: Method(name) for name in PIXELS},
+        settings.phi: Method(settings.phi),
+        "policy": Method("policy"),
+        "U-Net and policy": Method("U-Net and policy"),
+        both(settings): Method(settings.phi, "randaugment"),
+    }
+
+
+def both(settings: Settings) -> str:
+    """The row of phi with a policy, which is held against that policy alone."""
+    return f"{settings.phi} and RandAugment"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial(Repetition):
+    """One repetition in the world of `settings`: parts of its own, by `number`."""
+
+    number: int = 0
+
+    def subset(self, fraction: float) -> Subset:
+        return Subset(self.settings.seed + self.number, fraction=fraction)
+
+    def learned(self, fraction: float) -> dict[str, Distillation]:
+        """The phis of a part, by the name that methods know them by."""
+        s, part = self.settings, self.subset(fraction)
+        batches = dict(iterations=s.subset_iterations, batch_syn=s.subset_batch)
+        mtt = dataclasses.replace(s.pixel_config, **batches).to_dict()
+        of_2018 = dict(objective="real_loss", alpha_mode="log", syn_steps=STEPS_2018, phi_lr=0.05) | batches
+        ours = s.part(DistillConfig, **batches).to_dict()
+        two_draws = dict(draws=2) | self.late
+        return {
+            "identity": self.distillation("identity", part, s.expert_augment, **ours | {"iterations": 1}),
+            PIXELS[0]: self.distillation("pixels", part, s.expert_augment, **mtt),
+            PIXELS[1]: self.distillation("pixels", part, s.expert_augment, **of_2018),
+            s.phi: self.distillation(s.phi, part, s.expert_augment, **ours),
+            "policy": self.distillation(POLICY, part, s.teach, **two_draws),
+            "U-Net and policy": self.distillation(f"{CONDITIONED}+{POLICY}", part, s.teach, **two_draws),
+        }
+
+    def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
+        """The evaluation of a method on a part, by an option of its own."""
+        distilled = self.learned(fraction)[method.learned] if method.learned else None
+        return self.evaluation(self.subset(fraction), distilled, **option | changes)
+
+
+def trials(settings: Settings) -> list[Trial]:
+    return [Trial(settings, number) for number in range(settings.subset_repeats)]
+
+
+def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
+    """Each method's option at each fraction, and that of all the data: the best on validation, of the first parts.
+
+    phi with RandAugment has the magnitude that RandAugment has alone.
+    """
+    first, rows = trials(run.settings)[0], methods(run.settings)
+    last, found = rows.pop(both(run.settings)), {}
+
+    def best(candidates: dict[tuple[str, float], tuple[Method, list[dict]]]) -> dict:
+        options = {
+            (key, number): first.scored(method, key[1], option)
+            for key, (method, several) in candidates.items()
+            for number, option in enumerate(several)
+        }
+        return {key: candidates[key][1][number] for key, number in run.choose(options).items()}
+
+    candidates = {(name, f): (m, m.options(run.settings)) for f in fractions for name, m in rows.items()}
+    found = best(candidates | {(FULL, 1.0): (Method(), Method().options(run.settings))})
+    candidates = {}
+    for f in fractions:
+        magnitude = found["RandAugment", f]["eval_magnitude"]
+        several = [o for o in last.options(run.settings) if o["eval_magnitude"] == magnitude]
+        candidates[both(run.settings), f] = last, several
+    return found | best(candidates)
+
+
+def scored(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[tuple[str, float, int], Evaluation]:
+    """The evaluations of every method at every fraction in every trial, each by the option that was chosen for it.
+
+    All the data are the same in every trial: they are one row of the first.
+    """
+    rows, jobs = methods(run.settings), {}
+    for (name, f), option in chosen.items():
+        for trial in trials(run.settings)[: 1 if name == FULL else None]:
+            jobs[name, f, trial.number] = trial.scored(rows.get(name, Method()), f, option, **changes)
+    return jobs
+
+
+def patient(settings: Settings) -> dict:
+    """The changes that make the second budget: until it stops improving, looked at four times as often."""
+    return dict(eval_patience=settings.subset_patience, eval_steps=max(settings.subset_eval_steps // 4, 2))
+
+
+def at(scores: dict[tuple[str, float, int], Accuracy], fraction: float) -> dict[tuple[str, int], Accuracy]:
+    """The scores at one fraction, by method and trial."""
+    return {(name, k): score for (name, f, k), score in scores.items() if f == fraction}
+
+
+def by_method(scores: dict[tuple[str, float, int], Accuracy]) -> dict[str, dict[float, Accuracy]]:
+    """The scores of all trials together, by method and fraction."""
+    series: dict[str, dict[float, Accuracy]] = {}
+    for f in dict.fromkeys(f for _, f, _ in scores):
+        for name, score in pool(at(scores, f)).items():
+            series.setdefault(name, {})[f] = score
+    return series
+
+
+def seconds(run, jobs: dict[tuple[str, float, int], Evaluation]) -> dict[tuple[str, float], tuple[float, float]]:
+    """Of each method at each fraction: CPU seconds to learn it, and of an epoch of a student; means over trials."""
+    found: dict[tuple[str, float], list] = {}
+    for (name, f, _), job in jobs.items():
+        images, c = len(job.subset.index(job.data)), job.config
+        learning = run.seconds(job.distilled) if job.distilled else 0.0
+        epoch = run.seconds(job) / c.eval_students / c.steps(images) * -(-images // c.eval_batch)
+        found.setdefault((name, f), []).append((learning, epoch))
+    return {key: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for key, rows in found.items()}
+
+
+def table(scores: dict, chosen: dict, cost: dict, fraction: float) -> list[dict]:
+    """The rows at one fraction: accuracy, gain over plain images with its 95 % interval, seconds, what was chosen."""
+    here, rows = at(scores, fraction), []
+    for name, score in pool(here).items():
+        learning, epoch = cost[name, fraction]
+        rows.append(
+            {
+                f"{100 * fraction:g} % of the data": name,
+                "test accuracy": str(score),
+                "gain in points": "" if name == PLAIN else points(*difference(here, name, PLAIN)[:2]),
+                "s to learn": f"{learning:.0f}" if learning else "",
+                "s an epoch": f"{epoch:.2f}",
+                "chosen": ", ".join(
+                    f"{key.partition('_')[2]} {value:g}"
+                    for key, value in chosen[name, fraction].items()
+                    if key != "eval_augment"
+                ),
+            }
+        )
+    return rows
+
+
+def gained(scores: dict, name: str, fraction: float) -> dict:
+    """What a method adds to plain images at a fraction: mean, half of its 95 % interval, and over what."""
+    mean, half, over = difference(at(scores, fraction), name, PLAIN)
+    return {"gain": mean, "interval": half, "over": over}
+
+
+def side_by_side(scores: dict, longer: dict) -> list[dict]:
+    """The two budgets: accuracy with equal updates, and until it stops, by method and fraction."""
+    first, second, rows = by_method(scores), by_method(longer), []
+    for name, by_fraction in second.items():
+        cells = {f"{100 * f:g} %": f"{first[name][f]}; {score}" for f, score in by_fraction.items()}
+        rows.append({"equal updates; until it stops": name} | cells)
+    fractions = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key, "") for key in fractions} for row in rows]
+
+
+def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[tuple[str, str], Accuracy]:
+    """The scores of all trials together, by student and method."""
+    return pool({((student, name), k): score for (student, name, k), score in carried.items()})
+
+
+def carried_over(carried: dict[tuple[str, str, int], Accuracy]) -> list[dict]:
+    """A row a student: the accuracy of each method, and what it adds to plain images."""
+    found, rows = by_student(carried), {}
+    for (student, name), score in found.items():
+        here = {(n, k): s for (own, n, k), s in carried.items() if own == student}
+        gain = "" if name == PLAIN else f" ({points(*difference(here, name, PLAIN)[:2])})"
+        rows.setdefault(student, {"student": student})[name] = f"{score}{gain}"
+    return list(rows.values())
+
+
+def points(mean: float, half: float) -> str:
+    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
+
+
+def verdict(scores: dict, settings: Settings) -> str:
+    """Who wins where, in words, from the numbers: paragraphs of Markdown.
+
+    Two methods are told apart where their mean difference over trials (students, if there is one trial) exceeds half of
+    its 95 % interval.
+    """
+    rows, said = methods(settings), []
+    policies = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
+    learned, full, reached = [name for name, m in rows.items() if m.learned], pool(at(scores, 1.0))[FULL], []
+    for f in dict.fromkeys(f for name, f, _ in scores if name != FULL):
+        here = at(scores, f)
+        means = {name: score.mean for name, score in pool(here).items()}
+        best, policy, ours = (max(names, key=means.get) for names in (means, policies, learned))
+        near = [name for name in means if name != best and not apart(here, best, name)]
+        said.append(
+            f"**{100 * f:g} %**: {best} is best ({100 * means[best]:.1f} %; plain images {100 * means[PLAIN]:.1f} %), "
+            f"{'not told apart from ' + ', '.join(near) if near else 'told apart from all others'}. "
+            f"The best that learned on the part against the best policy: {against(here, ours, policy)}. "
+            f"{against(here, settings.phi, policy)}. {against(here, both(settings), 'RandAugment')}."
+        )
+        if means[best] >= full.mean - full.std:
+            reached.append(f"{100 * f:g} % through {best}")
+    within = ", ".join(reached) or "no part through any method"
+    return "\n\n".join([*said, f"All the data, plain, give {full}; not more than a deviation below that: {within}."])
+
+
+def apart(here: dict[tuple[str, int], Accuracy], one: str, other: str) -> bool:
+    """Whether one method is better than the other by more than the interval of the difference."""
+    mean, half, _ = difference(here, one, other)
+    return mean > half
+
+
+def against(here: dict[tuple[str, int], Accuracy], one: str, other: str) -> str:
+    """One method against another, in words."""
+    mean, half, _ = difference(here, one, other)
+    word = "better" if mean > half else "worse" if mean < -half else "not told apart"
+    return f"{one} against {other}: {points(mean, half)} points, {word}"
+
+
+@torch.no_grad()
+def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What each method makes of the same images, one of each of a part's first classes: pixels, and their names."""
+    settings, data, first = run.settings, run.data, trials(run.settings)[0]
+    part = data.train.take(first.subset(fraction).index(data))
+    index = torch.tensor([int((part.labels == c).nonzero()[0]) for c in range(min(count, len(data.classes)))])
+    x, labels = part.images[index], part.labels[index]
+    phis, rows = first.learned(fraction), {"x": x}
+    for name, method in methods(settings).items():
+        option, images, own = chosen[name, fraction], x, seeded(settings.seed, "picture")
+        if method.learned:
+            images = augmented(phis[method.learned].stored_phi(run.store).phi, images, labels, index, own)
+        if method.augment == "instaaug":
+            images = augmented(insta(first, fraction, option), images, labels, index, own)
+        else:
+            augment = augmentation(method.augment, data, option.get("eval_magnitude", 9))
+            images = augmented(augment, images, labels, index, own)
+        if name != PLAIN:
+            rows[name] = images
+    return {name: data.pixels(images) for name, images in rows.items()}, run.titles(part.take(index))
+
+
+@torch.enable_grad()
+def insta(trial: Trial, fraction: float, option: dict) -> InstaAug:
+    """The InstaAug of the first student of its row."""
+    job = trial.scored(Method(augment="instaaug"), fraction, option)
+    part = job.data.train.take(job.subset.index(job.data))
+    augment, seed = InstaAug(part.images, 0), (job.setup.seed, "student", 0)
+    train_student(job.student(), None, part.images, part.labels, job.config, *seed, augment=augment)
+    return augment
+
+
+def elsewhere(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], Evaluation]:
+    """phi, and what it is held against, for students of other architectures: jobs by student, method and trial."""
+    settings, rows = run.settings, methods(run.settings)
+    names = [PLAIN, "RandAugment", "pixels (MTT)", settings.phi, both(settings)]
+    return {
+        (student, name, t.number): t.scored(rows[name], fraction, chosen[name, fraction], eval_student=student)
+        for student in ("convnet", *settings.student_list)
+        for name in names
+        for t in trials(settings)
+    }
