@@ -28,8 +28,9 @@ KINDS = {
     "contrast": (0.8, -4.0, 0.1),
 }
 OF_RGB = {"saturation": (0.8, -4.0, 0.1), "hue": (0.8, -4.0, 0.1)}
-LEARNING_RATE = 3e-3  # of Adam
-PACE, STILL = 1.2, 0.005  # of w; a range that comes back by less than this a step stands still
+LEARNING_RATE = 0.01  # of Adam; at .03 the ranges outrun the classifier, and end as wide as they can be
+PACE, FURTHEST = 1.2, 50  # of w: by how much it changes at once, and how often in all, either way
+STILL = 0.005  # a range that comes back by less than this a step stands still
 
 
 class InstaAug(nn.Module):
@@ -47,7 +48,8 @@ class InstaAug(nn.Module):
         limit, start, weight = (torch.tensor(column)[:, None] for column in zip(*table.values(), strict=True))
         self.register_buffer("limit", limit)
         self.register_buffer("start", start)
-        self.register_buffer("weight", weight.expand(-1, 2).clone())  # [kinds, 2], one an end
+        self.register_buffer("first", weight.expand(-1, 2).clone())  # w, [kinds, 2], one an end,
+        self.register_buffer("changes", torch.zeros_like(self.first))  # and how often it has grown since
         self.register_buffer("band", torch.tensor([bands[kind] for kind in self.kinds]).T[..., None])  # [2, kinds, 1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -55,6 +57,11 @@ class InstaAug(nn.Module):
         self.to(images)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
         self.images, self.before = images[:0], None
+
+    @property
+    def weight(self) -> Tensor:
+        """w as it is now, `[kinds, 2]`, one an end."""
+        return self.first * PACE**self.changes
 
     def ends(self, images: Tensor) -> Tensor:
         """How far each kind may go either way, for each image: `[B, kinds, (low, high)]`, both at least 0."""
@@ -89,5 +96,5 @@ class InstaAug(nn.Module):
         before = mean if self.before is None else self.before
         up = (mean < lowest) & (mean < before + STILL)
         down = (mean > highest) & (mean > before - STILL)
-        self.weight *= torch.where(up, PACE, torch.where(down, 1 / PACE, 1.0))
+        self.changes = (self.changes + up.float() - down.float()).clamp(-FURTHEST, FURTHEST)
         self.before = mean

@@ -17,11 +17,11 @@ from augdistill_report.evaluation import train_student
 from augdistill_report.instaaug import InstaAug
 from augdistill_report.jobs import Distillation, Evaluation, Subset
 from augdistill_report.numbers import Accuracy
-from augdistill_report.settings import Settings
+from augdistill_report.settings import Settings, Setup
 from augdistill_report.unseen import CONDITIONED, POLICY, USES, Repetition, difference, pool
 
 PLAIN, FULL = "plain images", "all the data"
-MAGNITUDES = (3, 9, 15)  # of RandAugment, one of which the validation split chooses
+MAGNITUDES = (5, 14)  # of RandAugment, one of which the validation split chooses
 PIXELS = ("pixels (MTT)", "pixels (2018 loss)")
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
 
@@ -73,6 +73,10 @@ class Trial(Repetition):
 
     number: int = 0
 
+    def setup(self, augment: str) -> Setup:
+        """As for any repetition; the experts that were given, where they are of that kind."""
+        return self.settings.part(Setup) if augment == self.settings.expert_augment else super().setup(augment)
+
     def subset(self, fraction: float) -> Subset:
         return Subset(self.settings.seed + self.number, fraction=fraction)
 
@@ -83,7 +87,7 @@ class Trial(Repetition):
         mtt = dataclasses.replace(s.pixel_config, **batches).to_dict()
         of_2018 = dict(objective="real_loss", alpha_mode="log", syn_steps=STEPS_2018, phi_lr=0.05) | batches
         ours = s.part(DistillConfig, **batches).to_dict()
-        two_draws = dict(draws=2) | self.late
+        two_draws = self.late | dict(draws=2) | batches
         return {
             "identity": self.distillation("identity", part, s.expert_augment, **ours | {"iterations": 1}),
             PIXELS[0]: self.distillation("pixels", part, s.expert_augment, **mtt),
