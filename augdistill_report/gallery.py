@@ -99,7 +99,8 @@ def table(results: dict[str, dict]) -> str:
     lines = ["| trained on a few real images, each through | test accuracy |", "|---|---|"]
     lines += [f"| {name} | {score} |" for name, score in base.items()]
     parts = {tuple(name.rsplit(", ", 1)): score for name, score in scores(results["05_subset_evaluation"]).items()}
-    parts = {key: score for key, score in parts.items() if not key[0].startswith("gain")}
+    # neither gains, nor other budgets and students ("mlp: unet")
+    parts = {key: score for key, score in parts.items() if not key[0].startswith("gain") and ": " not in key[0]}
     fractions = sorted({part for _, part in parts}, key=lambda part: float(part.rstrip("%")))
     lines += ["", "| part of the data | " + " | ".join(fractions) + " |", "|---" * (len(fractions) + 1) + "|"]
     for name in dict.fromkeys(name for name, _ in parts):

@@ -92,7 +92,7 @@ class Repetition:
     def evaluation(
         self, subset: Subset, distilled: Distillation | None = None, only: str = "", **changes
     ) -> Evaluation:
-        changes |= dict(eval_steps=self.settings.subset_eval_steps, eval_epochs=0)
+        changes = dict(eval_steps=self.settings.subset_eval_steps, eval_epochs=0) | changes
         config = self.settings.eval_config(distilled is not None, **changes)
         setup = distilled.setup if distilled else self.setup(self.settings.teach)
         return Evaluation(setup, subset, config, distilled, only)

@@ -1,0 +1,342 @@
+"""Notebook 05's protocol: what is learned, chosen and scored, by whom the test split is opened, what the tables say."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augdistill_core import ConvNet, Phi, flatten, initial_parameters, logits_of, seeded, unflatten
+from augdistill_report import evaluation, gallery, open_run, subsets
+from augdistill_report.data import Sealed, load
+from augdistill_report.evaluation import MOST, Patience, accuracy, accuracy_of, train_student
+from augdistill_report.jobs import Evaluation, Score, Subset
+from augdistill_report.numbers import Accuracy, markdown
+from augdistill_report.settings import EvalConfig, Settings, Setup, preflight, resolve
+from augdistill_report.students import STUDENTS
+
+
+class Opened(list):
+    """Which code opened the test split, in turn."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run of the smoke preset with two parts of one size: choices, scores, and when the test split was opened."""
+    changes = dict(preset="smoke", out=str(tmp_path_factory.mktemp("run")), fractions="0.1", subset_repeats=2)
+    run, opened, real = open_run("05_subset_evaluation", changes), Opened(), Sealed.opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sealed, "opened", lambda split: opened.append("opened") or real(split))
+        run.distill({(name, t.number): j for t in subsets.trials(run.settings) for name, j in t.learned(0.1).items()})
+        chosen = subsets.choose(run, [0.1])
+        before = len(opened)
+        jobs = subsets.scored(run, chosen)
+        scores = run.evaluate(jobs)
+    return dict(run=run, chosen=chosen, jobs=jobs, scores=scores, before=before, opened=len(opened))
+
+
+# --- the test split ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_last_scoring_opens_the_test_split(world):
+    assert world["before"] == 0  # not what learns, and not what chooses
+    different = {job.spec()["config"]["eval_augment"] + str(job.spec()) for job in world["jobs"].values()}
+    assert world["opened"] == len(different)  # and each score once
+
+
+def test_a_method_that_looks_at_a_test_image_fails(world):
+    data, settings = world["run"].data, world["run"].settings
+    student = settings.student(data)
+    looks = {
+        "images": lambda: data.test.images,
+        "a part": lambda: data.test.take(slice(0, 3)).images,
+        "batches": lambda: next(data.test.batches(8)).images,
+        "made": data.test.made,
+        "whitened or moved": lambda: data.to("cpu").test.images,
+        "accuracy": lambda: accuracy(student, initial_parameters(student, 0), data.test),
+    }
+    for look in looks.values():
+        with pytest.raises(ValueError, match="the test split is sealed: methods and choices see train and validation"):
+            look()
+
+    def peeks(images, **_):
+        return images + 0 * data.test.images[: len(images)]
+
+    with pytest.raises(ValueError, match="sealed"):
+        train_student(student, None, *both(data), EvalConfig(eval_steps=2), 0, augment=peeks)
+    assert torch.equal(data.test.opened().raw, data.test.raw) and len(data.test.opened()) == len(data.test)
+
+
+def both(data, count=20):
+    part = data.train.take(slice(0, count))
+    return part.images, part.labels
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_the_same_protocol(world):
+    run, jobs = world["run"], world["jobs"]
+    rows = subsets.methods(run.settings)
+    assert {name for name, _, _ in jobs} == {*rows, "all the data"}
+    free = {"eval_augment", "eval_magnitude", "eval_lr", "phi_strength", "phi_probability"}
+    same = [{k: v for k, v in job.config.to_dict().items() if k not in free} for job in jobs.values()]
+    assert all(config == same[0] for config in same) and same[0]["eval_steps"] == run.settings.subset_eval_steps
+    for (name, _, k), job in jobs.items():
+        assert job.config.eval_augment == rows.get(name, subsets.Method()).augment
+        if name != "all the data":
+            assert job.subset == Subset(run.settings.seed + k, fraction=0.1)
+            assert not job.distilled or job.distilled.subset == job.subset  # it learned on that very part
+    assert [k for name, _, k in jobs if name == "all the data"] == [0]
+    identity, plain = ([world["scores"][name, 0.1, k].test for k in (0, 1)] for name in ("identity", "plain images"))
+    assert identity == plain
+
+
+def test_parts_are_nested_and_stratified():
+    data, settings = load("digits", 8), resolve("smoke", {"subset_repeats": 3})
+    for trial in subsets.trials(settings):
+        parts = [set(trial.subset(f).index(data).tolist()) for f in (0.01, 0.1, 0.5)]
+        assert parts[0] < parts[1] < parts[2]
+        counts = torch.bincount(data.train.labels[trial.subset(0.1).index(data)])
+        assert counts.min() >= counts.max() - 1 and len(counts) == 10
+    first, second, _ = (t.subset(0.1).index(data).tolist() for t in subsets.trials(settings))
+    assert first != second
+
+
+def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world):
+    run, first = world["run"], subsets.trials(world["run"].settings)[0]
+    for name, method in subsets.methods(run.settings).items():
+        options = method.options(run.settings)
+        if name == subsets.both(run.settings):
+            own = world["chosen"]["RandAugment", 0.1]["eval_magnitude"]
+            options = [o for o in options if o["eval_magnitude"] == own]
+        jobs = [first.scored(method, 0.1, option) for option in options]
+        means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs]
+        assert world["chosen"][name, 0.1] == options[means.index(max(means))]
+    assert len(subsets.Method(augment="randaugment").options(run.settings)) == len(subsets.MAGNITUDES)
+    rates = Settings(subset_rates="0.01, 0.1")
+    assert [o["eval_lr"] for o in subsets.Method().options(rates)] == [0.01, 0.1]
+    for wrong in ("", "0.1, x", "0", "-1", "inf"):
+        with pytest.raises(ValueError, match=r"subset_rates=.*must be step sizes above 0"):
+            Settings(subset_rates=wrong)
+
+
+def test_the_second_budget_is_the_same_but_for_its_end(world):
+    settings = dataclasses.replace(world["run"].settings, subset_patience=2, subset_eval_steps=80)
+    config = subsets.trials(settings)[0].scored(subsets.Method(), 0.1, {}, **subsets.patient(settings)).config
+    assert (config.eval_patience, config.eval_steps) == (2, 20)
+
+
+# --- until it stops improving -----------------------------------------------------------------------------------------
+
+
+def test_patience_keeps_the_best_and_ends_after_two_plateaus():
+    model, watch, seen = torch.nn.Linear(1, 1), Patience(2), []
+    for look, value in enumerate([0.1, 0.5, 0.4, 0.5, 0.6, 0.2, 0.6, 0.9]):
+        model.weight.data.fill_(look)
+        seen.append((watch.is_over(model, value), watch.factor))
+        if seen[-1][0]:
+            break
+    # .4 and .5 are no improvement: a tenth of the step; .2 and .6 are none either: the end, before .9
+    assert seen == [(False, 1)] * 3 + [(False, 0.1)] * 3 + [(True, 0.1)]
+    assert watch.best == 0.6 and watch.state["weight"].item() == 4
+    ever = Patience(3)
+    assert [ever.is_over(model, look / 100) for look in range(MOST)] == [False] * (MOST - 1) + [True]
+
+
+def test_a_patient_student_is_the_best_it_was_on_validation(monkeypatch):
+    data = load("digits", 8)
+    student, (images, labels) = ConvNet(1, 10, 8, width=8, depth=2), both(data, 300)
+    seen, real = [], evaluation.accuracy
+
+    def watched(model, theta, split):
+        seen.append((real(model, theta, split), theta))
+        return seen[-1][0]
+
+    monkeypatch.setattr(evaluation, "accuracy", watched)
+    config = EvalConfig(eval_steps=5, eval_patience=1, eval_lr=0.2)
+    model = train_student(student, None, images, labels, config, 3, validation=data.validation)
+    values = [value for value, _ in seen]
+    assert 3 <= len(values) <= MOST and not model.training
+    best = seen[values.index(max(values))][1]
+    assert torch.equal(flatten(model.parameters()), best) and max(values) > values[0]
+    # the same steps as without patience, as long as the step size stands
+    plain = EvalConfig(eval_steps=10, eval_lr=0.2)
+    monkeypatch.setattr(evaluation, "accuracy", real)
+    monkeypatch.setattr(evaluation, "MOST", 1)
+    once = train_student(student, None, images, labels, config, 3, validation=data.validation)
+    halfway = train_student(student, None, images, labels, plain, 3)  # its step size falls after 5
+    assert not torch.equal(flatten(once.parameters()), flatten(halfway.parameters()))
+    torch.testing.assert_close(flatten(once.parameters()), seen[0][1])
+
+
+# --- other students ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 16)])
+def test_other_students_take_small_images_and_have_weights_of_their_own(name, channels, size):
+    student = STUDENTS[name](channels, 10, size)
+    x = torch.randn(3, channels, size, size, generator=seeded(0))
+    assert student(x).shape == (3, 10)
+    theta = initial_parameters(student, 1)
+    assert torch.equal(theta, initial_parameters(student, 1)) and not torch.equal(theta, initial_parameters(student, 2))
+    if name == "mlp":  # against the formula
+        pieces = unflatten(student, theta)
+        h = x.flatten(1)
+        for k, (w, b) in enumerate(zip(pieces[::2], pieces[1::2], strict=True)):
+            h = F.linear(F.relu(h) if k else h, w, b)
+        torch.testing.assert_close(logits_of(student, pieces, x), h)
+
+
+def test_a_student_with_batch_norm_is_scored_with_the_statistics_that_it_learned(tmp_path):
+    """Stored and read again, in its evaluation mode: one image's class does not hang on the others beside it."""
+    run = open_run("other", {"preset": "smoke", "out": str(tmp_path)})
+    monkey = dict(eval_student="resnet18", eval_steps=3, eval_students=2)
+    job = run.evaluation(Subset(0, fraction=0.1), **monkey)
+    assert run.choose({("a", 1): job}) == {"a": 1}  # stores the students
+    models, validation = job.students(run.store, lambda done, total: None)
+    assert not any(model.training for model in models) and int(models[0].bn1.num_batches_tracked) == 3
+    assert validation == [accuracy_of(model, run.data.validation) for model in models]
+    x = run.data.validation.images[:8]
+    torch.testing.assert_close(models[0](x)[:1], models[0](x[:1]), rtol=1e-4, atol=1e-4)
+    found = Score(job.setup, job).stored(run.store)[1]
+    assert found["test"] == [accuracy_of(model, run.data.test.opened()) for model in models]
+    fresh = job.trained(run.store, lambda done, total: None)[0]
+    assert all(map(torch.equal, models[1].state_dict().values(), fresh[1].state_dict().values()))
+
+
+def test_unknown_students_are_refused():
+    with pytest.raises(ValueError, match="subset_students='mlp, vgg': must be among mlp, lenet, resnet18"):
+        Settings(subset_students="mlp, vgg")
+    with pytest.raises(ValueError, match="eval_student='vgg': must be one of convnet, mlp, lenet, resnet18"):
+        EvalConfig(eval_student="vgg")
+
+
+# --- what the tables say ----------------------------------------------------------------------------------------------
+
+
+def made_up():
+    """Two trials of three students: phi is clearly better than plain images, RandAugment is not told apart."""
+    values = {
+        "plain images": [[0.50, 0.52, 0.51], [0.50, 0.50, 0.51]],
+        "RandAugment": [[0.50, 0.62, 0.51], [0.50, 0.49, 0.50]],
+        "unet_noise": [[0.80, 0.82, 0.81], [0.80, 0.80, 0.81]],
+    }
+    return {(n, 0.1, k): Accuracy(v, v) for n, several in values.items() for k, v in enumerate(several)}
+
+
+def test_differences_and_words_are_those_of_the_numbers():
+    here = subsets.at(made_up(), 0.1)
+    mean, half, over = subsets.difference(here, "unet_noise", "plain images")
+    assert (mean, half, over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
+    assert subsets.apart(here, "unet_noise", "plain images") and not subsets.apart(here, "plain images", "unet_noise")
+    # .0333 and -.0067 on average: Student's t with one degree of freedom is 12.7
+    mean, half, _ = subsets.difference(here, "RandAugment", "plain images")
+    assert mean == pytest.approx(0.04 / 3) and half == pytest.approx(12.706 * 0.02, rel=1e-3)
+    assert subsets.against(here, "RandAugment", "plain images") == (
+        "RandAugment against plain images: +1.3 ± 25.4 points, not told apart"
+    )
+    assert subsets.against(here, "plain images", "unet_noise").endswith("-30.0 ± 0.0 points, worse")
+    assert subsets.by_method(made_up())["RandAugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
+
+
+def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
+    run, scores = world["run"], world["scores"]
+    cost = subsets.seconds(run, world["jobs"])
+    rows = subsets.table(scores, world["chosen"], cost, 0.1)
+    pooled = subsets.by_method(scores)
+    assert [row["10 % of the data"] for row in rows] == list(subsets.methods(run.settings))
+    for row in rows:
+        name = row["10 % of the data"]
+        assert row["test accuracy"] == str(pooled[name][0.1])
+        if name != "plain images":
+            found = subsets.gained(scores, name, 0.1)
+            assert row["gain in points"] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
+            assert found["over"] == "2 repetitions"
+        learning, epoch = cost[name, 0.1]
+        assert epoch > 0 and (learning > 0) == bool(subsets.methods(run.settings)[name].learned)
+    assert markdown(rows).count("\n") == len(rows) + 2
+    words = subsets.verdict(scores, run.settings)
+    best = max((n for n in pooled if n != "all the data"), key=lambda n: pooled[n][0.1].mean)
+    assert f"**10 %**: {best} is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    assert f"All the data, plain, give {pooled['all the data'][1.0]}" in words
+    both = subsets.side_by_side(scores, scores)
+    assert both[0]["10 %"] == "; ".join(2 * [str(pooled["plain images"][0.1])]) and both[-1]["100 %"]
+
+
+def test_readme_s_table_leaves_out_second_budgets_and_other_students():
+    score = {"mean": 0.5, "std": 0.1, "n": 3, "values": [0.4, 0.5, 0.6]}
+    numbers = {
+        f"{prefix}plain images, {part}%": score for prefix in ("", "until it stops: ", "mlp: ") for part in (1, 10)
+    }
+    results = {
+        "03_phi_distillation": {"numbers": {}},
+        "05_subset_evaluation": {"numbers": numbers},
+        "07_unseen_images": {"numbers": {}, "settings": {"phi_fraction": 0.1}},
+    }
+    lines = [line for line in gallery.table(results).splitlines() if "plain images" in line]
+    assert lines == ["| plain images | 50.0 ± 10.0 % (n = 3) | 50.0 ± 10.0 % (n = 3) |"]
+
+
+def test_pictures_show_each_method_on_the_same_images(world):
+    run = world["run"]
+    images, titles = subsets.pictures(run, 0.1, world["chosen"])
+    assert titles == list("01234567") and set(images) == {"x", *subsets.methods(run.settings)} - {"plain images"}
+    assert all(shown.shape == (8, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
+    torch.testing.assert_close(images["identity"], images["x"])
+    assert not any(torch.equal(images[name], images["x"]) for name in images if name not in ("x", "identity"))
+    insta = subsets.insta(subsets.trials(run.settings)[0], 0.1, {"eval_augment": "instaaug"})
+    assert not torch.equal(
+        insta.ends(run.data.train.images[:2]), insta.limit * torch.sigmoid(insta.start.expand(2, -1, 2))
+    )
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_method_that_changes_the_shape_or_returns_nan_is_named():
+    data = load("digits", 8)
+    student, (images, labels) = ConvNet(1, 10, 8, width=4, depth=1), both(data)
+
+    class Halving(Phi):
+        def forward(self, images, **_):
+            return images[..., ::2]
+
+    class Broken(Phi):
+        def forward(self, images, **_):
+            return images / 0 * 0
+
+    config = EvalConfig(eval_steps=2)
+    for method, message in (
+        (Halving(), "Halving turned .* must keep it"),
+        (Broken(), "Broken returns values that are not finite"),
+    ):
+        for options in (dict(phi=method), dict(phi=None, augment=method)):
+            with pytest.raises(ValueError, match=message):
+                train_student(student, images=images, labels=labels, config=config, **options)
+
+
+def test_a_phi_that_was_trained_for_another_data_set_is_refused():
+    setup = Setup(size=8)
+    world = subsets.trials(resolve("smoke"))[0]
+    job = world.learned(0.1)["unet_noise"]
+    for changes, ours in (
+        (dict(dataset="fashion", size=8), "fashion, 8, False"),
+        (dict(size=16), "digits, 16, False"),
+        (dict(size=8, zca=True), "digits, 8, True"),
+    ):
+        with pytest.raises(ValueError, match=f"phi 'unet_noise' was trained on digits, 8, False: not for {ours}"):
+            Evaluation(dataclasses.replace(setup, **changes), job.subset, EvalConfig(), job)
+    Evaluation(dataclasses.replace(setup, experts=3), job.subset, EvalConfig(), job)  # the images are the same
+
+
+@pytest.mark.parametrize("fractions", ["0", "-0.1", "1.5", "nan", "0.1, 2", "a", ""])
+def test_impossible_fractions_are_refused(fractions):
+    with pytest.raises(ValueError, match=rf"fractions={fractions!r}: must be different numbers in \(0, 1\]"):
+        Settings(fractions=fractions)
+
+
+def test_a_fraction_that_leaves_a_class_empty_is_refused():
+    with pytest.raises(ValueError, match=r"fractions='0.1, 0.002': fraction=0.002: leaves class 0 of digits empty"):
+        preflight(resolve("smoke", {"fractions": "0.1, 0.002"}))
