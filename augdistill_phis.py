@@ -357,6 +357,19 @@ class Stored(Phi):
         return self.phi(torch.zeros_like(images), **given)
 
 
+class Added(Phi):
+    """The control of a phi that may tell what an image shows: phi(x) - x, what it adds, without the image itself."""
+
+    def __init__(self, phi: Phi):
+        super().__init__()
+        self.phi = phi
+        for claim in ("stochastic", "conditional", "positional", "bound"):
+            setattr(self, claim, getattr(phi, claim, False))
+
+    def forward(self, images, **given):
+        return self.phi(images, **given) - images
+
+
 register_phi("unet")(UNet)
 register_phi("unet_noise")(lambda images, classes: UNet(images, classes, noise=1))
 register_phi("unet_class")(ConditionalUNet)

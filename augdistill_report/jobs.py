@@ -27,7 +27,7 @@ from augdistill_core import (
     train_expert,
     train_together,
 )
-from augdistill_phis import OURS, Applied, Stored, builders, origin
+from augdistill_phis import OURS, Added, Applied, Stored, builders, origin
 from augdistill_report.artefacts import Store, source_digest
 from augdistill_report.augmentations import augmentation, fitted
 from augdistill_report.checkpoints import Checkpoint
@@ -334,12 +334,15 @@ def source(build) -> str:
         return repr(build)  # holds an address: found again in this process only, never mistaken for another
 
 
+CONTROLS = {"stored": Stored, "added": Added}  # a part of what phi does, by the name that an `Evaluation` has for it
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Job):
     """Fresh students trained on a subset, through a distilled phi or (None) plainly, and their validation accuracy.
 
-    `only` "stored": through nothing but what phi makes of a blank image (`Stored`). What the students are worth on the
-    test split, only a `Score` says.
+    `only` "stored": through nothing but what phi makes of a blank image (`Stored`); "added": through what it adds to
+    each image, without the image (`Added`). What the students are worth on the test split, only a `Score` says.
     """
 
     subset: Subset
@@ -355,8 +358,9 @@ class Evaluation(Job):
         return c.eval_students * c.steps(images) * min(images, c.eval_batch)
 
     def __post_init__(self):
-        if self.only not in (("", "stored") if self.distilled else ("",)):
-            raise ValueError(f"only={self.only!r}: must be empty, or 'stored' beside a distilled phi")
+        if self.only not in (("", *CONTROLS) if self.distilled else ("",)):
+            controls = " or ".join(map(repr, CONTROLS))
+            raise ValueError(f"only={self.only!r}: must be empty, or {controls} beside a distilled phi")
         if not (self.config.eval_lr or self.distilled):
             raise ValueError("eval_lr=0.0: must be above 0 for plain images, which have learned no step size")
         if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
@@ -385,7 +389,7 @@ class Evaluation(Job):
         if not config.eval_lr:  # a raw alpha that ran below zero teaches nothing: then students stay as they are
             config = dataclasses.replace(config, eval_lr=max(distilled.alpha, 0.0))
         if self.only:
-            phi = Stored(phi)
+            phi = CONTROLS[self.only](phi)
         if phi is not None:
             phi = Applied(phi, config.phi_strength, config.phi_probability)
         train, validation = data.train.take(self.subset.index(data)), data.validation.made()

@@ -154,9 +154,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
     subset_eval_steps: int = knob(200, "SGD steps of a student that is scored in notebooks 05 and 07", low=2)
     repeats: int = knob(1, "repetitions of notebook 07: other experts, other images, another phi", low=1)
     teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
-    phi_fraction: float = knob(0.1, "the part of the data that it sends through phi", low=1e-6, high=1)
-    late_start_epoch: int = knob(0, "T+ of its phis that learn on that part, or ranges; 0 = as late as can be", low=0)
-    policy_iterations: int = knob(50, "outer steps of those phis", low=1)
+    late_start_epoch: int = knob(0, "T+ of policies, in notebooks 05 and 07; 0 = as late as can be", low=0)
+    policy_iterations: int = knob(50, "outer steps of policies", low=1)
     episode_iterations: int = knob(120, "outer steps of the phis that meet new images in each", low=1)
     track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
@@ -325,14 +324,11 @@ def preflight(settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"images_per_class={settings.images_per_class}: too many ({error})") from None
     base = data.train.take(index).images
-    for key, value, fraction in [
-        *(("fractions", settings.fractions, fraction) for fraction in settings.fraction_list),
-        ("phi_fraction", settings.phi_fraction, settings.phi_fraction),
-    ]:
+    for fraction in settings.fraction_list:
         try:
             data.subset(settings.seed, fraction=fraction)
         except ValueError as error:
-            raise ValueError(f"{key}={value!r}: {error}") from None
+            raise ValueError(f"fractions={settings.fractions!r}: {error}") from None
     make_phi(settings.phi, base, len(data.classes), settings.seed)
     for key in ("phi", "alpha", "pixel"):
         kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{key}_momentum")

@@ -18,20 +18,28 @@ from augdistill_report.instaaug import InstaAug
 from augdistill_report.jobs import Distillation, Evaluation, Subset
 from augdistill_report.numbers import Accuracy
 from augdistill_report.settings import Settings, Setup
-from augdistill_report.unseen import CONDITIONED, POLICY, USES, Repetition, difference, pool
+from augdistill_report.unseen import CONDITIONED, POLICY, Repetition, difference, pool
 
-PLAIN, FULL = "plain images", "all the data"
+PLAIN, FULL, SOFT = "plain images", "all the data", "plain images, soft labels"
+TAUGHT = "the experts' augmentation"  # by hand: what a policy that learned all its experts had to teach would do
 MAGNITUDES = (5, 14)  # of RandAugment, one of which the validation split chooses
 PIXELS = ("pixels (MTT)", "pixels (2018 loss)")
+USES = ((1.0, 1.0), (1.0, 0.5))  # a phi's strength and probability, likewise
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row: through the phi that `learned` names (none: ""), then an augmentation."""
+    """A row: through the phi that `learned` names (none: ""), then an augmentation; by which labels."""
 
     learned: str = ""
     augment: str = "none"
+    labels: str = "hard"
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it knows anything from experts, which saw all the data."""
+        return bool(self.learned) or self.labels == "soft"
 
     def options(self, settings: Settings) -> list[dict]:
         """What the validation split may choose between, as changes of `EvalConfig`."""
@@ -39,7 +47,8 @@ class Method:
         uses = [{}] if whole else [dict(phi_strength=s, phi_probability=p) for s, p in USES]
         strengths = [dict(eval_magnitude=m) for m in MAGNITUDES] if self.augment == "randaugment" else [{}]
         rates = [dict(eval_lr=rate) for rate in settings.rate_list]
-        return [dict(eval_augment=self.augment) | a | b | c for a, b, c in itertools.product(rates, strengths, uses)]
+        always = dict(eval_augment=self.augment, eval_labels=self.labels)
+        return [always | a | b | c for a, b, c in itertools.product(rates, strengths, uses)]
 
 
 def methods(settings: Settings) -> dict[str, Method]:
@@ -48,6 +57,8 @@ def methods(settings: Settings) -> dict[str, Method]:
     return {
         PLAIN: Method(),
         "identity": Method("identity"),
+        SOFT: Method(labels="soft"),
+        TAUGHT: Method(augment=settings.teach),
         "DSA": Method(augment="dsa"),
         crop: Method(augment="crop_flip"),
         "AutoAugment": Method(augment="autoaugment"),
@@ -190,7 +201,7 @@ def table(scores: dict, chosen: dict, cost: dict, fraction: float) -> list[dict]
                 "chosen": ", ".join(
                     f"{key.partition('_')[2]} {value:g}"
                     for key, value in chosen[name, fraction].items()
-                    if key != "eval_augment"
+                    if key not in ("eval_augment", "eval_labels")
                 ),
             }
         )
@@ -288,7 +299,7 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
         else:
             augment = augmentation(method.augment, data, option.get("eval_magnitude", 9))
             images = augmented(augment, images, labels, index, own)
-        if name != PLAIN:
+        if name not in (PLAIN, "identity", SOFT):  # which are x
             rows[name] = images
     return {name: data.pixels(images) for name, images in rows.items()}, run.titles(part.take(index))
 

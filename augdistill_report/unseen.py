@@ -6,19 +6,30 @@ not punish randomness).
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from scipy.special import stdtrit
 
-from augdistill_core import DistillConfig, snapshots_every
+from augdistill_core import DistillConfig, Phi, snapshots_every
 from augdistill_report.augmentations import RandomAffine, fitting
+from augdistill_report.data import Dataset
 from augdistill_report.jobs import Distillation, Evaluation, Subset, own_source
 from augdistill_report.numbers import Accuracy, summary
 from augdistill_report.settings import Settings, Setup
 
 POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
-BLIND, CONDITIONED, POLICY = "unet_noise", "unet_class_noise", "policy"
-USES = [(1.0, 1.0), (1.0, 0.5)]  # strength and probability, one of which the validation split chooses
+CONDITIONED, POLICY = "unet_class_noise", "policy"
+# of episodes: names, and the phi's step size where it is not the run's own (the MLP learns worse at the U-Net's)
+OF_EPISODES = {
+    "class-blind U-Net": dict(phi="unet_noise"),
+    "class-blind MLP": dict(phi="mlp_noise", phi_lr=1e-3),
+    "conditioned U-Net": dict(phi=CONDITIONED),
+}
+ALONE = {  # controls: of which phi, and what of it
+    "what the conditioned U-Net stores": ("conditioned U-Net", "stored"),
+    "what the class-blind MLP adds": ("class-blind MLP", "added"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +37,6 @@ class Repetition:
     """One world, that of `settings`: its experts, its images, its phis."""
 
     settings: Settings
-
-    @property
-    def part(self) -> Subset:
-        """The part of the data that goes through phi."""
-        return Subset(self.settings.seed, fraction=self.settings.phi_fraction)
 
     @property
     def few(self) -> Subset:
@@ -78,16 +84,9 @@ class Repetition:
             )
         options = dict(iterations=s.episode_iterations, episode=s.images_per_class)
         return {
-            "class-blind phi": self.distillation(BLIND, self.rest, s.teach, **options),
-            "conditioned phi": self.distillation(CONDITIONED, self.rest, s.teach, **options),
+            name: self.distillation(subset=self.rest, augment=s.teach, **options | phi)
+            for name, phi in OF_EPISODES.items()
         }
-
-    def of_part(self) -> dict[str, Distillation]:
-        """Phis trained on the part that goes through them, by two draws; and the identity, which learns nothing."""
-        teach = self.settings.teach
-        phis = {"policy": POLICY, "U-Net and policy": f"{CONDITIONED}+{POLICY}"}
-        jobs = {name: self.distillation(phi, self.part, teach, draws=2, **self.late) for name, phi in phis.items()}
-        return jobs | {"identity": self.distillation("identity", self.part, teach, **self.late | {"iterations": 1})}
 
     def evaluation(
         self, subset: Subset, distilled: Distillation | None = None, only: str = "", **changes
@@ -97,17 +96,15 @@ class Repetition:
         setup = distilled.setup if distilled else self.setup(self.settings.teach)
         return Evaluation(setup, subset, config, distilled, only)
 
-    def used(self, subset: Subset, distilled: Distillation | None, **changes) -> dict[tuple, Evaluation]:
-        """An evaluation for each way to use a phi: by strength and probability."""
-        return {
-            use: self.evaluation(subset, distilled, phi_strength=use[0], phi_probability=use[1], **changes)
-            for use in USES
-        }
-
 
 def repetitions(settings: Settings) -> list[Repetition]:
     """As many as `settings.repeats`, each with a seed of its own."""
     return [Repetition(dataclasses.replace(settings, seed=settings.seed + k)) for k in range(settings.repeats)]
+
+
+def holds(phi: Phi, data: Dataset) -> int:
+    """How many numbers a phi has learned, in images of the data set: what it could store."""
+    return round(sum(p.numel() for p in phi.parameters()) / math.prod(data.shape))
 
 
 def truth(settings: Settings) -> dict[str, float]:

@@ -1,13 +1,14 @@
 """A phi for images that it never saw: what is trained and scored on what, soft labels, choices, sums over worlds."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from augdistill_core import flatten, initial_parameters, logits_of, make_phi, seeded, train_experts, unflatten
-from augdistill_phis import Stored
+from augdistill_phis import Added, Stored
 from augdistill_report import open_run, plots, unseen
 from augdistill_report.artefacts import Store
 from augdistill_report.augmentations import RandomAffine
@@ -26,8 +27,8 @@ def test_no_phi_of_episodes_is_scored_on_an_image_that_it_met():
     for seed in range(3):
         settings = resolve("digits", {"seed": seed})
         data, world = settings.load(), unseen.Repetition(settings)
-        met, few, part = (set(s.index(data).tolist()) for s in (world.rest, world.few, world.part))
-        assert not met & few and not met & part and few <= part  # 10 % lie in the first 20 %
+        met, few = (set(s.index(data).tolist()) for s in (world.rest, world.few))
+        assert not met & few
         assert len(met) == pytest.approx(0.8 * len(data.train), rel=0.01) and len(few) == 10
     for job in world.episodes().values():
         assert job.subset == world.rest and job.config.episode == 1 and job.config.alpha_mode == "held"
@@ -47,7 +48,7 @@ def test_repetitions_are_worlds_of_their_own():
     # late: as far as the experts' way allows, or as told
     assert {job.config.max_start_epoch for job in jobs.values()} == {3}  # 4 snapshots, M = 1
     late = unseen.Repetition(dataclasses.replace(settings, late_start_epoch=2))
-    assert late.of_part()["policy"].config.max_start_epoch == 2
+    assert late.ranges()["two draws"].config.max_start_epoch == 2
     with pytest.raises(ValueError, match=r"late_start_epoch=4: .* start epochs in \[0, 3\]"):
         preflight(dataclasses.replace(settings, late_start_epoch=4))
     many = unseen.Repetition(dataclasses.replace(settings, images_per_class=50))
@@ -57,8 +58,6 @@ def test_repetitions_are_worlds_of_their_own():
     other = unseen.Repetition(dataclasses.replace(settings, draws=3, episode=1, alpha_mode="raw")).ranges()
     assert [job.config.draws for job in other.values()] == [2, 1, 2]
     assert {(job.config.episode, job.config.alpha_mode) for job in other.values()} == {(0, "held")}
-    with pytest.raises(ValueError, match=r"phi_fraction=0\.0001: .* leaves class"):
-        preflight(dataclasses.replace(settings, phi_fraction=1e-4))
 
 
 def test_the_truth_is_what_the_experts_augmentation_draws():
@@ -94,13 +93,13 @@ def test_soft_labels_are_the_experts_mean_probabilities(world):
 
 def test_soft_labels_are_used_where_they_are_asked_for(world, tmp_path):
     store = Store(tmp_path)
-    hard, soft = (world.evaluation(world.part, eval_labels=kind) for kind in ("hard", "soft"))
+    hard, soft = (world.evaluation(world.few, eval_labels=kind) for kind in ("hard", "soft"))
     assert hard.spec() != soft.spec()
     assert hard.stored(store)[1] != soft.stored(store)[1]
 
 
-@pytest.mark.parametrize("name", ["unet_class_noise", "unet_class+policy", "unet"])
-def test_what_a_phi_stores_is_what_it_makes_of_a_blank_image(name):
+@pytest.mark.parametrize("name", ["unet_class_noise", "unet_class+policy", "unet", "mlp_noise"])
+def test_what_a_phi_stores_and_what_it_adds(name):
     images = torch.randn(6, 1, 8, 8, generator=seeded(0))
     phi = make_phi(name, images, 3, 0)
     with torch.no_grad():
@@ -110,17 +109,27 @@ def test_what_a_phi_stores_is_what_it_makes_of_a_blank_image(name):
     out = Stored(phi)(images, generator=seeded(2), **given)
     assert torch.equal(out, phi(torch.zeros_like(images), generator=seeded(2), **given))
     assert torch.equal(out, Stored(phi)(images + 1, generator=seeded(2), **given)) and out.abs().sum() > 0
-    assert (Stored(phi).conditional, Stored(phi).stochastic) == (phi.conditional, phi.stochastic)
+    added = Added(phi)(images, generator=seeded(2), **given)
+    assert torch.equal(added, phi(images, generator=seeded(2), **given) - images) and added.abs().sum() > 0
+    for control in (Stored(phi), Added(phi)):
+        assert (control.conditional, control.stochastic) == (phi.conditional, phi.stochastic)
 
 
-def test_only_stored_is_another_evaluation(world, tmp_path):
-    store, job = Store(tmp_path), world.episodes()["conditioned phi"]
-    whole, only = world.evaluation(world.few, job), world.evaluation(world.few, job, only="stored")
-    assert isinstance(only, Evaluation) and whole.spec() != only.spec()
-    assert only.stored(store)[1] != whole.stored(store)[1]
-    for distilled, kind in ((job, "bias"), (None, "stored")):
-        with pytest.raises(ValueError, match=f"only='{kind}'"):
+def test_a_control_is_another_evaluation(world, tmp_path):
+    store, jobs = Store(tmp_path), world.episodes()
+    for name, only in unseen.ALONE.values():
+        whole, alone = world.evaluation(world.few, jobs[name]), world.evaluation(world.few, jobs[name], only=only)
+        assert isinstance(alone, Evaluation) and whole.spec() != alone.spec()
+        assert alone.stored(store)[1] != whole.stored(store)[1]
+    for distilled, kind in ((jobs["conditioned U-Net"], "bias"), (None, "stored"), (None, "added")):
+        with pytest.raises(ValueError, match=f"only='{kind}': must be empty, or 'stored' or 'added' beside"):
             world.evaluation(world.few, distilled, only=kind)
+
+
+def test_what_a_phi_holds_is_counted_in_images(world):
+    data = world.settings.load()
+    assert unseen.holds(make_phi("pixels", data.train.images[:7], 10, 0), data) == 7
+    assert unseen.holds(make_phi("identity", data.train.images[:7], 10, 0), data) == 0
 
 
 def test_the_validation_split_chooses(tmp_path):
@@ -135,13 +144,14 @@ def test_the_validation_split_chooses(tmp_path):
 
 
 def test_strength_and_probability_reach_the_students(world, tmp_path):
-    store, job = Store(tmp_path), world.of_part()["policy"]
-    off = world.evaluation(world.part, job, phi_probability=0.0)
-    plain = Evaluation(world.setup(world.settings.teach), world.part, off.config, None)
+    store, job = Store(tmp_path), world.ranges()["two draws"]
+    full, off, half = (
+        world.evaluation(world.few, job, **use) for use in ({}, {"phi_probability": 0.0}, {"phi_strength": 0.5})
+    )
+    plain = Evaluation(world.setup(world.settings.teach), world.few, off.config, None)
     assert off.stored(store)[1] == plain.stored(store)[1]
-    assert set(world.used(world.part, job)) == set(unseen.USES)
-    full = world.used(world.part, job)[1.0, 1.0]
-    assert full.stored(store)[1] != off.stored(store)[1]
+    ends = [job.stored(store)[0]["0/classifier.weight"] for job in (full, off, half)]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(ends, 2))
 
 
 def test_sums_over_worlds():
