@@ -69,6 +69,7 @@ def methods(settings: Settings) -> dict[str, Method]:
         settings.phi: Method(settings.phi),
         "policy": Method("policy"),
         "U-Net and policy": Method("U-Net and policy"),
+        "pixels and policy": Method("pixels and policy"),
         both(settings): Method(settings.phi, "randaugment"),
     }
 
@@ -106,6 +107,7 @@ class Trial(Repetition):
             s.phi: self.distillation(s.phi, part, s.expert_augment, **ours),
             "policy": self.distillation(POLICY, part, s.teach, **two_draws),
             "U-Net and policy": self.distillation(f"{CONDITIONED}+{POLICY}", part, s.teach, **two_draws),
+            "pixels and policy": self.distillation(f"pixels+{POLICY}", part, s.teach, **two_draws),
         }
 
     def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
