@@ -30,7 +30,8 @@ KINDS = {
 OF_RGB = {"saturation": (0.8, -4.0, 0.1), "hue": (0.8, -4.0, 0.1)}
 LEARNING_RATE = 0.01  # of Adam; at .03 the ranges outrun the classifier, and end as wide as they can be
 PACE, FURTHEST = 1.2, 50  # of w: by how much it changes at once, and how often in all, either way
-STILL = 0.005  # a range that comes back by less than this a step stands still
+EVERY = 20  # steps between two looks at the mean range since the last (the official code: an epoch)
+STILL = 0.005  # a range that comes back by less than this stands still
 
 
 class InstaAug(nn.Module):
@@ -56,7 +57,7 @@ class InstaAug(nn.Module):
             self.look, self.last = per_image(images.shape[1], 2 * len(self.kinds))
         self.to(images)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
-        self.images, self.before = images[:0], None
+        self.images, self.seen, self.before = images[:0], [], None
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +89,10 @@ class InstaAug(nn.Module):
         (-(self.weight * mean).sum()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.adapt(mean.detach())
+        self.seen.append(mean.detach())
+        if len(self.seen) == EVERY:
+            self.adapt(torch.stack(self.seen).mean(0))
+            self.seen = []
 
     def adapt(self, mean: Tensor) -> None:
         """Change the w of each end whose mean range is out of its band, unless it is coming back."""

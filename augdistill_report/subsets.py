@@ -126,7 +126,7 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
     phi with RandAugment has the magnitude that RandAugment has alone.
     """
     first, rows = trials(run.settings)[0], methods(run.settings)
-    last, found = rows.pop(both(run.settings)), {}
+    last = rows.pop(both(run.settings))
 
     def best(candidates: dict[tuple[str, float], tuple[Method, list[dict]]]) -> dict:
         options = {
