@@ -149,18 +149,19 @@ def evaluate(
     seed: int,
     *,
     augment=None,
+    learner=None,
     teacher=None,
     on_student=None,
 ) -> tuple[list[nn.Module], list[float]]:
     """`config.eval_students` students trained on phi(train), and the accuracy of each on the validation split.
 
     `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data,
-    and so is the `teacher` for `config.eval_labels`. An augmentation that learns is given as its class: each student
-    has one of its own.
+    and so is the `teacher` for `config.eval_labels`. In its place `learner(images, seed)` builds an augmentation that
+    learns, one for each student.
     """
     images, labels, models = train.images, train.labels, []
     for k in range(config.eval_students):
-        own = augment(images, k) if augment is InstaAug else augment
+        own = learner(images, k) if learner else augment
         arguments = (student, phi, images, labels, config, seed, "student", k)
         models.append(train_student(*arguments, augment=own, teacher=teacher, validation=validation))
         if on_student is not None:

@@ -11,6 +11,7 @@ draw's entropy is its logarithm. Numbers are that code's, where it has them.) St
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,19 @@ STILL = 0.005  # a range that comes back by less than this stands still
 class InstaAug(nn.Module):
     """An augmentation for images like `images` `[n, C, H, W]`, called like a phi; `learn` takes a step.
 
-    `kinds` leaves only these; `bands` has other bands for some: (lowest, highest) mean of an end, else [0, its limit].
+    `kinds` leaves only these; `reward` is how many times w they start from; `bands` has other bands for some: (lowest,
+    highest) mean of an end, else [0, its limit].
     """
 
-    def __init__(self, images: Tensor, seed: int, *, kinds=(), bands: dict[str, tuple[float, float]] | None = None):
+    def __init__(
+        self,
+        images: Tensor,
+        seed: int,
+        *,
+        kinds: Sequence[str] = (),
+        reward: float = 1.0,
+        bands: dict[str, tuple[float, float]] | None = None,
+    ):
         super().__init__()
         known = KINDS | (OF_RGB if images.shape[1] == 3 else {})
         table = {kind: known[kind] for kind in kinds or known}
@@ -49,7 +59,7 @@ class InstaAug(nn.Module):
         limit, start, weight = (torch.tensor(column)[:, None] for column in zip(*table.values(), strict=True))
         self.register_buffer("limit", limit)
         self.register_buffer("start", start)
-        self.register_buffer("first", weight.expand(-1, 2).clone())  # w, [kinds, 2], one an end,
+        self.register_buffer("first", reward * weight.expand(-1, 2))  # w, [kinds, 2], one an end,
         self.register_buffer("changes", torch.zeros_like(self.first))  # and how often it has grown since
         self.register_buffer("band", torch.tensor([bands[kind] for kind in self.kinds]).T[..., None])  # [2, kinds, 1]
         with torch.random.fork_rng(devices=[]):

@@ -5,6 +5,7 @@ find what they build on (a distillation its experts, an evaluation its phi) in t
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import sys
@@ -396,10 +397,11 @@ class Evaluation(Job):
         arguments = (self.student(), phi, train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(trajectories(self.setup, store)) if soft else None
-        augment = InstaAug
-        if config.eval_augment != "instaaug":
-            augment = augmentation(config.eval_augment, data, config.eval_magnitude)
-        options = dict(augment=augment, teacher=teacher, on_student=lambda done: tick(done, total))
+        if config.eval_augment == "instaaug":
+            augment = dict(learner=functools.partial(InstaAug, reward=config.eval_reward))
+        else:
+            augment = dict(augment=augmentation(config.eval_augment, data, config.eval_magnitude))
+        options = dict(teacher=teacher, on_student=lambda done: tick(done, total)) | augment
         return evaluate(*arguments, **options)
 
     def students(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:

@@ -122,6 +122,7 @@ class EvalConfig(Config):
     eval_student: str = knob("convnet", "which students: the experts' own, or others", choices=("convnet", *STUDENTS))
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=(*AUGMENTATIONS, "instaaug"))
     eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
+    eval_reward: float = knob(1.0, "times its rewards for wide ranges, where it is instaaug", low=0)
     eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
@@ -146,14 +147,15 @@ class Settings(Setup, DistillConfig, EvalConfig):
     pixel_alpha_lr: float = knob(1e-5, "the step size of SGD for alpha beside them (MTT: 1e-7 to 1e-5)", low=0)
     fractions: str = knob("0.01, 0.1, 0.5", "parts of the training data in notebook 05, each in (0, 1]")
     subset_batch: int = knob(48, "images a student step when phi learns on a fraction", low=1)
-    subset_iterations: int = knob(60, "outer steps when phi learns on a fraction", low=1)
+    subset_iterations: int = knob(25, "outer steps when phi, or pixels, learn on a fraction", low=1)
     subset_repeats: int = knob(1, "parts of each size in notebook 05, each with phis of its own; 3 to quote", low=1)
     subset_rates: str = knob("0.02", "step sizes of its students, one of which validation chooses for each method")
     subset_patience: int = knob(0, "eval_patience of its second budget; 0 = none", low=0)
     subset_students: str = knob("", "its students of other architectures, with commas between; those of eval_student")
-    subset_eval_steps: int = knob(200, "SGD steps of a student that is scored in notebooks 05 and 07", low=2)
+    subset_eval_steps: int = knob(100, "SGD steps of a student that is scored in notebooks 05 and 07", low=2)
     repeats: int = knob(1, "repetitions of notebook 07: other experts, other images, another phi", low=1)
     teach: str = knob("affine", "the augmentation that its experts are trained with", choices=tuple(AUGMENTATIONS))
+    policy_fraction: float = knob(0.1, "the largest part that policies learn on: they take longest", low=0, high=1)
     late_start_epoch: int = knob(0, "T+ of policies, in notebooks 05 and 07; 0 = as late as can be", low=0)
     policy_iterations: int = knob(50, "outer steps of policies", low=1)
     episode_iterations: int = knob(120, "outer steps of the phis that meet new images in each", low=1)
@@ -166,25 +168,24 @@ class Settings(Setup, DistillConfig, EvalConfig):
         files = (absolute(part.strip()) for part in self.phis.split(","))
         object.__setattr__(self, "phis", ", ".join(file for file in files if file))
 
-    @property
-    def fraction_list(self) -> list[float]:
+    def listed(self, key: str, high: float, what: str) -> list[float]:
+        """The different numbers, above 0 and at most `high`, that a setting holds; there must be one."""
         try:
-            values = [float(part) for part in self.fractions.split(",")]
+            values = [float(part) for part in getattr(self, key).split(",")]
         except ValueError:
             values = []
-        if not values or not all(0 < v <= 1 for v in values) or len(set(values)) < len(values):
-            raise ValueError(f"fractions={self.fractions!r}: must be different numbers in (0, 1], with commas between")
+        fit = all(0 < v <= high and v < math.inf for v in values)
+        if not values or not fit or len(set(values)) < len(values):
+            raise ValueError(f"{key}={getattr(self, key)!r}: must be different {what}, with commas between")
         return values
 
     @property
+    def fraction_list(self) -> list[float]:
+        return self.listed("fractions", 1, "numbers in (0, 1]")
+
+    @property
     def rate_list(self) -> list[float]:
-        try:
-            values = [float(part) for part in self.subset_rates.split(",")]
-        except ValueError:
-            values = []
-        if not values or not all(0 < v < math.inf for v in values):
-            raise ValueError(f"subset_rates={self.subset_rates!r}: must be step sizes above 0, with commas between")
-        return values
+        return self.listed("subset_rates", math.inf, "step sizes above 0")
 
     @property
     def student_list(self) -> list[str]:

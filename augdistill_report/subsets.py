@@ -22,8 +22,13 @@ from augdistill_report.unseen import CONDITIONED, POLICY, Repetition, difference
 
 PLAIN, FULL, SOFT = "plain images", "all the data", "plain images, soft labels"
 TAUGHT = "the experts' augmentation"  # by hand: what a policy that learned all its experts had to teach would do
-MAGNITUDES = (5, 14)  # of RandAugment, one of which the validation split chooses
+STRENGTHS = {"randaugment": ("eval_magnitude", (5, 14)), "instaaug": ("eval_reward", (1.0, 0.1))}  # to choose from
 PIXELS = ("pixels (MTT)", "pixels (2018 loss)")
+POLICIES = {  # of experts that were trained with an augmentation, by two draws
+    "policy": POLICY,
+    "U-Net and policy": f"{CONDITIONED}+{POLICY}",
+    "pixels and policy": f"pixels+{POLICY}",
+}
 USES = ((1.0, 1.0), (1.0, 0.5))  # a phi's strength and probability, likewise
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
 
@@ -45,14 +50,16 @@ class Method:
         """What the validation split may choose between, as changes of `EvalConfig`."""
         whole = self.learned in ("", "identity", *PIXELS)  # nothing is left of an image that pixels have taken
         uses = [{}] if whole else [dict(phi_strength=s, phi_probability=p) for s, p in USES]
-        strengths = [dict(eval_magnitude=m) for m in MAGNITUDES] if self.augment == "randaugment" else [{}]
+        key, values = STRENGTHS.get(self.augment, ("", ()))
+        strengths = [{key: value} for value in values] or [{}]
         rates = [dict(eval_lr=rate) for rate in settings.rate_list]
         always = dict(eval_augment=self.augment, eval_labels=self.labels)
         return [always | a | b | c for a, b, c in itertools.product(rates, strengths, uses)]
 
 
-def methods(settings: Settings) -> dict[str, Method]:
-    """Every row of the table, in its order."""
+def methods(settings: Settings, fraction: float) -> dict[str, Method]:
+    """Every row of the table at a fraction, in its order; policies learn up to `policy_fraction`."""
+    policies = POLICIES if fraction <= settings.policy_fraction else ()
     crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
     return {
         PLAIN: Method(),
@@ -67,9 +74,7 @@ def methods(settings: Settings) -> dict[str, Method]:
         "InstaAug": Method(augment="instaaug"),
         **{name: Method(name) for name in PIXELS},
         settings.phi: Method(settings.phi),
-        "policy": Method("policy"),
-        "U-Net and policy": Method("U-Net and policy"),
-        "pixels and policy": Method("pixels and policy"),
+        **{name: Method(name) for name in policies},
         both(settings): Method(settings.phi, "randaugment"),
     }
 
@@ -99,16 +104,16 @@ class Trial(Repetition):
         mtt = dataclasses.replace(s.pixel_config, **batches).to_dict()
         of_2018 = dict(objective="real_loss", alpha_mode="log", syn_steps=STEPS_2018, phi_lr=0.05) | batches
         ours = s.part(DistillConfig, **batches).to_dict()
-        two_draws = self.late | dict(draws=2) | batches
-        return {
+        phis = {
             "identity": self.distillation("identity", part, s.expert_augment, **ours | {"iterations": 1}),
             PIXELS[0]: self.distillation("pixels", part, s.expert_augment, **mtt),
             PIXELS[1]: self.distillation("pixels", part, s.expert_augment, **of_2018),
             s.phi: self.distillation(s.phi, part, s.expert_augment, **ours),
-            "policy": self.distillation(POLICY, part, s.teach, **two_draws),
-            "U-Net and policy": self.distillation(f"{CONDITIONED}+{POLICY}", part, s.teach, **two_draws),
-            "pixels and policy": self.distillation(f"pixels+{POLICY}", part, s.teach, **two_draws),
         }
+        if fraction <= s.policy_fraction:
+            late = dict(draws=2) | self.late
+            phis |= {name: self.distillation(phi, part, s.teach, **late) for name, phi in POLICIES.items()}
+        return phis
 
     def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
         """The evaluation of a method on a part, by an option of its own."""
@@ -125,8 +130,7 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
 
     phi with RandAugment has the magnitude that RandAugment has alone.
     """
-    first, rows = trials(run.settings)[0], methods(run.settings)
-    last = rows.pop(both(run.settings))
+    settings, first = run.settings, trials(run.settings)[0]
 
     def best(candidates: dict[tuple[str, float], tuple[Method, list[dict]]]) -> dict:
         options = {
@@ -136,14 +140,16 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
         }
         return {key: candidates[key][1][number] for key, number in run.choose(options).items()}
 
-    candidates = {(name, f): (m, m.options(run.settings)) for f in fractions for name, m in rows.items()}
-    found = best(candidates | {(FULL, 1.0): (Method(), Method().options(run.settings))})
-    candidates = {}
-    for f in fractions:
-        magnitude = found["RandAugment", f]["eval_magnitude"]
-        several = [o for o in last.options(run.settings) if o["eval_magnitude"] == magnitude]
-        candidates[both(run.settings), f] = last, several
-    return found | best(candidates)
+    rows = {(name, f): method for f in fractions for name, method in methods(settings, f).items()}
+    rows |= {(FULL, 1.0): Method()}
+    last = {(name, f): method for (name, f), method in rows.items() if name == both(settings)}
+    found = best({key: (method, method.options(settings)) for key, method in rows.items() if key not in last})
+
+    def of_alone(f: float, options: list[dict]) -> list[dict]:
+        return [o for o in options if o["eval_magnitude"] == found["RandAugment", f]["eval_magnitude"]]
+
+    found |= best({(name, f): (m, of_alone(f, m.options(settings))) for (name, f), m in last.items()})
+    return {key: found[key] for key in rows}
 
 
 def scored(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[tuple[str, float, int], Evaluation]:
@@ -151,10 +157,11 @@ def scored(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[tuple[
 
     All the data are the same in every trial: they are one row of the first.
     """
-    rows, jobs = methods(run.settings), {}
+    jobs = {}
     for (name, f), option in chosen.items():
+        method = methods(run.settings, f).get(name, Method())
         for trial in trials(run.settings)[: 1 if name == FULL else None]:
-            jobs[name, f, trial.number] = trial.scored(rows.get(name, Method()), f, option, **changes)
+            jobs[name, f, trial.number] = trial.scored(method, f, option, **changes)
     return jobs
 
 
@@ -175,6 +182,15 @@ def by_method(scores: dict[tuple[str, float, int], Accuracy]) -> dict[str, dict[
         for name, score in pool(at(scores, f)).items():
             series.setdefault(name, {})[f] = score
     return series
+
+
+def panels(settings: Settings, series: dict) -> dict[str, dict[str, dict[float, Accuracy]]]:
+    """The curves of two pictures: what knows the part alone, and what learned on it from experts."""
+    learned = [name for f in settings.fraction_list for name, m in methods(settings, f).items() if m.of_experts]
+    return {
+        "of the part alone": {name: scores for name, scores in series.items() if name not in learned},
+        "learned from experts": {name: scores for name, scores in series.items() if name in [PLAIN, *learned]},
+    }
 
 
 def seconds(run, jobs: dict[tuple[str, float, int], Evaluation]) -> dict[tuple[str, float], tuple[float, float]]:
@@ -251,11 +267,11 @@ def verdict(scores: dict, settings: Settings) -> str:
     Two methods are told apart where their mean difference over trials (students, if there is one trial) exceeds half of
     its 95 % interval.
     """
-    rows, said = methods(settings), []
-    policies = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
-    learned, full, reached = [name for name, m in rows.items() if m.learned], pool(at(scores, 1.0))[FULL], []
+    said, full, reached = [], pool(at(scores, 1.0))[FULL], []
     for f in dict.fromkeys(f for name, f, _ in scores if name != FULL):
-        here = at(scores, f)
+        here, rows = at(scores, f), methods(settings, f)
+        policies = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
+        learned = [name for name, m in rows.items() if m.learned]
         means = {name: score.mean for name, score in pool(here).items()}
         best, policy, ours = (max(names, key=means.get) for names in (means, policies, learned))
         near = [name for name in means if name != best and not apart(here, best, name)]
@@ -292,7 +308,7 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
     index = torch.tensor([int((part.labels == c).nonzero()[0]) for c in range(min(count, len(data.classes)))])
     x, labels = part.images[index], part.labels[index]
     phis, rows = first.learned(fraction), {"x": x}
-    for name, method in methods(settings).items():
+    for name, method in methods(settings, fraction).items():
         option, images, own = chosen[name, fraction], x, seeded(settings.seed, "picture")
         if method.learned:
             images = augmented(phis[method.learned].stored_phi(run.store).phi, images, labels, index, own)
@@ -311,14 +327,14 @@ def insta(trial: Trial, fraction: float, option: dict) -> InstaAug:
     """The InstaAug of the first student of its row."""
     job = trial.scored(Method(augment="instaaug"), fraction, option)
     part = job.data.train.take(job.subset.index(job.data))
-    augment, seed = InstaAug(part.images, 0), (job.setup.seed, "student", 0)
+    augment, seed = InstaAug(part.images, 0, reward=job.config.eval_reward), (job.setup.seed, "student", 0)
     train_student(job.student(), None, part.images, part.labels, job.config, *seed, augment=augment)
     return augment
 
 
 def elsewhere(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], Evaluation]:
     """phi, and what it is held against, for students of other architectures: jobs by student, method and trial."""
-    settings, rows = run.settings, methods(run.settings)
+    settings, rows = run.settings, methods(run.settings, fraction)
     names = [PLAIN, "RandAugment", "pixels (MTT)", settings.phi, both(settings)]
     return {
         (student, name, t.number): t.scored(rows[name], fraction, chosen[name, fraction], eval_student=student)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from augdistill_core import ConvNet, seeded
+from augdistill_core import ConvNet, initial_parameters, minibatches, seeded, sgd
 from augdistill_policies import affine
 from augdistill_report import open_run
 from augdistill_report.data import load
@@ -102,3 +102,68 @@ def test_an_evaluation_gives_each_student_one_of_its_own(tmp_path, monkeypatch):
     job = run.evaluation(Subset(0, fraction=0.1), eval_augment="instaaug")
     job.stored(run.store)
     assert all(isinstance(augment, InstaAug) for augment in made) and len(set(map(id, made))) == 2
+
+
+# --- the ranges that labels bear --------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Two sevens, each upright and turned by half: classes of their own, so ±90 degrees are free; two fours in six
+    orientations: ±30. An InstaAug that turns, and a classifier, trained on them together."""
+
+    def __init__(self, reward: float):
+        data = load("digits", 12)
+        digits = {d: data.train.images[data.train.labels == d][:2].repeat(10, 1, 1, 1) for d in (7, 4)}
+        kinds = [(7, 180 * k) for k in range(2)] + [(4, 60 * k) for k in range(6)]
+        self.images = torch.cat([turned(digits[d], angle) for d, angle in kinds])
+        self.labels = torch.arange(8).repeat_interleave(20)
+        self.augment = InstaAug(self.images, 0, kinds=("rotation",), reward=reward)
+        student = ConvNet(1, 8, 12, width=8, depth=2)
+        self.steps = sgd(student, initial_parameters(student, 3), self.batches(), 0.02, 0.9, 5e-4)
+
+    def batches(self):
+        shaking = seeded(1)
+        for step, i in enumerate(minibatches(len(self.images), 64, seeded(0))):
+            yield self.augment(self.images[i], generator=shaking), self.labels[i]
+            if step < 300:  # first the classifier alone
+                self.augment.optimizer.zero_grad()
+            else:
+                self.augment.learn()
+
+    def train(self, steps: int) -> dict[int, float]:
+        """Take so many steps; half of the mean range of each digit in degrees, over the last 200 of them."""
+        found = {7: [], 4: []}
+        for number in range(steps):
+            next(self.steps)
+            if number >= steps - 200:
+                with torch.no_grad():
+                    half = self.augment.ends(self.images)[:, 0].mean(1) * 180 / math.pi
+                found[7].append(half[self.labels < 2].mean().item())
+                found[4].append(half[self.labels >= 2].mean().item())
+        return {digit: sum(values) / len(values) for digit, values in found.items()}
+
+
+def test_it_finds_the_ranges_that_the_labels_bear():
+    world = Turns(reward=2.5)  # w = .25
+    assert world.augment.ends(world.images).mean().item() == pytest.approx(math.pi / (1 + math.e**2))  # 21 degrees
+    found = world.train(1400)
+    assert found[7] == pytest.approx(90, abs=6) and found[4] == pytest.approx(30, abs=3), found
+    assert torch.equal(world.augment.weight, world.augment.first)  # inside its band all the time
+
+
+@pytest.mark.parametrize("reward, band", [(0.3, (0.0, 0.12)), (0.1, (0.13, math.pi))], ids=["from above", "from below"])
+def test_the_band_holds_where_loss_and_reward_alone_would_leave_it(reward, band):
+    """With a loss that punishes turning an image, however little."""
+    x = load("digits", 8).train.take(slice(0, 40)).images
+
+    def ended(**options):
+        augment = InstaAug(x, 0, kinds=("rotation",), **options)
+        augment.first.fill_(reward)
+        for step in range(800):
+            (augment(x, generator=seeded(step)) - x).square().mean().backward()
+            augment.learn()
+        return augment, augment.ends(x).mean().item()
+
+    (low, high), (_, free), (augment, held) = band, ended(), ended(bands={"rotation": band})
+    assert not low <= free <= high and low <= held <= high, (free, held)
+    assert ((augment.weight > reward) == (free < low)).all()

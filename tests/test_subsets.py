@@ -77,9 +77,10 @@ def both(data, count=20):
 
 def test_every_method_has_the_same_protocol(world):
     run, jobs = world["run"], world["jobs"]
-    rows = subsets.methods(run.settings)
+    rows = subsets.methods(run.settings, 0.1)
     assert {name for name, _, _ in jobs} == {*rows, "all the data"}
-    free = {"eval_augment", "eval_labels", "eval_magnitude", "eval_lr", "phi_strength", "phi_probability"}
+    free = {"eval_augment", "eval_labels", "eval_magnitude", "eval_reward", "eval_lr"}
+    free |= {"phi_strength", "phi_probability"}
     same = [{k: v for k, v in job.config.to_dict().items() if k not in free} for job in jobs.values()]
     assert all(config == same[0] for config in same) and same[0]["eval_steps"] == run.settings.subset_eval_steps
     for (name, _, k), job in jobs.items():
@@ -105,7 +106,7 @@ def test_parts_are_nested_and_stratified():
 
 def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world):
     run, first = world["run"], subsets.trials(world["run"].settings)[0]
-    for name, method in subsets.methods(run.settings).items():
+    for name, method in subsets.methods(run.settings, 0.1).items():
         options = method.options(run.settings)
         if name == subsets.both(run.settings):
             own = world["chosen"]["RandAugment", 0.1]["eval_magnitude"]
@@ -113,11 +114,12 @@ def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world)
         jobs = [first.scored(method, 0.1, option) for option in options]
         means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs]
         assert world["chosen"][name, 0.1] == options[means.index(max(means))]
-    assert len(subsets.Method(augment="randaugment").options(run.settings)) == len(subsets.MAGNITUDES)
+    magnitudes = subsets.STRENGTHS["randaugment"][1]
+    assert [o["eval_magnitude"] for o in subsets.Method(augment="randaugment").options(run.settings)] == [*magnitudes]
     rates = Settings(subset_rates="0.01, 0.1")
     assert [o["eval_lr"] for o in subsets.Method().options(rates)] == [0.01, 0.1]
     for wrong in ("", "0.1, x", "0", "-1", "inf"):
-        with pytest.raises(ValueError, match=r"subset_rates=.*must be step sizes above 0"):
+        with pytest.raises(ValueError, match=r"subset_rates=.*must be different step sizes above 0"):
             Settings(subset_rates=wrong)
 
 
@@ -246,7 +248,7 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     cost = subsets.seconds(run, world["jobs"])
     rows = subsets.table(scores, world["chosen"], cost, 0.1)
     pooled = subsets.by_method(scores)
-    assert [row["10 % of the data"] for row in rows] == list(subsets.methods(run.settings))
+    assert [row["10 % of the data"] for row in rows] == list(subsets.methods(run.settings, 0.1))
     for row in rows:
         name = row["10 % of the data"]
         assert row["test accuracy"] == str(pooled[name][0.1])
@@ -255,7 +257,7 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
             assert row["gain in points"] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
             assert found["over"] == "2 repetitions"
         learning, epoch = cost[name, 0.1]
-        assert epoch > 0 and (learning > 0) == bool(subsets.methods(run.settings)[name].learned)
+        assert epoch > 0 and (learning > 0) == bool(subsets.methods(run.settings, 0.1)[name].learned)
     assert markdown(rows).count("\n") == len(rows) + 2
     words = subsets.verdict(scores, run.settings)
     best = max((n for n in pooled if n != "all the data"), key=lambda n: pooled[n][0.1].mean)
@@ -286,7 +288,7 @@ def test_pictures_show_each_method_on_the_same_images(world):
     run = world["run"]
     images, titles = subsets.pictures(run, 0.1, world["chosen"])
     unchanged = {"plain images", "identity", subsets.SOFT}
-    assert titles == list("01234567") and set(images) == {"x", *subsets.methods(run.settings)} - unchanged
+    assert titles == list("01234567") and set(images) == {"x", *subsets.methods(run.settings, 0.1)} - unchanged
     assert all(shown.shape == (8, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
     assert not any(torch.equal(images[name], images["x"]) for name in images if name != "x")
     insta = subsets.insta(subsets.trials(run.settings)[0], 0.1, {"eval_augment": "instaaug"})
