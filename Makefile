@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test lab figures bench clean
+.PHONY: report test lab app figures bench clean
 
 report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
@@ -15,6 +15,11 @@ test: $(READY)  ## run the tests, a process a core
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine
+	@mkdir -p runs/.app
+	$(BIN)/papermill --prepare-only notebooks/06_phi_explorer.ipynb runs/.app/explorer.ipynb -p preset $(PRESET)
+	$(BIN)/voila runs/.app/explorer.ipynb
 
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)
