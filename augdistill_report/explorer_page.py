@@ -29,7 +29,11 @@ MENDED = dict(phi_optimizer="Adam", phi_lr=0.01)
 NETWORK = "distnet2"  # of both
 OPTIMIZERS = ["Adam", "AdamW", "RMSprop", "SGD"]
 
-BOX = dict(style={"description_width": "115px"}, layout=widgets.Layout(width="370px"))
+STILL = (
+    "Here stands the explorer's page, with its sliders and buttons, where a kernel runs: <code>make app</code> serves "
+    "it, <code>make lab</code> opens this notebook. The pictures around this line show its states."
+)
+BOX = dict(style={"description_width": "115px"}, layout={"width": "370px"})
 QUICK = 1  # effort of the pictures' compression
 
 
@@ -42,7 +46,7 @@ def dropdown(description: str, tooltip: str, options, value):
 
 
 def button(description: str, tooltip: str, **options) -> widgets.Button:
-    return widgets.Button(description=description, tooltip=tooltip, layout=widgets.Layout(width="auto"), **options)
+    return widgets.Button(description=description, tooltip=tooltip, layout={"width": "auto"}, **options)
 
 
 def heading(text: str) -> widgets.HTML:
@@ -64,7 +68,7 @@ def guarded(method):
 
 
 class Page:
-    """The page of a run; `show` it in the last line of a cell, `close` it to end what is under way."""
+    """The page of a run; what the last line of a cell shows; `close` it to end what is under way."""
 
     def __init__(self, run: Run):
         self.home, self.errors = run, []
@@ -134,24 +138,24 @@ class Page:
         self.save = button("Save", "for the other notebooks, and as a file for pipelines")
 
     def make_pictures(self) -> None:
-        fits = widgets.Layout(max_width="100%", height="auto", align_self="flex-start")
+        fits = dict(max_width="100%", height="auto", align_self="flex-start")
         self.grid, self.drawn, self.curves = (widgets.Image(format="png", layout=fits) for _ in range(3))
         self.caption, self.status, self.scores = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.progress = widgets.FloatProgress(value=0, max=1, description="", layout=widgets.Layout(width="370px"))
+        self.progress = widgets.FloatProgress(value=0, max=1, description="", layout={"width": "370px"})
         self.progress.style.bar_color = plots.PALETTE[0]
         self.curves.layout.display = "none"
 
         def row(*items):
-            return widgets.HBox(items, layout=widgets.Layout(flex_flow="row wrap"))
+            return widgets.HBox(items, layout={"flex_flow": "row wrap"})
 
-        look = [heading("Turn it"), self.data, self.phi, *self.turned[-1:], *self.turned[:-1], self.again]
+        look = [heading("Turn it"), self.data, self.phi, *self.turned[-1:], *self.turned[:-1], row(self.again)]
         learn = [heading("Train it"), row(self.report, self.mended), self.network, self.optimizer, self.step]
         learn += [self.alpha, self.mode, self.steps, self.target, self.others, self.iterations]
         learn += [row(self.train, self.stop, self.evaluate), self.progress, self.name, row(self.save)]
-        left = widgets.VBox([*look, *learn], layout=widgets.Layout(width="390px", flex="0 0 auto"))
+        left = widgets.VBox([*look, *learn], layout={"width": "390px", "flex": "0 0 auto"})
         seen = [self.status, self.caption, self.grid, self.drawn, self.scores, self.curves]
-        right = widgets.VBox(seen, layout=widgets.Layout(flex="1 1 600px", min_width="0"))
-        self.box = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))
+        right = widgets.VBox(seen, layout={"flex": "1 1 600px", "min_width": "0"})
+        self.box = widgets.HBox([left, right], layout={"flex_flow": "row wrap"})
         self.box.add_class("augdistill-explorer")
 
     def connect(self) -> None:
@@ -170,9 +174,9 @@ class Page:
         ):
             control.on_click(action)
 
-    def show(self):
-        """What a cell shows."""
-        return self.box
+    def _repr_mimebundle_(self, **options) -> dict:
+        """What a cell shows: the widgets, and a line where there are none."""
+        return self.box._repr_mimebundle_(**options) | {"text/html": f"<p class='note'>{STILL}</p>"}
 
     def close(self) -> None:
         self.background.stop()
