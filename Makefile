@@ -1,5 +1,6 @@
 # Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter;
-# COMPILE=1 make bench measures the compiled steps too (minutes more), AUGDISTILL_DATA=DIR make bench ZCA on CIFAR-10.
+# COMPILE=1 make bench measures the compiled steps too (minutes more), AUGDISTILL_DATA=DIR make bench ZCA and the explorer
+# on CIFAR-10.
 PRESET ?= digits
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,6 +29,7 @@ bench: $(READY)  ## time and memory of the unroll and of experts, against the of
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)
+	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/explorer.py --out figures/benchmarks)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

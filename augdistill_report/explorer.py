@@ -28,7 +28,7 @@ from augdistill_report.settings import PRESETS, Setup, resolve
 from augdistill_report.sheets import difference, image_grid
 
 MOST = 20  # images in a picture
-MEAN_OF = 8  # draws that stand for all
+MEAN_OF = 4  # draws whose mean stands for that of all: as many as a slider has time for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class View(Config):
     label: int = knob(-1, "the class; -1 = all", low=-1)
     count: int = knob(10, "images", low=1, high=MOST)
     image: int = knob(1, "which of them is drawn several times", low=1, high=MOST)
-    draws: int = knob(8, "how many times", low=1, high=MOST)
+    draws: int = knob(6, "how many times", low=1, high=MOST)
 
 
 class Noised(Phi):

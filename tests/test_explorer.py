@@ -138,8 +138,8 @@ def test_it_opens_with_what_notebook_03_trained(finished):
     assert look.columns == [f"{c} ●" for c in run.data.classes]
     assert torch.equal(look.rows["x"], run.data.pixels(base.images))
     phi, pixels = (rows[name].stored_phi(run.store).phi for name in ("unet", "pixels"))
-    given = base.images[list(range(10)) + [0] * 8], torch.cat([base.labels, base.labels[:1].expand(8)])
-    expected = augmented(phi, *given, torch.arange(18), seeded(0, "explorer"))[:10]
+    given = base.images[list(range(10)) + [0] * 6], torch.cat([base.labels, base.labels[:1].expand(6)])
+    expected = augmented(phi, *given, torch.arange(16), seeded(0, "explorer"))[:10]
     assert torch.equal(look.rows["phi(x)"], run.data.pixels(expected))
     assert torch.equal(look.rows["pixels (MTT)"], run.data.pixels(pixels.pixels))
     size = (expected - base.images).square().mean().sqrt() / base.images.square().mean().sqrt()
@@ -159,7 +159,7 @@ def test_every_slider_does_what_it_says(finished):
     assert torch.equal(*still)
     for count, label in itertools.product((1, 7, 20), (-1, 0, 9)):
         look = explorer.look(View(count=count, label=label, image=20))
-        assert len(look.columns) == count and len(look.draws[f"image {count}"]) == 8
+        assert len(look.columns) == count and len(look.draws[f"image {count}"]) == 6
         index = explorer.index(View(count=count, label=label))
         assert len(set(index.tolist())) == count
         assert label < 0 or set(run.data.train.labels[index].tolist()) == {label}
@@ -192,7 +192,7 @@ def test_noise_is_measured_from_the_mean_of_draws():
             return images + torch.randn(len(images), 1, 1, 1, generator=generator)
 
     x, given = torch.zeros(4, 1, 3, 3), {"labels": torch.zeros(4).long(), "index": torch.arange(4)}
-    draws = [Shifted()(x, generator=seeded(k, "mean"), **given) for k in range(8)]
+    draws = [Shifted()(x, generator=seeded(k, "mean"), **given) for k in range(4)]
     mean, draw = torch.stack(draws).mean(0), Shifted()(x, generator=seeded(5), **given)
     for noise in (0, 0.3, 1, 2):
         out = Noised(Shifted(), noise)(x, generator=seeded(5), **given)
