@@ -78,6 +78,7 @@ class Page:
         self.make_controls()
         self.make_pictures()
         self.fill_choices()
+        self.fill_moments()
         self.set_training(MENDED)
         self.connect()
         self.paint()
@@ -231,9 +232,8 @@ class Page:
 
     def fill_choices(self) -> None:
         classes = [("all", -1), *((name, label) for label, name in enumerate(self.explorer.data.classes))]
-        self.fill(self.label, classes, -1)
+        self.fill(self.label, classes, self.label.value if self.label.value < len(classes) - 1 else -1)
         self.fill(self.phi, list(self.all_choices()), self.explorer.choice.name)
-        self.fill_moments()
 
     def fill_moments(self, moment: str = "") -> None:
         moments = list(self.explorer.way)
@@ -247,6 +247,12 @@ class Page:
         """What was trained on this data set."""
         return [training for (folder, *_), training in self.trainings.items() if folder == self.run.folder]
 
+    def name_of(self, training: Training) -> str:
+        """Its title; with the settings that differ, if an earlier one here has the same."""
+        first = next(other for other in self.here() if other.title == training.title)
+        ours, others = training.job.config.to_dict(), first.job.config.to_dict()
+        return ", ".join([training.title, *(f"{key} {value}" for key, value in ours.items() if value != others[key])])
+
     def choice_of(self, training: Training) -> Choice:
         def job():
             return training.store(), training.run.store
@@ -254,7 +260,7 @@ class Page:
         def alpha():
             return training.alpha
 
-        return Choice(f"trained here: {training.name}", training.run.base, training.way, alpha, job)
+        return Choice(f"trained here: {self.name_of(training)}", training.run.base, training.way, alpha, job)
 
     @guarded
     def change_phi(self) -> None:
@@ -273,10 +279,11 @@ class Page:
         try:
             run = self.home if name == self.home.folder.name else elsewhere(self.home, name)
             self.explorer = Explorer(run)
-        except ValueError:
+        except Exception:
             self.fill(self.data, list(self.data.options), self.run.folder.name)
             raise
         self.fill_choices()
+        self.fill_moments()
         self.set_training(MENDED)
         self.draw()
         self.say(self.opening())
@@ -336,21 +343,21 @@ class Page:
         if key not in self.trainings:
             self.trainings[key] = Training(self.run, *key[1:])
         training, iterations = self.trainings[key], self.iterations.value
+        name = self.name_of(training)
         self.explorer.choose(self.choice_of(training))
         self.fill_choices()
+        self.fill_moments()
         self.draw()
 
         def look(what, part):
-            with self.lock:
-                self.tell(f"{training.name}: {what}", part)
-                if what == "iterations":
-                    self.follow(training)
+            self.tell(f"{name}: {what}", part)
+            if what == "iterations":
+                self.follow(training)
 
         def done(error):
-            with self.lock:
-                self.follow(training)
-                went = training.stopped or f"has {len(training.history)} iterations behind it"
-                self.ended(error, f"{training.name} {went}", wrong=bool(training.stopped))
+            self.follow(training)
+            went = training.stopped or f"has {len(training.history)} iterations behind it"
+            self.ended(error, f"{name} {went}", wrong=bool(training.stopped))
 
         if not (self.run.folder / "config.json").exists():
             start_folder(self.run.folder, self.data.value, self.run.settings)
@@ -362,36 +369,37 @@ class Page:
         self.stop.disabled = False
         self.background.start(work, done)
 
+    # what the background calls: each holds the page for a moment only, and no error in it is lost
+
     def tell(self, text: str, part: float) -> None:
-        if self.background.told.is_set():
-            return
-        self.progress.value = part
-        self.say(f"{text} {100 * part:.0f} %")
+        with self.lock:
+            if not self.background.told.is_set():
+                self.progress.value = part
+                self.say(f"{text} {100 * part:.0f} %")
 
     def follow(self, training: Training) -> None:
-        """The curves as they are now, and the pictures if this training is what is looked at."""
+        """The pictures, if this training is what is looked at, and the curves as they are now."""
         try:
-            if self.explorer.choice.name == self.choice_of(training).name:
-                moment = self.moment.value
-                at_end = moment == list(self.explorer.way)[-1]
-                self.explorer.choose(self.choice_of(training))
-                self.fill_moments("" if at_end else moment)
-                self.paint()
-            self.draw_curves()
+            with self.lock:
+                if self.explorer.choice.name == self.choice_of(training).name:
+                    moment = self.moment.value
+                    at_end = moment == list(self.explorer.way)[-1]
+                    self.explorer.choose(self.choice_of(training))
+                    self.fill_moments("" if at_end else moment)
+                    self.paint()
+            histories = {self.name_of(t): t.history for t in self.here() if t.history}
+            if histories:
+                self.curves.value = picture(plots.curves(histories))
+            self.curves.layout.display = "" if histories else "none"
         except Exception as error:
             self.fail(error)
 
-    def draw_curves(self) -> None:
-        histories = {training.name: training.history for training in self.here() if training.history}
-        if histories:
-            self.curves.value = picture(plots.curves(histories))
-        self.curves.layout.display = "" if histories else "none"
-
     def ended(self, error: Exception | None, text: str, wrong: bool = False) -> None:
-        for control in (self.train, self.evaluate, self.save, self.data):
-            control.disabled = False
-        self.stop.disabled, self.progress.value = True, 0
-        self.fail(error) if error else self.say(text, error=wrong)
+        with self.lock:
+            for control in (self.train, self.evaluate, self.save, self.data):
+                control.disabled = False
+            self.stop.disabled, self.progress.value = True, 0
+            self.fail(error) if error else self.say(text, error=wrong)
 
     @guarded
     def end(self) -> None:
@@ -410,20 +418,14 @@ class Page:
             if self.background.due():
                 self.tell("students", done / total)
 
-        def score():
-            found = work(tick)
-            with self.lock:
-                self.show_scores(found)
-
         def done(error):
-            with self.lock:
-                self.ended(error, f"{name}: {'stopped' if self.background.told.is_set() else 'evaluated'}")
+            self.ended(error, f"{name}: {'stopped' if self.background.told.is_set() else 'evaluated'}")
 
-        self.begin(score, done)
+        self.begin(lambda: self.show_scores(work(tick), name), done)
 
-    def show_scores(self, found: dict) -> None:
-        rows = {**found, f"{self.explorer.choice.name} as you see it": found["phi"]}
-        del rows["phi"]
+    def show_scores(self, found: dict, name: str) -> None:
+        *controls, (_, score) = found.items()
+        rows = dict(controls) | {f"{name} as you saw it": score}
         cells = (
             f"<tr><td>{html.escape(name)}</td><td>{shown(summary(score.validation))}</td></tr>"
             for name, score in rows.items()
@@ -446,7 +448,7 @@ class Page:
         save_phi(path, job, store, self.strength.value)
         self.explorer.refresh()
         self.fill_choices()
-        self.say(f"saved: {path}. {found_by(job, self.run)}")
+        self.say(f"saved, for strength {self.strength.value:g}: {path}. {found_by(job, self.run)}")
 
 
 def found_by(job: Distillation, run: Run) -> str:

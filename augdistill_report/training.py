@@ -18,7 +18,7 @@ from augdistill_report.jobs import Distillation, to_train
 from augdistill_report.pool import run_jobs
 from augdistill_report.run import Run
 
-REFRESH = 0.7  # seconds between two looks at what is under way
+REFRESH = 1.0  # seconds between two looks at what is under way
 
 
 class Stopped(Exception):
@@ -89,7 +89,7 @@ class Training:
         self.ended: tuple | None = None  # by divergence: the job, and its result
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         config = self.job.config
         return f"{self.job.phi}, {config.phi_optimizer} {config.phi_lr:g}"
 
@@ -133,7 +133,7 @@ class Training:
         `check` may raise: what was done until then stays. A run that diverged goes no further.
         """
         if self.stopped:
-            raise ValueError(f"{self.name} {self.stopped}: start anew with other settings")
+            raise ValueError(f"{self.title} {self.stopped}: start anew with other settings")
         torch.set_num_threads(self.run.settings.threads)
 
         def show(done, total, note=""):
@@ -157,7 +157,7 @@ class Training:
     def store(self) -> Distillation:
         """Put what was reached into the run's store; returns the job whose result it is."""
         if not self.history:
-            raise ValueError(f"{self.name}: has not been trained yet")
+            raise ValueError(f"{self.title}: has not been trained yet")
         job, *result = self.ended or (self.until(len(self.history)),)
         if not self.run.store.has(job.kind, job.spec()):
             nothing = lambda done, total, note="": None  # noqa: E731

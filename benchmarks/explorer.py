@@ -2,9 +2,10 @@
 
     python benchmarks/explorer.py [--changes 500] [--out figures/benchmarks]
 
-Milliseconds in the kernel between a slider's new value and the finished pictures (encoded; the way to the browser is not in
-it), by slider, at rest and while a phi is trained in the background; and what the process holds after so many changes
-more than after the first fifty. On a busy machine look at the processor's time. CIFAR-10 is looked for as everywhere.
+Milliseconds in the kernel between a slider's new value and the finished pictures (encoded; the way to the browser is
+not in it), by slider, at rest and while a phi is trained in the background; and what the process holds after so many
+changes more than after the first fifty. On a busy machine look at the processor's time. CIFAR-10 is looked for as
+everywhere.
 """
 
 import argparse

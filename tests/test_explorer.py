@@ -398,7 +398,7 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
     page.name.value = "my phi"
     page.save.click()
     path = run.folder / "phis" / "my_phi.safetensors"
-    assert f"saved: {path}" in page.status.value
+    assert f"saved, for strength 0.5: {path}" in page.status.value
     assert load_phi(path).about["strength"] == 0.5 and "file my_phi" in page.phi.options
     changes = page.status.value.split("with ")[1].split("</div>")[0].replace("-p ", "").split()
     given = dict(zip(changes[::2], changes[1::2], strict=True))

@@ -230,9 +230,9 @@ def test_a_person_turns_trains_stops_scores_and_saves(served, browser, tmp_path)
     reader.click("Evaluate")
     reader.until("evaluated")
     scores = page.locator(".augdistill-scores").inner_text()
-    assert re.search("plain images.*±.*identity.*±.*distnet2, Adam 0.01 as you see it.*±.*n = 2", scores, re.DOTALL)
+    assert re.search("plain images.*±.*identity.*±.*distnet2, Adam 0.01 as you saw it.*±.*n = 2", scores, re.DOTALL)
     reader.click("Save")
-    reader.until("saved: .*mine.safetensors")
+    reader.until("saved, for strength .*mine.safetensors")
     assert load_phi(run / "phis" / "mine.safetensors").about["config"]["iterations"] == done
 
     assert page.locator(".augdistill-explorer img").count() == pictures
