@@ -21,7 +21,6 @@ from augdistill_phis import Applied, Phi
 from augdistill_report.artefacts import Store, opened
 from augdistill_report.evaluation import phi_images
 from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Subset, own_source
-from augdistill_report.numbers import Accuracy
 from augdistill_report.phi_files import by, load_phi
 from augdistill_report.run import Run
 from augdistill_report.settings import PRESETS, Setup, resolve
@@ -164,8 +163,12 @@ def from_file(path: Path, run: Run) -> Choice:
         raise ValueError(f"{path.name}: phi of {about['data']['name']}, {by(about['shape'])}, not of these ({ours})")
     if about["setup"]["zca"] != run.settings.zca:
         raise ValueError(f"{path.name}: phi of images with zca={about['setup']['zca']}; these are not")
-    way = {"last": augment.applied.phi}
-    return Choice(f"file {path.stem}", Subset(**about["subset"]), lambda: way, lambda: about["config"]["alpha"])
+    way = {"last": augment.applied.phi.to(run.settings.device)}
+
+    def alpha():
+        raise ValueError(f"{path.name}: does not say which step size it learned (eval_lr=0): score what trained it")
+
+    return Choice(f"file {path.stem}", Subset(**about["subset"]), lambda: way, alpha)
 
 
 def trained(run: Run) -> tuple[list[Choice], list[str]]:
@@ -215,6 +218,7 @@ def fresh(run: Run, phi: str) -> Choice:
 class Present:
     """A phi in the place of the distillation that an `Evaluation` scores."""
 
+    setup: Setup
     phi: Phi
     alpha: float
 
@@ -325,25 +329,27 @@ class Explorer:
         one = f"image {min(view.image, len(index))}"
         return Look(rows, columns, {one: self.data.pixels(drawn)}, rms(out - x) / (rms(x) or 1.0))
 
-    def scoring(self, view: View, moment: str = "") -> Callable[[Callable[[float, float], None]], dict[str, Accuracy]]:
+    def scoring(
+        self, view: View, moment: str = ""
+    ) -> Callable[[Callable[[float, float], None]], dict[str, list[float]]]:
         """What is seen now, as work to be done: `work(tick)` trains fresh students on phi's own images, plainly and
-        through the identity (the controls) and through phi as it is seen, and gives their accuracies by row.
-
-        Those to show are on the validation split, since what is looked at here is chosen by what it scores.
+        through the identity (the controls) and through phi as it is seen, and gives by row the accuracy of each on the
+        validation split: what is looked at here is chosen by what it scores.
         """
         settings, choice = self.run.settings, self.choice
-        phi, alpha = Noised(self.way[moment or list(self.way)[-1]].phi, view.noise), choice.alpha()
+        phi = Noised(self.way[moment or list(self.way)[-1]].phi, view.noise)
+        alpha = settings.alpha if settings.eval_lr else choice.alpha()  # of use only where eval_lr leaves it to phi
         identity = make_phi("identity", self.data.train.take(self.own[:1]).images, len(self.data.classes), 0)
-        rows = {"plain images": None, "identity": Present(identity, alpha), "phi": Present(phi, alpha)}
+        setup, store = settings.part(Setup), self.run.store
+        rows = {"plain images": None, "identity": Present(setup, identity, alpha), "phi": Present(setup, phi, alpha)}
 
         def work(tick):
             found = {}
             for row, (name, present) in enumerate(rows.items()):
                 changes = {"phi_strength": view.strength} if name == "phi" else {}
                 config = settings.eval_config(present is not None, **changes)
-                job = Evaluation(settings.part(Setup), choice.subset, config, present)
-                _, values = job.work(self.run.store, lambda done, total, r=row: tick(r + done / total, len(rows)))
-                found[name] = Accuracy(**values)
+                job = Evaluation(setup, choice.subset, config, present)
+                _, found[name] = job.trained(store, lambda done, total, r=row: tick(r + done / total, len(rows)))
             return found
 
         return work

@@ -424,12 +424,8 @@ class Page:
         self.begin(lambda: self.show_scores(work(tick), name), done)
 
     def show_scores(self, found: dict, name: str) -> None:
-        *controls, (_, score) = found.items()
-        rows = dict(controls) | {f"{name} as you saw it": score}
-        cells = (
-            f"<tr><td>{html.escape(name)}</td><td>{shown(summary(score.validation))}</td></tr>"
-            for name, score in rows.items()
-        )
+        rows = {f"{name} as you saw it" if row == "phi" else row: summary(values) for row, values in found.items()}
+        cells = (f"<tr><td>{html.escape(row)}</td><td>{shown(values)}</td></tr>" for row, values in rows.items())
         head = "<tr><th>students trained on its images, each through</th><th>validation accuracy</th></tr>"
         self.scores.value = f"<table class='augdistill-scores'>{head}{''.join(cells)}</table>"
 

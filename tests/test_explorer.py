@@ -415,6 +415,25 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
     told(page, "untrained unet: has not been trained here")
 
 
+def test_students_take_the_step_size_that_phi_learned_where_they_are_to(tmp_path, opened):
+    page = opened(run_in(tmp_path, eval_lr=0.0, alpha=0.05))
+    page.iterations.value = 3
+    page.train.click()
+    wait(page)
+    page.evaluate.click()
+    assert "evaluated" in wait(page)
+    run, job = page.run, page.here()[0].store()
+    score = run.evaluation(run.base, job).stored(run.store)[1]["validation"]
+    assert (
+        f"{100 * np.mean(score):.1f} ± {100 * np.std(score, ddof=1):.1f} %"
+        in page.scores.value.split("trained here")[1]
+    )
+    page.save.click()
+    page.phi.value = "file mine"
+    page.evaluate.click()
+    told(page, "mine.safetensors: does not say which step size it learned")
+
+
 def test_one_thing_at_a_time_and_it_can_be_stopped(tmp_path, opened):
     page = opened(run_in(tmp_path))
     page.iterations.value = 500
