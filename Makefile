@@ -19,7 +19,8 @@ lab: $(READY)  ## JupyterLab on the notebooks
 
 app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine
 	@mkdir -p runs/.app
-	$(BIN)/papermill --prepare-only notebooks/06_phi_explorer.ipynb runs/.app/explorer.ipynb -p preset $(PRESET)
+	$(BIN)/papermill --prepare-only notebooks/06_phi_explorer.ipynb runs/.app/explorer.ipynb \
+		-p preset $(if $(wildcard $(PRESET)),$(abspath $(PRESET)),$(PRESET))
 	$(BIN)/voila runs/.app/explorer.ipynb $(foreach k,idle_timeout=120 interval=30,--MappingKernelManager.cull_$(k))
 
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
