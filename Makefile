@@ -1,11 +1,12 @@
 # Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter;
-# COMPILE=1 make bench measures the compiled steps too (minutes more), AUGDISTILL_DATA=DIR make bench ZCA on CIFAR-10.
+# COMPILE=1 make bench measures the compiled steps too (minutes more), AUGDISTILL_DATA=DIR make bench ZCA and the explorer
+# on CIFAR-10.
 PRESET ?= digits
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test lab figures bench clean
+.PHONY: report test lab app figures bench clean
 
 report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
@@ -16,6 +17,12 @@ test: $(READY)  ## run the tests, a process a core
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
+app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine
+	@mkdir -p runs/.app
+	$(BIN)/papermill --prepare-only notebooks/06_phi_explorer.ipynb runs/.app/explorer.ipynb \
+		-p preset $(if $(wildcard $(PRESET)),$(abspath $(PRESET)),$(PRESET))
+	$(BIN)/voila runs/.app/explorer.ipynb $(foreach k,idle_timeout=120 interval=30,--MappingKernelManager.cull_$(k))
+
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)
 
@@ -23,6 +30,7 @@ bench: $(READY)  ## time and memory of the unroll and of experts, against the of
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)
+	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/explorer.py --out figures/benchmarks)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

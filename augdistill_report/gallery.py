@@ -18,7 +18,7 @@ from augdistill_report.study import points, values
 
 
 def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
-    """Copy what the run left (pictures; numbers with settings, versions, device and commit); refresh README's table.
+    """Copy what the run left (pictures, films, numbers with settings, versions and commit); refresh README's table.
 
     `only` publishes the notebooks whose numbers it lists ("01,02") and nothing else: no sweeps, no table.
     """
@@ -41,8 +41,8 @@ def publish(preset: str, out: str = "", gallery: Path | None = None, only: str =
         raise ValueError(f"{folder}: its notebooks ran at different commits; run the report again, then publish")
     for name, result in ours.items():
         write(target / f"{name}.json", as_json(result))
-        for figure in result["figures"]:
-            write(target / f"{figure}.png", (folder / "figures" / f"{figure}.png").read_bytes())
+        for file in [*(f"{name}.png" for name in result["figures"]), *(f"{name}.gif" for name in result["films"])]:
+            write(target / file, (folder / "figures" / file).read_bytes())
     if not only and any(folder.glob("sweeps/*/*.json")):
         publish_sweeps(preset, out, gallery)
     if not only and gallery is None:

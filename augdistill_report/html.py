@@ -8,6 +8,7 @@ import nbformat
 
 from augdistill_report.artefacts import write
 
+WIDGETS = "application/vnd.jupyter.widget-view+json"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -39,6 +40,9 @@ def build_report(folder: Path, configuration: str) -> Path:
         notebook = nbformat.read(path, as_version=4)
         # what papermill injected and long-running bars are of no use to a reader
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+            output.get("data", {}).pop(WIDGETS, None)  # without a kernel the line beside it says more
+        notebook.metadata.pop("widgets", None)
         body, _ = exporter.from_notebook_node(notebook)
         items.append(f'<li><a href="#{name}">{html.escape(title(notebook))}</a></li>')
         sections.append(f'<section id="{name}">{body}</section>')

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from augdistill_core import diverged
 from augdistill_report.grid import level, over_seeds
+from augdistill_report.sheets import image_grid  # noqa: F401 (the one picture that matplotlib does not draw)
 
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
 COLOURS = {
@@ -74,22 +75,6 @@ def new_figure(width: float, height: float, columns: int = 1, **options) -> tupl
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, alpha=0.25, linewidth=0.6)
     return figure, axes
-
-
-def image_grid(rows: dict[str, Tensor], columns: list[str]) -> Figure:
-    """Rows of images `[k, C, H, W]` in [0, 1] below each other, row names at the left, column names on top."""
-    figure = Figure(figsize=(1.6 + 0.85 * len(columns), 0.35 + 0.9 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for (name, images), line in zip(rows.items(), axes, strict=True):
-        for image, axis in zip(images.cpu(), line, strict=True):
-            picture = image.permute(1, 2, 0).squeeze(-1).numpy()  # numpy 2 warns of a tensor
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    for title, axis in zip(columns, axes[0], strict=True):
-        axis.set_title(title, fontsize=10)
-    return figure
 
 
 def smooth(values: list[float], window: int) -> np.ndarray:

@@ -9,6 +9,7 @@ A run's folder holds config.json, results/, curves/, figures/, notebooks/, saved
 artefacts/.
 """
 
+import base64
 import dataclasses
 import io
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from augdistill_core import DistillConfig, Trajectories
 from augdistill_report.artefacts import Store, as_json, digest, write
@@ -29,6 +31,7 @@ from augdistill_report.numbers import Accuracy, shown, summary
 from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import ROOT, Settings, Setup, given_experts, preset_path, public_name, resolve
+from augdistill_report.sheets import film, png
 from augdistill_report.study import Case, run_cases
 from augdistill_report.tracking import Tracker
 
@@ -92,6 +95,7 @@ class Run:
         self.tracker = Tracker(settings.track, folder, notebook)
         self.numbers: dict = {}
         self.figures: list[str] = []
+        self.films: list[str] = []
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -227,11 +231,21 @@ class Run:
 
     def figure(self, figure, name: str) -> None:
         """Show a figure once, and keep it as figures/<name>.png (the same bytes for the same picture)."""
-        from IPython.display import Image, display
+        from IPython import display
 
         write(self.folder / "figures" / f"{name}.png", picture(figure))
         self.figures.append(name)
-        display(Image(picture(figure), alt=name.replace("_", " ")))
+        display.display(display.Image(picture(figure), alt=name.replace("_", " ")))
+
+    def film(self, frames: list[Image.Image], name: str) -> None:
+        """Show pictures one after the other as a film, and keep it as figures/<name>.gif."""
+        from IPython import display
+
+        content = film(frames)
+        write(self.folder / "figures" / f"{name}.gif", content)
+        self.films.append(name)
+        source = f"data:image/gif;base64,{base64.b64encode(content).decode()}"
+        display.display(display.HTML(f'<img alt="{name.replace("_", " ")}" src="{source}">'))
 
     def finish(self):
         """Write results/<notebook>.json: the numbers, with the settings and the environment that they come from.
@@ -248,6 +262,7 @@ class Run:
             "environment": environment(self.settings.device),
             "numbers": self.numbers,
             "figures": self.figures,
+            "films": self.films,
         }
         write(self.folder / "results" / f"{self.notebook}.json", as_json(results))
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
@@ -256,7 +271,9 @@ class Run:
 
 
 def picture(figure) -> bytes:
-    """A figure as PNG: the same bytes for the same picture."""
+    """A figure of matplotlib's or an image of Pillow's as PNG: the same bytes for the same picture."""
+    if isinstance(figure, Image.Image):
+        return png(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

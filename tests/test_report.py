@@ -46,6 +46,7 @@ def test_a_run_leaves_all_that_it_promises(smoke):
         assert result["numbers"]
         for figure in result["figures"]:
             assert (smoke / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert (smoke / "figures" / "learning.gif").read_bytes().startswith(b"GIF89a")
     curve = (smoke / "curves" / "02_baseline_mtt" / "pixels__MTT_.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in curve] == list(range(4))
     assert not list(smoke.glob("notebooks/.*")) and not list(smoke.glob("**/*.failed.ipynb"))
@@ -69,6 +70,8 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
     assert not re.search(r'(src|href)="(https?:)?//', page)
     assert page.count('src="data:image/png;base64,') == sum(len(r["figures"]) for r in results(smoke).values())
     assert page.count('<details class="code">') > 20
+    # in the place of the explorer's widgets, which only a kernel brings to life, a line that says how
+    assert "widget-view+json" not in page and "Here stands the explorer's page" in page
 
 
 def test_a_second_run_reuses_finished_work_and_gives_the_same_bytes(smoke, tmp_path):
@@ -282,7 +285,7 @@ def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp
     pretend(run, uncommitted=False)
     target = gallery.publish("smoke", str(run), tmp_path / "gallery")
     first = {p.name: p.read_bytes() for p in target.iterdir()}
-    assert {f"{name}.json" for name in NAMES} < set(first)
+    assert {f"{name}.json" for name in NAMES} | {"learning.gif"} < set(first)
     assert len([name for name in first if name.endswith(".png")]) == sum(
         len(r["figures"]) for r in results(run).values()
     )

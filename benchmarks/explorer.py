@@ -1,0 +1,103 @@
+"""From a slider of the explorer to its picture: 20 images of CIFAR-10 and 6 draws of one, through the U-Net with noise.
+
+    python benchmarks/explorer.py [--changes 500] [--out figures/benchmarks]
+
+Milliseconds in the kernel between a slider's new value and the finished pictures (encoded; the way to the browser is
+not in it), by slider, at rest and while a phi is trained in the background; and what the process holds after so many
+changes more than after the first fifty. On a busy machine look at the processor's time. CIFAR-10 is looked for as
+everywhere.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from unroll import status_mb
+
+from augdistill_report import open_run
+from augdistill_report.artefacts import as_json, write
+from augdistill_report.explorer_page import Page
+from augdistill_report.run import environment
+
+LIMIT = 0.15  # seconds that a picture may take
+WARM = 50  # changes before memory is looked at
+
+
+def changes(page: Page):
+    """Sliders and their next values, without end, each of them another picture."""
+    sliders = {
+        "strength": (page.strength, itertools.cycle([0.5, 1.5, 1.0])),
+        "noise": (page.noise, itertools.cycle([0.5, 2.0, 1.0])),
+        "seed": (page.seed, itertools.cycle(range(1, 50))),
+        "class": (page.label, itertools.cycle([*range(10), -1])),
+        "image": (page.image, itertools.cycle(range(1, 21))),
+    }
+    for name, (control, values) in itertools.cycle(sliders.items()):
+        value = next(values)
+        yield name, control, value if value != control.value else next(values)
+
+
+def turned(page: Page, count: int) -> dict:
+    """Milliseconds from slider to picture, by slider."""
+    wall, cpu, turns = {}, {}, itertools.islice(changes(page), count)
+    paint = page.paint
+    done = {}
+
+    def timed():  # what follows the pictures (the mean of draws, taken ahead) keeps nobody waiting
+        paint()
+        done.update(wall=time.perf_counter(), cpu=time.thread_time())
+
+    page.paint = timed
+    for name, control, value in turns:
+        start, start_cpu = time.perf_counter(), time.thread_time()
+        control.value = value
+        wall.setdefault(name, []).append(1000 * (done["wall"] - start))
+        cpu.setdefault(name, []).append(1000 * (done["cpu"] - start_cpu))
+    page.paint = paint
+    every, every_cpu = (sorted(itertools.chain(*times.values())) for times in (wall, cpu))
+    return {
+        "changes": count,
+        "median_ms": statistics.median(every),
+        "ninety_percent_ms": every[int(0.9 * count)],
+        "longest_ms": every[-1],
+        "within_limit": sum(ms <= 1000 * LIMIT for ms in every) / count,
+        "processor_median_ms": statistics.median(every_cpu),
+        "processor_longest_ms": every_cpu[-1],
+        "median_ms_by_slider": {name: statistics.median(times) for name, times in wall.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--changes", default=500, type=int)
+    parser.add_argument("--out", default="", help="a folder for explorer.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = open_run("06_phi_explorer", dict(preset="cifar10-small", out=f"{folder}/run", experts=1, epochs=1))
+        page = Page(run)
+        page.phi.value, page.count.value = "untrained unet_noise", 20
+        turned(page, WARM)
+        before = status_mb("VmRSS")
+        rest = turned(page, options.changes) | {"growth_mb": status_mb("VmRSS") - before}
+        page.network.value, page.iterations.value = "unet_noise", 500
+        page.train.click()
+        while page.background.busy and not page.here()[0].history:
+            time.sleep(0.1)
+        page.phi.value = "untrained unet_noise"
+        training = turned(page, options.changes // 10)
+        page.close()
+        if page.errors:
+            raise page.errors[0]
+    rows = {"at rest": rest, "while a phi is trained": training}
+    print(json.dumps(rows, indent=1))
+    if options.out:
+        about = {"environment": environment("cpu"), "images": 20, "draws": 6, "limit_ms": 1000 * LIMIT}
+        write(Path(options.out) / "explorer.json", as_json(about | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
