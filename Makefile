@@ -10,8 +10,8 @@ READY := .venv/.ready
 report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
 
-test: $(READY)  ## run the tests, a process a core
-	$(BIN)/python -m pytest --numprocesses logical --dist loadgroup
+test: $(READY)  ## run the tests, file by file, a process a core
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
