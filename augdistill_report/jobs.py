@@ -66,6 +66,10 @@ class Task:
                     store.save(self.kind, self.spec(), *result, time.process_time() - began)
         self.tidy(store)
 
+    def needs(self) -> list["Task"]:
+        """The pieces that it builds on, and would make itself if they were missing."""
+        return []
+
     def tidy(self, store: Store) -> None:
         """What is left to do when the result is there, even if a process was killed just then."""
 
@@ -133,6 +137,9 @@ class Together(Job):
 
     kind = "experts"
 
+    def needs(self):
+        return experts(self.setup)
+
     def work(self, store, tick):
         missing = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())]
         if missing:
@@ -189,11 +196,14 @@ def experts(setup: Setup) -> list[Expert]:
     return [Expert(setup, k) for k in range(setup.experts)]
 
 
+def own_experts(setup: Setup) -> list[Expert]:
+    """Those that are trained here: none if they are given."""
+    return [] if setup.expert_files else experts(setup)
+
+
 def to_train(setup: Setup) -> list[Job]:
-    """The jobs that make a set-up's experts: all at once on a GPU, one a process on a CPU; none if they are given."""
-    if setup.expert_files:
-        return []
-    return [Together(setup)] if setup.device == "cuda" else experts(setup)
+    """The jobs that make a set-up's own experts: all at once on a GPU, one a process on a CPU."""
+    return [Together(setup)] if own_experts(setup) and setup.device == "cuda" else own_experts(setup)
 
 
 def trajectories(setup: Setup, store: Store) -> Trajectories:
@@ -238,6 +248,9 @@ class Distillation(Job):
         c = self.config
         images = c.episode * len(self.data.classes) or self.subset.about(self.data)
         return c.iterations * c.draws * c.syn_steps * min(images, c.batch_syn or images)
+
+    def needs(self):
+        return own_experts(self.setup)
 
     def fresh_phi(self):
         base = self.data.train.take(self.subset.index(self.data)).images
@@ -370,6 +383,10 @@ class Evaluation(Job):
     def spec(self):
         return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
 
+    def needs(self):
+        teachers = own_experts(self.setup) if self.config.eval_labels == "soft" else []
+        return [self.distilled, *teachers] if self.distilled else teachers
+
     def student(self):
         build = STUDENTS.get(self.config.eval_student)
         if build is None:
@@ -434,6 +451,9 @@ class Score(Job):
     def spec(self):
         return super().spec() | {"evaluation": self.evaluation.spec()}
 
+    def needs(self):
+        return [self.evaluation, *self.evaluation.needs()]
+
     def work(self, store, tick):
         models, validation = self.evaluation.students(store, tick)
         test = self.data.test.opened().made()
@@ -456,6 +476,9 @@ class Probe(Job):
 
     def spec(self):
         return super().spec() | {"distilled": self.distilled.spec()}
+
+    def needs(self):
+        return [self.distilled, *own_experts(self.setup)]
 
     def work(self, store, tick):
         distilled = self.distilled

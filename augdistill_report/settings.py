@@ -22,6 +22,7 @@ from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer
 from augdistill_report.augmentations import AUGMENTATIONS, DIFFERENTIABLE
 from augdistill_report.data import Dataset, check_name, load_data
 from augdistill_report.expert_files import FLOATS, WORLD, ExpertFile, of_world
+from augdistill_report.pool import Pool
 from augdistill_report.students import STUDENTS
 from augdistill_report.tracking import TRACKERS, check_tracker
 
@@ -159,12 +160,15 @@ class Settings(Setup, DistillConfig, EvalConfig):
     episode_iterations: int = knob(120, "outer steps of the phis that meet new images in each", low=1)
     track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
+    cluster: str = knob("", "a Dask cluster that shares it instead: its scheduler's address, or its scheduler.json")
 
     def __post_init__(self):
         super().__post_init__()
         _ = self.fraction_list, self.rate_list, self.student_list  # each refuses what is not such a list
         files = (absolute(part.strip()) for part in self.phis.split(","))
         object.__setattr__(self, "phis", ", ".join(file for file in files if file))
+        if self.cluster.endswith(".json"):
+            object.__setattr__(self, "cluster", absolute(self.cluster))
 
     @property
     def fraction_list(self) -> list[float]:
@@ -195,7 +199,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
         return names
 
     def public(self) -> dict:
-        return super().public() | {"phis": ", ".join(path.name for path in self.phi_files)}
+        return super().public() | {"phis": ", ".join(path.name for path in self.phi_files), "cluster": ""}
 
     @property
     def phi_files(self) -> list[Path]:
@@ -238,8 +242,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
         return config if learned or config.eval_lr else dataclasses.replace(config, eval_lr=self.alpha)
 
     @property
-    def processes(self) -> int:
-        return self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
+    def pool(self) -> Pool:
+        return Pool(self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1), self.cluster)
 
 
 def preset_path(preset: str) -> Path:
@@ -309,6 +313,10 @@ def preflight(settings: Settings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
     check_tracker(settings.track)
+    if settings.cluster:
+        from augdistill_report.cluster import check_cluster  # needs an extra
+
+        check_cluster(settings.cluster)
     data = settings.load(whiten=False)
     student = settings.student(data)
     trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case
