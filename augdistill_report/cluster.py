@@ -92,6 +92,7 @@ class Cluster(Crew):
 
     def __enter__(self):
         self.client = connect(self.scheduler)
+        self.dashboard = self.client.dashboard_link
         self.order = {"version": VERSION, "token": self.store.token(), "folder": str(self.store.folder.absolute())}
         self.order |= {"threads": torch.get_num_threads(), "topic": f"augdistill-{uuid.uuid4().hex}"}
         self.client.subscribe_topic(self.order["topic"], self.hear)
@@ -105,7 +106,7 @@ class Cluster(Crew):
 
     @property
     def about(self) -> str:
-        return f"{len(self.told)} running on {self.client.dashboard_link}"
+        return f"{len(self.told)} running on {self.dashboard}"
 
     def submit(self, job):
         setup = getattr(job, "setup", None)
@@ -142,7 +143,8 @@ class Cluster(Crew):
         """Give a worker what it lacks, a file at a time; one that has died meanwhile needs nothing any more."""
         for name in lacks:
             content = (self.store.folder / name).read_bytes()
-            self.client.run(receive, self.order["token"], name, content, workers=[worker], on_error="ignore")
+            with contextlib.suppress(OSError):  # of a scheduler that is gone: the next look says so
+                self.client.run(receive, self.order["token"], name, content, workers=[worker], on_error="ignore")
 
     def take(self, future):
         self.told.pop(self.numbers.pop(future), None)

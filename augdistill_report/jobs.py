@@ -88,6 +88,7 @@ class Job(Task):
         """Data and experts' files count by their content, whatever they are called and wherever they lie."""
         setup = dataclasses.asdict(self.setup) | {"dataset": self.data.fingerprint, "data": None}
         setup["expert_files"] = [file.content for file in given_experts(self.setup)]
+        setup["experts_at_once"] = None  # who trains beside whom changes at most the last bits
         return dataclasses.asdict(self) | {"setup": setup, "source": SOURCE}
 
     @property
@@ -133,15 +134,17 @@ class Expert(Job):
 
 @dataclasses.dataclass(frozen=True)
 class Together(Job):
-    """All of a set-up's experts that the store lacks, trained at once; each is stored as if it had been made alone."""
+    """Some of a set-up's experts, those that the store lacks trained at once; each is stored as if made alone."""
+
+    which: tuple[int, ...]
 
     kind = "experts"
 
     def needs(self):
-        return experts(self.setup)
+        return [Expert(self.setup, k) for k in self.which]
 
     def work(self, store, tick):
-        missing = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())]
+        missing = [job for job in self.needs() if not store.has(job.kind, job.spec())]
         if missing:
             ways, losses = trained(self, train_together, [job.expert for job in missing], store, tick)
             for job, *found in zip(missing, ways, torch.stack(losses, 1).tolist(), strict=True):
@@ -202,8 +205,12 @@ def own_experts(setup: Setup) -> list[Expert]:
 
 
 def to_train(setup: Setup) -> list[Job]:
-    """The jobs that make a set-up's own experts: all at once on a GPU, one a process on a CPU."""
-    return [Together(setup)] if own_experts(setup) and setup.device == "cuda" else own_experts(setup)
+    """The jobs that make a set-up's own experts: so many at once on a GPU, one a process on a CPU."""
+    own = own_experts(setup)
+    if setup.device != "cuda" or not own:
+        return own
+    at_once = setup.experts_at_once or len(own)
+    return [Together(setup, tuple(range(len(own))[i : i + at_once])) for i in range(0, len(own), at_once)]
 
 
 def trajectories(setup: Setup, store: Store) -> Trajectories:

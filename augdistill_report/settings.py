@@ -54,6 +54,7 @@ class Setup(ExpertConfig):
     depth: int = knob(2, "the student's blocks", low=1)
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
     expert_float: str = knob("float32", "how experts' parameters are kept on disk", choices=tuple(FLOATS))
+    experts_at_once: int = knob(0, "so many train at once on a GPU, the rest on others; 0 = all", low=0)
     expert_files: str = knob("", "a folder of experts to use instead of training them")
     augment: str = knob("none", "differentiable augmentation after phi in the unroll (MTT's A)", choices=DIFFERENTIABLE)
     seed: int = knob(0, "everything random follows from it", low=0)
