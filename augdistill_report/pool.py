@@ -75,20 +75,21 @@ class Processes(Crew):
         # the workers stay for the next call: starting one costs seconds
         start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(),))
         self.executor = get_reusable_executor(self.processes, timeout=120, **start)
-        self.folder = tempfile.TemporaryDirectory()
+        self.open = contextlib.ExitStack()
+        self.folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
+        # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
+        self.open.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="A worker was restarted")
         return self
 
     def __exit__(self, kind, error, trace):
         if kind is not None:
             self.executor.shutdown(wait=True, kill_workers=True)
-        self.folder.cleanup()
+        self.open.close()
 
     def submit(self, job):
-        file = Path(self.folder.name) / str(len(self.files))
-        with warnings.catch_warnings():
-            # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
-            warnings.filterwarnings("ignore", message="A worker was restarted")
-            future = self.executor.submit(_run, job, self.store, own_phis(), file)
+        file = self.folder / str(len(self.files))
+        future = self.executor.submit(_run, job, self.store, own_phis(), file)
         self.files[future] = file
         return future
 
