@@ -19,9 +19,10 @@ lab: $(READY)  ## JupyterLab on the notebooks
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)
 
-bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one
+bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one; a sweep by Dask
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
+	$(BIN)/python benchmarks/cluster.py --out figures/benchmarks
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)
 
 clean:  ## remove the environment and all runs
