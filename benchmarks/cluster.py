@@ -27,7 +27,7 @@ from augdistill_report.settings import NOTEBOOKS, ROOT
 GRID = {
     "notebook": str(NOTEBOOKS / "sweeps" / "one_phi.ipynb"),
     "preset": "smoke",
-    "set": {"iterations": 40, "syn_steps": 10, "eval_steps": 100},
+    "set": {"iterations": 20, "eval_steps": 30},
     "rows": {"U-Net": {"phi": "unet"}, "distnet2": {"phi": "distnet2"}},
     "axes": {"seed": [0, 1, 2, 3]},
 }
