@@ -11,8 +11,8 @@ READY := .venv/.ready
 report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
 
-test: $(READY)  ## run the tests, a process a core
-	$(BIN)/python -m pytest --numprocesses logical --dist loadgroup
+test: $(READY)  ## run the tests, file by file, a process a core
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -26,9 +26,10 @@ app: $(READY)  ## the explorer (notebook 06) as a page without code, on this mac
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)
 
-bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one
+bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one; a sweep by Dask
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
+	$(BIN)/python benchmarks/cluster.py --out figures/benchmarks
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/explorer.py --out figures/benchmarks)
 

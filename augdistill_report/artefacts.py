@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+TOKEN = ".token"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there is no room for a file, or not for one as large
 
 
@@ -109,6 +111,17 @@ class Store:
 
     def path(self, kind: str, spec: dict) -> Path:
         return self.folder / f"{kind}-{digest(spec)}.safetensors"
+
+    def token(self) -> str:
+        """What this folder is known by, wherever it is seen from: a file in it, made once."""
+        if not self.known_by():
+            write(self.folder / TOKEN, uuid.uuid4().hex)
+        return (self.folder / TOKEN).read_text()
+
+    def known_by(self, token: str = "") -> bool:
+        """Whether it is the folder of this token (or of any)."""
+        path = self.folder / TOKEN
+        return path.is_file() and token in ("", path.read_text())
 
     def has(self, kind: str, spec: dict) -> bool:
         return self.path(kind, spec).is_file()

@@ -16,6 +16,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
     sweep.add_argument("--short", action="store_true", help="only the rows that the grid names as its short form")
     for command in (report, sweep):
+        add_cluster(command)
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
         again = "run every cell again" if command is sweep else "forget finished work and do it again"
         command.add_argument("--fresh", action="store_true", help=again)
@@ -56,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="its files")
     for command in (show, check):
         command.add_argument("files", nargs="*", metavar="FILE", help="experts, or folders of them (those of a run)")
+    add_cluster(train)
     for command in (train, bring):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     for command in (train, show, check, bring):
@@ -68,6 +70,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def add_cluster(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cluster", default="", metavar="SCHEDULER", help="a Dask scheduler's address, or its .json")
+
+
 def settings_changes(pairs: list[str]) -> dict[str, str]:
     changes = {}
     for pair in pairs:
@@ -76,6 +82,11 @@ def settings_changes(pairs: list[str]) -> dict[str, str]:
             raise ValueError(f"--set {pair!r}: must be key=value")
         changes[key.strip()] = value.strip()
     return changes
+
+
+def given(options: argparse.Namespace, *keys: str) -> dict[str, str]:
+    """The settings that have an option of their own, where it was used."""
+    return {key: getattr(options, key) for key in keys if getattr(options, key)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,11 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.command == "report":
-            changes = settings_changes(options.set) | ({"track": options.track} if options.track else {})
+            changes = settings_changes(options.set) | given(options, "track", "cluster")
             page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
             print(f"report: {page}")
         elif options.command == "sweep":
-            changes = settings_changes(options.set)
+            changes = settings_changes(options.set) | given(options, "cluster")
             arguments = (options.grid, options.preset, options.out, changes, options.short, options.row, options.fresh)
             folder, cells = sweep.sweep(*arguments)
             print((folder / "table.md").read_text())
@@ -112,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
                 paths = experts.files_of(options.files, options.preset, options.out)
                 files = [expert_files.ExpertFile(path) for path in paths]
             elif options.what == "train":
-                files = experts.train(options.preset, options.out, settings_changes(options.set))
+                changes = settings_changes(options.set) | given(options, "cluster")
+                files = experts.train(options.preset, options.out, changes)
             else:
                 arguments = (options.files, options.preset, options.out, settings_changes(options.set))
                 files = experts.import_buffers(*arguments)

@@ -60,7 +60,7 @@ def train(preset: str, out: str = "", changes: dict | None = None) -> list[Exper
     start_folder(folder, preset, settings)
     torch.set_num_threads(settings.threads)
     store = Store(folder / "artefacts")
-    run_jobs(to_train(setup), store, settings.processes, Progress("experts"))
+    run_jobs(to_train(setup), store, settings.pool, Progress("experts"))
     return [job.file(store) for job in experts(setup)]
 
 

@@ -67,6 +67,10 @@ class Task:
                     store.save(self.kind, self.spec(), *result, time.process_time() - began)
         self.tidy(store)
 
+    def needs(self) -> list["Task"]:
+        """The pieces that it builds on, and would make itself if they were missing."""
+        return []
+
     def tidy(self, store: Store) -> None:
         """What is left to do when the result is there, even if a process was killed just then."""
 
@@ -85,6 +89,7 @@ class Job(Task):
         """Data and experts' files count by their content, whatever they are called and wherever they lie."""
         setup = dataclasses.asdict(self.setup) | {"dataset": self.data.fingerprint, "data": None}
         setup["expert_files"] = [file.content for file in given_experts(self.setup)]
+        setup["experts_at_once"] = None  # who trains beside whom changes at most the last bits
         return dataclasses.asdict(self) | {"setup": setup, "source": SOURCE}
 
     @property
@@ -130,12 +135,17 @@ class Expert(Job):
 
 @dataclasses.dataclass(frozen=True)
 class Together(Job):
-    """All of a set-up's experts that the store lacks, trained at once; each is stored as if it had been made alone."""
+    """Some of a set-up's experts, those that the store lacks trained at once; each is stored as if made alone."""
+
+    which: tuple[int, ...]
 
     kind = "experts"
 
+    def needs(self):
+        return [Expert(self.setup, k) for k in self.which]
+
     def work(self, store, tick):
-        missing = [job for job in experts(self.setup) if not store.has(job.kind, job.spec())]
+        missing = [job for job in self.needs() if not store.has(job.kind, job.spec())]
         if missing:
             ways, losses = trained(self, train_together, [job.expert for job in missing], store, tick)
             for job, *found in zip(missing, ways, torch.stack(losses, 1).tolist(), strict=True):
@@ -190,11 +200,18 @@ def experts(setup: Setup) -> list[Expert]:
     return [Expert(setup, k) for k in range(setup.experts)]
 
 
+def own_experts(setup: Setup) -> list[Expert]:
+    """Those that are trained here: none if they are given."""
+    return [] if setup.expert_files else experts(setup)
+
+
 def to_train(setup: Setup) -> list[Job]:
-    """The jobs that make a set-up's experts: all at once on a GPU, one a process on a CPU; none if they are given."""
-    if setup.expert_files:
-        return []
-    return [Together(setup)] if setup.device == "cuda" else experts(setup)
+    """The jobs that make a set-up's own experts: so many at once on a GPU, one a process on a CPU."""
+    own = own_experts(setup)
+    if setup.device != "cuda" or not own:
+        return own
+    at_once = setup.experts_at_once or len(own)
+    return [Together(setup, tuple(range(len(own))[i : i + at_once])) for i in range(0, len(own), at_once)]
 
 
 def trajectories(setup: Setup, store: Store) -> Trajectories:
@@ -239,6 +256,9 @@ class Distillation(Job):
         c = self.config
         images = c.episode * len(self.data.classes) or self.subset.about(self.data)
         return c.iterations * c.draws * c.syn_steps * min(images, c.batch_syn or images)
+
+    def needs(self):
+        return own_experts(self.setup)
 
     def fresh_phi(self):
         base = self.data.train.take(self.subset.index(self.data)).images
@@ -371,6 +391,10 @@ class Evaluation(Job):
     def spec(self):
         return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
 
+    def needs(self):
+        teachers = own_experts(self.setup) if self.config.eval_labels == "soft" else []
+        return [self.distilled, *teachers] if self.distilled else teachers
+
     def student(self):
         build = STUDENTS.get(self.config.eval_student)
         if build is None:
@@ -436,6 +460,9 @@ class Score(Job):
     def spec(self):
         return super().spec() | {"evaluation": self.evaluation.spec()}
 
+    def needs(self):
+        return [self.evaluation, *self.evaluation.needs()]
+
     def work(self, store, tick):
         models, validation = self.evaluation.students(store, tick)
         test = self.data.test.opened().made()
@@ -458,6 +485,9 @@ class Probe(Job):
 
     def spec(self):
         return super().spec() | {"distilled": self.distilled.spec()}
+
+    def needs(self):
+        return [self.distilled, *own_experts(self.setup)]
 
     def work(self, store, tick):
         distilled = self.distilled

@@ -6,6 +6,7 @@ bits however many processes there are.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -27,14 +28,96 @@ REFRESH = 0.5  # seconds between two looks at the progress
 LOG_EVERY = 15  # seconds between two lines of progress in a log
 
 
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Who shares the work: so many processes on this machine, or (its scheduler's address or file) a Dask cluster."""
+
+    processes: int = 1
+    cluster: str = ""
+
+    def crew(self, store: Store) -> "Crew":
+        if self.cluster:
+            from augdistill_report.cluster import Cluster  # late: it needs an extra, and the jobs' own module
+
+            return Cluster(self.cluster, store)
+        return Processes(self.processes, store)
+
+
+class Crew(contextlib.AbstractContextManager):
+    """An executor, and what differs from one to the next. An exception that leaves the context stops all that runs."""
+
+    about = ""  # what a person may want to know of it while it works
+
+    def submit(self, job) -> concurrent.futures.Future:
+        raise NotImplementedError
+
+    def state(self, future: concurrent.futures.Future) -> tuple[float, str]:
+        """How far a job is that is not done, in [0, 1], and what it says of itself."""
+        raise NotImplementedError
+
+    def take(self, future: concurrent.futures.Future) -> None:
+        """Have what a job that is done has made in the store; raises what it raised."""
+        future.result()
+
+
+def own_phis() -> dict:
+    """The phis that a user registered, by name: they travel along with the jobs."""
+    return {name: build for name, build in PHIS.items() if origin(build)[0] not in OURS}
+
+
+class Processes(Crew):
+    """Processes on this machine, by loky. How far a job is stands in a file that its worker writes."""
+
+    def __init__(self, processes: int, store: Store):
+        self.processes, self.store, self.files = processes, store, {}
+
+    def __enter__(self):
+        # the workers stay for the next call: starting one costs seconds
+        start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(),))
+        self.executor = get_reusable_executor(self.processes, timeout=120, **start)
+        self.open = contextlib.ExitStack()
+        self.folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
+        # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
+        self.open.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="A worker was restarted")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None:
+            self.executor.shutdown(wait=True, kill_workers=True)
+        self.open.close()
+
+    def submit(self, job):
+        file = self.folder / str(len(self.files))
+        future = self.executor.submit(_run, job, self.store, own_phis(), file)
+        self.files[future] = file
+        return future
+
+    def state(self, future):
+        try:
+            return tuple(json.loads(self.files[future].read_text()))
+        except (OSError, ValueError):
+            return 0.0, ""
+
+
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the workers
 
 
-def _run(job, store: Store, builders: dict, progress: Path) -> None:
-    """One job in a worker: phis that the user registered travel along; progress is a file that the parent reads."""
-    for name, build in builders.items():
+def _run(job, store: Store, phis: dict, progress: Path) -> None:
+    """One job in a process of this machine."""
+
+    def tell(part, note):
+        with contextlib.suppress(OSError):
+            write(progress, json.dumps([part, note]))
+
+    run_with(job, store, phis, tell)
+
+
+def run_with(job, store: Store, phis: dict, tell: Callable[[float, str], None]) -> None:
+    """One job in a worker, with the phis that its user registered; it may `tell(part, note)` twice a second."""
+    for name, build in phis.items():
         register_phi(name)(build)
     last = 0.0
 
@@ -42,24 +125,15 @@ def _run(job, store: Store, builders: dict, progress: Path) -> None:
         nonlocal last
         if time.monotonic() - last > REFRESH:
             last = time.monotonic()
-            with contextlib.suppress(OSError):
-                write(progress, json.dumps([done / total, note]))
+            tell(done / total, note)
 
     job.run(store, tick)
 
 
-def _state(progress: Path) -> tuple[float, str]:
-    """How far a running job is, in [0, 1], and what it says of itself."""
-    try:
-        return tuple(json.loads(progress.read_text()))
-    except (OSError, ValueError):
-        return 0.0, ""
-
-
 def run_jobs(
-    jobs: list, store: Store, workers: int, show: Callable[[float, float, str], None], failures: dict | None = None
+    jobs: list, store: Store, pool: Pool, show: Callable[[float, float, str], None], failures: dict | None = None
 ) -> None:
-    """Run the jobs that the store lacks, `workers` at a time; `show(done, total, note)` in jobs, parts of one included.
+    """Run the jobs that the store lacks, shared by a pool; `show(done, total, note)` in jobs, parts of one included.
 
     An exception in a job ends the others, unless there are `failures` to put it in (by job); Ctrl-C does in any case.
     What was finished is in the store.
@@ -70,37 +144,25 @@ def run_jobs(
         return
     missing.sort(key=lambda job: -job.cost)  # else the longest may start last, and run alone
     show(0, len(missing), "")
-    if workers == 1 or len(missing) == 1:
+    if not pool.cluster and (pool.processes == 1 or len(missing) == 1):
         for number, job in enumerate(missing):
             with _kept(job, failures):
                 job.run(store, lambda done, total, note="", n=number: show(n + done / total, len(missing), note))
             show(number + 1, len(missing), "")
         return
-    own = {n: b for n, b in PHIS.items() if origin(b)[0] not in OURS}
-    threads = torch.get_num_threads()
-    # the workers stay for the next call: starting one costs seconds
-    executor = get_reusable_executor(workers, timeout=120, initializer=_start_worker, initargs=(threads,))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
-        warnings.filterwarnings("ignore", message="A worker was restarted")
-        try:
-            files = [Path(folder) / str(number) for number in range(len(missing))]
-            futures = [executor.submit(_run, job, store, own, file) for job, file in zip(missing, files, strict=True)]
-            job_of = dict(zip(futures, missing, strict=True))
-            waiting = set(futures)
-            while waiting:
-                done, waiting = concurrent.futures.wait(
-                    waiting, timeout=REFRESH, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    with _kept(job_of[future], failures):
-                        future.result()  # raises what the job raised
-                states = [(1.0, "") if f.done() else _state(file) for f, file in zip(futures, files, strict=True)]
-                notes = dict.fromkeys(note for _, note in states if note)
-                show(sum(part for part, _ in states), len(missing), "; ".join(notes))
-        except BaseException:
-            executor.shutdown(wait=True, kill_workers=True)
-            raise
+    with pool.crew(store) as crew:
+        job_of = {crew.submit(job): job for job in missing}
+        waiting = set(job_of)
+        while waiting:
+            done, waiting = concurrent.futures.wait(
+                waiting, timeout=REFRESH, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                with _kept(job_of.pop(future), failures):  # forgotten, as its result may be large
+                    crew.take(future)
+            states = [crew.state(future) for future in waiting]
+            notes = dict.fromkeys(note for note in (crew.about, *(note for _, note in states)) if note)
+            show(len(missing) - len(waiting) + sum(part for part, _ in states), len(missing), "; ".join(notes))
 
 
 @contextlib.contextmanager

@@ -59,14 +59,14 @@ def environment(device: str) -> dict:
 
 
 def configuration(settings: Settings) -> str:
-    """A digest of all that a number may depend on: settings (not processes, nor trackers), the data's content, code.
+    """A digest of all that a number may depend on: settings (but who works, and trackers), the data's content, code.
 
     Of the code all of it: results by notebook are cheap to make again from the stored pieces, which depend on less.
     """
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
     content |= {"expert_files": [file.content for file in given_experts(settings.part(Setup))]}
     content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files]}
-    content |= {"workers": None, "track": None}
+    content |= {"workers": None, "cluster": None, "track": None}
     code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "augdistill_report").glob("*.py")}
     return digest({"settings": settings.to_dict() | content, "source": SOURCE, "code": code})
 
@@ -118,7 +118,7 @@ class Run:
     # --- work: jobs, run over the cores, reused where they were done before -------------------------------------------
 
     def _run(self, jobs: list, what: str) -> None:
-        run_jobs(jobs, self.store, self.settings.processes, Progress(what))
+        run_jobs(jobs, self.store, self.settings.pool, Progress(what))
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
         """The experts' trajectories, and each one's validation accuracy by snapshot."""
@@ -186,7 +186,7 @@ class Run:
 
     def cases(self, cases: dict[str, Case]) -> None:
         """Train and score every case, unless it is stored; raises what the first one raised that could not be made."""
-        for error in run_cases(list(cases.values()), self.store, self.settings.processes).values():
+        for error in run_cases(list(cases.values()), self.store, self.settings.pool).values():
             raise error
 
     def study(self, grid: Grid, short: bool) -> tuple[list[dict], dict[str, list[Case]]]:
@@ -196,7 +196,7 @@ class Run:
         """
         changes = {"iterations": self.settings.study_iterations} if self.settings.study_iterations else {}
         cases = {choice: Case(choice.settings) for choice in grid.choices(self.settings, changes, short)}
-        errors = run_cases(list(cases.values()), self.store, self.settings.processes)
+        errors = run_cases(list(cases.values()), self.store, self.settings.pool)
         rows: dict[str, list[Case]] = {}
         found = []
         for choice, case in cases.items():

@@ -22,6 +22,7 @@ from augdistill_core import ConvNet, DistillConfig, ExpertConfig, make_optimizer
 from augdistill_report.augmentations import AUGMENTATIONS, DIFFERENTIABLE
 from augdistill_report.data import Dataset, check_name, load_data
 from augdistill_report.expert_files import FLOATS, WORLD, ExpertFile, of_world
+from augdistill_report.pool import Pool
 from augdistill_report.students import STUDENTS
 from augdistill_report.tracking import TRACKERS, check_tracker
 
@@ -53,6 +54,7 @@ class Setup(ExpertConfig):
     depth: int = knob(2, "the student's blocks", low=1)
     expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
     expert_float: str = knob("float32", "how experts' parameters are kept on disk", choices=tuple(FLOATS))
+    experts_at_once: int = knob(0, "so many train at once on a GPU, the rest on others; 0 = all", low=0)
     expert_files: str = knob("", "a folder of experts to use instead of training them")
     augment: str = knob("none", "differentiable augmentation after phi in the unroll (MTT's A)", choices=DIFFERENTIABLE)
     seed: int = knob(0, "everything random follows from it", low=0)
@@ -161,12 +163,15 @@ class Settings(Setup, DistillConfig, EvalConfig):
     episode_iterations: int = knob(120, "outer steps of the phis that meet new images in each", low=1)
     track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
+    cluster: str = knob("", "a Dask cluster that shares it instead: its scheduler's address, or its scheduler.json")
 
     def __post_init__(self):
         super().__post_init__()
         _ = self.fraction_list, self.rate_list, self.student_list  # each refuses what is not such a list
         files = (absolute(part.strip()) for part in self.phis.split(","))
         object.__setattr__(self, "phis", ", ".join(file for file in files if file))
+        if self.cluster.endswith(".json"):
+            object.__setattr__(self, "cluster", absolute(self.cluster))
 
     def listed(self, key: str, high: float, what: str) -> list[float]:
         """The different numbers, above 0 and at most `high`, that a setting holds; there must be one."""
@@ -196,7 +201,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
         return names
 
     def public(self) -> dict:
-        return super().public() | {"phis": ", ".join(path.name for path in self.phi_files)}
+        return super().public() | {"phis": ", ".join(path.name for path in self.phi_files), "cluster": ""}
 
     @property
     def phi_files(self) -> list[Path]:
@@ -239,8 +244,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
         return config if learned or config.eval_lr else dataclasses.replace(config, eval_lr=self.alpha)
 
     @property
-    def processes(self) -> int:
-        return self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
+    def pool(self) -> Pool:
+        return Pool(self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1), self.cluster)
 
 
 def preset_path(preset: str) -> Path:
@@ -310,6 +315,10 @@ def preflight(settings: Settings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
     check_tracker(settings.track)
+    if settings.cluster:
+        from augdistill_report.cluster import check_cluster  # needs an extra
+
+        check_cluster(settings.cluster)
     data = settings.load(whiten=False)
     student = settings.student(data)
     trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case

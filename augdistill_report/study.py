@@ -14,7 +14,7 @@ from augdistill_report.artefacts import Store
 from augdistill_report.grid import level, over_seeds
 from augdistill_report.jobs import Distillation, Evaluation, Probe, Score, Subset, own_source, to_train
 from augdistill_report.numbers import Accuracy, summary, tenths
-from augdistill_report.pool import Progress, run_jobs
+from augdistill_report.pool import Pool, Progress, run_jobs
 from augdistill_report.settings import Settings, Setup
 
 
@@ -72,15 +72,15 @@ class Case:
         }
 
 
-def run_cases(cases: list[Case], store: Store, workers: int) -> dict[Case, Exception]:
+def run_cases(cases: list[Case], store: Store, pool: Pool) -> dict[Case, Exception]:
     """Make what the cases lack; returns the errors of those that could not be made."""
     failures: dict = {}
     worlds = {case.settings.part(Setup): None for case in cases}
-    run_jobs([job for setup in worlds for job in to_train(setup)], store, workers, Progress("experts"))
-    run_jobs([case.distilled for case in cases], store, workers, Progress("distillation"), failures)
+    run_jobs([job for setup in worlds for job in to_train(setup)], store, pool, Progress("experts"))
+    run_jobs([case.distilled for case in cases], store, pool, Progress("distillation"), failures)
     errors = {case: failures[case.distilled] for case in cases if case.distilled in failures}
     scored = [case for case in cases if case not in errors]
-    run_jobs([job for case in scored for job in case.jobs.values()], store, workers, Progress("evaluation"))
+    run_jobs([job for case in scored for job in case.jobs.values()], store, pool, Progress("evaluation"))
     return errors
 
 

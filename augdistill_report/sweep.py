@@ -7,17 +7,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
-from augdistill_report.artefacts import Store, as_json, write
+from augdistill_report.artefacts import TOKEN, Store, as_json, write
 from augdistill_report.execute import NotebookFailed, execute
 from augdistill_report.grid import Choice, Grid, as_found, changed, read_grid, table
-from augdistill_report.jobs import Task
+from augdistill_report.jobs import Task, own_experts
 from augdistill_report.plots import heat_map
 from augdistill_report.pool import Line, run_jobs
 from augdistill_report.run import configuration, environment, file_name, picture, run_folder, start_folder
-from augdistill_report.settings import Settings, preflight, preset_path, read_preset, resolve
+from augdistill_report.settings import Settings, Setup, preflight, preset_path, read_preset, resolve
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,9 +28,18 @@ class Cell(Task):
     choice: Choice
     notebook: Path
     parameters: dict
-    folder: Path
+    place: str  # in the run's folder
+    texts: dict[Path, str]  # of the files that it needs beside the package
+    configuration: str
 
     kind = "cell"
+
+    @property
+    def setup(self) -> Setup:
+        return self.choice.settings.part(Setup)
+
+    def folder(self, store: Store) -> Path:
+        return store.folder.parent / self.place
 
     @property
     def cost(self):
@@ -38,18 +48,36 @@ class Cell(Task):
 
     def spec(self):
         """The notebook and everything that it may import; what is costly in it is found again under its own digest."""
-        code = hashlib.sha256(self.notebook.read_bytes()).hexdigest()
-        return {"code": code, "configuration": configuration(self.choice.settings)}
+        code = hashlib.sha256(self.texts[self.notebook].encode()).hexdigest()
+        return {"code": code, "configuration": self.configuration}
+
+    def needs(self):
+        return own_experts(self.setup)
 
     def work(self, store, tick):
-        start = time.monotonic()
-        start_folder(self.folder, self.parameters["preset"], self.choice.settings)
-        execute(self.notebook, self.folder / "notebooks" / self.notebook.name, self.parameters, tick)
-        results = sorted((self.folder / "results").glob("*.json"))
+        start, folder = time.monotonic(), self.folder(store)
+        parameters = self.parameters | {"out": str(folder), "store": str(store.folder)}
+        start_folder(folder, parameters["preset"], self.choice.settings)
+        with tempfile.TemporaryDirectory() as temporary:
+            here = {path: at_hand(path, text, Path(temporary)) for path, text in self.texts.items()}
+            parameters["preset"] = str(here.get(Path(parameters["preset"]), parameters["preset"]))
+            if phis := self.choice.settings.phi_files:
+                parameters["phis"] = ", ".join(str(here[path]) for path in phis)
+            execute(here[self.notebook], folder / "notebooks" / self.notebook.name, parameters, tick)
+        results = sorted((folder / "results").glob("*.json"))
         if len(results) != 1:
             raise NotebookFailed(f"{self.notebook.name} left {len(results)} files in results/: must be one")
         result = json.loads(results[0].read_text())
         return {}, result | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def at_hand(path: Path, text: str, folder: Path) -> Path:
+    """The file itself, where it is on this machine; elsewhere a copy in `folder`."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return path
+    copy = Path(tempfile.mkdtemp(dir=folder)) / path.name
+    write(copy, text)
+    return copy
 
 
 def sweep(
@@ -83,20 +111,22 @@ def sweep(
         start_folder(run, preset, base)
     store, folder = Store(run / "artefacts"), run / "sweeps" / grid.path.stem
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [cell_of(choice, grid, preset, base, folder, store) for choice in choices]
+    cells = [cell_of(choice, grid, preset, base) for choice in choices]
     if fresh:
         for cell in cells:
             store.path(cell.kind, cell.spec()).unlink(missing_ok=True)
-            shutil.rmtree(cell.folder, ignore_errors=True)
+            shutil.rmtree(cell.folder(store), ignore_errors=True)
+        (store.folder / TOKEN).unlink(missing_ok=True)  # forgets what a cluster's workers keep for it
     failures: dict = {}
     line, start = Line(), time.monotonic()
 
     def show(done, total, note):
         spent = time.monotonic() - start
         left = f", about {spent * (total - done) / done:.0f} s left" if done > 0.02 else ""
-        line.show(f"{done:.1f} of {total} cells{left}, {len(failures)} failed")
+        note = f" | {note}" if note else ""
+        line.show(f"{done:.1f} of {total} cells{left}, {len(failures)} failed{note}")
 
-    run_jobs(cells, store, changed(base, changes or {}, "--set").processes, show, failures)
+    run_jobs(cells, store, changed(base, changes or {}, "--set").pool, show, failures)
     line.clear()
     # by path: a cell of equal settings is made once
     errors = {store.path(cell.kind, cell.spec()): error for cell, error in failures.items()}
@@ -109,13 +139,15 @@ def sweep(
     return folder, found
 
 
-def cell_of(choice: Choice, grid: Grid, preset: str, base: Settings, folder: Path, store: Store) -> Cell:
+def cell_of(choice: Choice, grid: Grid, preset: str, base: Settings) -> Cell:
     """papermill writes literals: the keys that differ from the preset are enough, the notebook resolves them again."""
-    own = folder / "cells" / file_name(choice.name)
+    place = f"sweeps/{grid.path.stem}/cells/{file_name(choice.name)}"
     differ = {k: v for k, v in choice.settings.to_dict().items() if v != getattr(base, k)}
     differ["images_per_class"] = choice.settings.images_per_class  # by which a preset may choose its settings
-    shared = {"preset": preset, "out": str(own), "store": str(store.folder), "workers": 1}
-    return Cell(choice, grid.notebook, differ | shared, own)
+    shared = {"preset": preset, "workers": 1, "cluster": ""}
+    files = [grid.notebook, preset_path(preset), *choice.settings.phi_files]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    return Cell(choice, grid.notebook, differ | shared, place, texts, configuration(choice.settings))
 
 
 def outcome(cell: Cell, store: Store, error: Exception | None) -> dict:

@@ -15,10 +15,8 @@ torch.set_warn_always(True)  # torch reports some warnings once a process, so wh
 
 
 def pytest_collection_modifyitems(items):
-    """Under `--dist loadgroup`, a file's tests that share a set-up run in one process, which makes it once."""
-    for item in items:
-        if not set(item.fixturenames).isdisjoint(vars(item.module)):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+    """The files that take longest come first, else one of them may start last and run alone."""
+    items.sort(key=lambda item: item.path.stem not in ("test_cluster", "test_report", "test_sweep"))
 
 
 @pytest.fixture

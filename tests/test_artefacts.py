@@ -73,8 +73,9 @@ def test_experts_made_together_are_stored_as_if_each_had_been_made_alone(tmp_pat
     together, alone = Store(tmp_path / "together"), Store(tmp_path / "alone")
     jobs.experts(setup)[1].run(together)  # one is there already
     before = together.path("expert", jobs.Expert(setup, 1).spec()).stat().st_mtime_ns
-    jobs.Together(setup).run(together)
-    assert jobs.Together(setup).stored(together)[1] == {"made": [0, 2]}
+    every = jobs.Together(setup, (0, 1, 2))
+    every.run(together)
+    assert every.stored(together)[1] == {"made": [0, 2]}
     assert together.path("expert", jobs.Expert(setup, 1).spec()).stat().st_mtime_ns == before
     for job in jobs.experts(setup):
         assert together.has(job.kind, job.spec())
@@ -82,6 +83,8 @@ def test_experts_made_together_are_stored_as_if_each_had_been_made_alone(tmp_pat
         torch.testing.assert_close(tensors["theta"], other["theta"], rtol=1e-3, atol=1e-4)  # float32
         assert meta["loss"] == pytest.approx(other_meta["loss"], rel=1e-4) and len(meta["validation"]) == 3
     assert jobs.to_train(setup) == jobs.experts(setup)
-    assert jobs.to_train(dataclasses.replace(setup, device="cuda")) == [
-        jobs.Together(dataclasses.replace(setup, device="cuda"))
-    ]
+    on_gpu = dataclasses.replace(setup, device="cuda")
+    assert jobs.to_train(on_gpu) == [jobs.Together(on_gpu, (0, 1, 2))]
+    parts = dataclasses.replace(on_gpu, experts_at_once=2)
+    assert [job.which for job in jobs.to_train(parts)] == [(0, 1), (2,)]
+    assert jobs.Expert(dataclasses.replace(setup, experts_at_once=2), 0).spec() == jobs.Expert(setup, 0).spec()

@@ -542,7 +542,7 @@ def test_every_job_takes_its_own_augmentation_and_no_other(key, function, monkey
         setup = settings.part(Setup)
         job = {
             "train_expert": jobs.Expert(setup, 0),
-            "train_together": jobs.Together(setup),
+            "train_together": jobs.Together(setup, (0,)),
             "distill": jobs.Distillation(setup, "unet", subset, settings.part(DistillConfig)),
             "evaluate": jobs.Evaluation(setup, subset, settings.part(EvalConfig)),
         }[function]

@@ -20,7 +20,7 @@ from augdistill_report import gallery, jobs, open_run
 from augdistill_report.artefacts import Store
 from augdistill_report.cli import main
 from augdistill_report.grid import over_seeds, read_grid, table
-from augdistill_report.pool import run_jobs
+from augdistill_report.pool import Pool, run_jobs
 from augdistill_report.settings import ROOT, Setup, resolve
 
 SWEEPS = ROOT / "notebooks" / "sweeps"
@@ -326,7 +326,7 @@ def test_what_takes_longest_starts_first(tmp_path):
             return {}, {}
 
     pieces = [Piece("short", 1), Piece("long", 3), Piece("other short", 1), Piece("middle", 2)]
-    run_jobs(pieces, Store(tmp_path), 1, lambda *_: None)
+    run_jobs(pieces, Store(tmp_path), Pool(1), lambda *_: None)
     assert began == ["long", "middle", "short", "other short"]
 
 
