@@ -106,7 +106,8 @@ class Cluster(Crew):
 
     @property
     def about(self) -> str:
-        return f"{len(self.told)} running on {self.dashboard}"
+        running = sum(number in self.told for number in self.numbers.values())
+        return f"{running} running on {self.dashboard}"
 
     def submit(self, job):
         setup = getattr(job, "setup", None)

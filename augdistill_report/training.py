@@ -140,7 +140,7 @@ class Training:
             check()
             look("experts", done / total)
 
-        run_jobs(to_train(self.job.setup), self.run.store, self.run.settings.processes, show)
+        run_jobs(to_train(self.job.setup), self.run.store, self.run.settings.pool, show)
         begun = len(self.history)
         job = self.until(begun + iterations)
         live = Live(self, check, lambda done: look("iterations", (done - begun) / iterations))
