@@ -11,6 +11,7 @@ everywhere.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -96,6 +97,7 @@ def main() -> None:
     print(json.dumps(rows, indent=1))
     if options.out:
         about = {"environment": environment("cpu"), "images": 20, "draws": 6, "limit_ms": 1000 * LIMIT}
+        about["busy"] = dict(cores=os.cpu_count(), load=os.getloadavg()[1])  # processes that wanted one, over 5 minutes
         write(Path(options.out) / "explorer.json", as_json(about | {"rows": rows}))
 
 

@@ -510,7 +510,7 @@ def test_hundreds_of_changes_leave_nothing_behind(finished, opened):
 
     page = opened(finished[0])
     widgets, figures = models(), count_of(Figure)
-    for change in range(120):
+    for change in range(60):
         page.strength.value = 0.05 * (change % 30)
         page.label.value = change % 10
     assert models() == widgets and count_of(Figure) == figures
