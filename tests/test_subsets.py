@@ -194,8 +194,7 @@ def test_other_students_take_small_images_and_have_weights_of_their_own(name, ch
 def test_a_student_with_batch_norm_is_scored_with_the_statistics_that_it_learned(tmp_path):
     """Stored and read again, in its evaluation mode: one image's class does not hang on the others beside it."""
     run = open_run("other", {"preset": "smoke", "out": str(tmp_path)})
-    monkey = dict(eval_student="resnet18", eval_steps=3, eval_students=2)
-    job = run.evaluation(Subset(0, fraction=0.1), **monkey)
+    job = run.evaluation(Subset(0, per_class=1), eval_student="resnet18", eval_steps=3, eval_students=2)
     assert run.choose({("a", 1): job}) == {"a": 1}  # stores the students
     models, validation = job.students(run.store, lambda done, total: None)
     assert not any(model.training for model in models) and int(models[0].bn1.num_batches_tracked) == 3
