@@ -637,7 +637,7 @@ def test_a_run_takes_experts_from_a_folder(folder, tmp_path, monkeypatch):
     other = shutil.copytree(elsewhere, tmp_path / "other")
     assert spec(given(other)) != spec(setup)
     soft = jobs.Evaluation(setup, subset, EvalConfig(eval_students=2, eval_steps=2, eval_labels="soft"))
-    assert len(soft.stored(own)[1]["test"]) == 2
+    assert len(soft.stored(own)[1]["validation"]) == 2
 
 
 def test_a_folder_of_experts_that_do_not_fit_is_refused_by_name(folder, tmp_path):
