@@ -119,8 +119,10 @@ def job_of(path: Path, run: Run) -> Distillation | None:
     here = {"dataset": run.data.fingerprint, "zca": ours.zca, "device": ours.device}
     if spec["source"] != SOURCE or any(setup[key] != value for key, value in here.items()):
         return None
-    places = {"dataset": ours.dataset, "data": ours.data, "expert_files": setup["expert_files"] and ours.expert_files}
-    setup = Setup.from_dict(setup | places | ({} if setup["expert_files"] else {"expert_files": ""}))
+    # what results do not depend on stands there as None; data and experts' files stand there by content
+    setup = {key: getattr(ours, key) if value is None else value for key, value in setup.items()}
+    setup |= {"dataset": ours.dataset, "expert_files": ours.expert_files if setup["expert_files"] else ""}
+    setup = Setup.from_dict(setup)
     subset, config = Subset(**spec["subset"]), DistillConfig.from_dict(spec["config"])
     job = Distillation(setup, spec["phi"], subset, config, own_source(spec["phi"]))
     return job if job.spec() == spec else None
