@@ -29,7 +29,7 @@ POLICIES = {  # of experts that were trained with an augmentation, by two draws
     "U-Net and policy": f"{CONDITIONED}+{POLICY}",
     "pixels and policy": f"pixels+{POLICY}",
 }
-USES = ((1.0, 1.0), (1.0, 0.5))  # a phi's strength and probability, likewise
+USES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))  # a phi's strength and probability, likewise
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
 
 
