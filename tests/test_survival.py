@@ -541,7 +541,7 @@ def test_a_budget_leaves_a_valid_result_and_a_checkpoint_to_go_on_from(store, fi
     assert result.stopped == "minutes=1e-06 ran out at iteration 1 of 70" and len(result.history) == 1
     assert progress(store) == 1
     scored = Evaluation(SETUP, JOB.subset, EvalConfig(eval_students=2, eval_steps=4), short).stored(store)[1]
-    assert len(scored["test"]) == 2
+    assert len(scored["validation"]) == 2
     seen = []
     JOB.run(store, lambda done, *_: seen.append(done))
     assert seen[0] == 2  # it does not start anew
