@@ -40,12 +40,13 @@ COLOURS = {
     "DSA": "#cc79a7",
     "crop": "#56b4e9",
     "crop and flip": "#56b4e9",
-    "AutoAugment": "#e69f00",
+    "AutoAugment": "#009e73",
     "RandAugment": "#d55e00",
     "TrivialAugment": "#8c6d31",
     "InstaAug": "#0072b2",
     "unet_noise and RandAugment": "#6a3d9a",
     "U-Net and policy": "#0072b2",
+    "pixels and policy": "#000000",
     "plain images, soft labels": "#8c6d31",
 }
 
