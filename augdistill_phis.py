@@ -316,8 +316,8 @@ class ConditionalUNet(UNet):
 class MLP(Phi):
     """A perceptron of two hidden layers as a residual, the last layer zero: x + out, it starts as the identity.
 
-    It sees the image whole, so without labels it can learn to tell what an image shows, which a U-Net's few 3x3
-    convolutions do not (notebook 07). `noise` standard normal numbers an image stand beside its pixels at the input.
+    It has a weight for every place, and learns without labels to tell what an image shows, sooner than a U-Net's 3x3
+    convolutions do (notebook 07). `noise` standard normal numbers an image stand beside its pixels at the input.
     Mind what it stores: every hidden unit of the last layer holds an image.
     """
 
