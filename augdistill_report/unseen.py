@@ -20,7 +20,7 @@ from augdistill_report.settings import Settings, Setup
 
 POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
 CONDITIONED, POLICY = "unet_class_noise", "policy"
-# of episodes: names, and the phi's step size where it is not the run's own (the MLP learns worse at the U-Net's)
+# of episodes: names, and the phi's step size where it is not the run's own, which is the U-Net's (the MLP's: not tuned)
 OF_EPISODES = {
     "class-blind U-Net": dict(phi="unet_noise"),
     "class-blind MLP": dict(phi="mlp_noise", phi_lr=1e-3),
