@@ -341,30 +341,28 @@ class MLP(Phi):
         return images + out.view_as(images)
 
 
-class Stored(Phi):
-    """The control of a class-conditioned phi: what it makes of a blank image (all pixels at their mean).
-
-    So it holds all that phi stores for each class, and nothing that it takes from the image it is given.
-    """
-
-    def __init__(self, phi: Phi):
-        super().__init__()
-        self.phi = phi
-        for claim in ("stochastic", "conditional", "positional"):
-            setattr(self, claim, getattr(phi, claim, False))
-
-    def forward(self, images, **given):
-        return self.phi(torch.zeros_like(images), **given)
-
-
-class Added(Phi):
-    """The control of a phi that may tell what an image shows: phi(x) - x, what it adds, without the image itself."""
+class Control(Phi):
+    """A part of what a phi does, scored alone."""
 
     def __init__(self, phi: Phi):
         super().__init__()
         self.phi = phi
         for claim in ("stochastic", "conditional", "positional", "bound"):
             setattr(self, claim, getattr(phi, claim, False))
+
+
+class Stored(Control):
+    """The control of a class-conditioned phi: what it makes of a blank image (all pixels at their mean).
+
+    So it holds all that phi stores for each class, and nothing that it takes from the image it is given.
+    """
+
+    def forward(self, images, **given):
+        return self.phi(torch.zeros_like(images), **given)
+
+
+class Added(Control):
+    """The control of a phi that may tell what an image shows: phi(x) - x, what it adds, without the image itself."""
 
     def forward(self, images, **given):
         return self.phi(images, **given) - images
