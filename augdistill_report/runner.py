@@ -22,6 +22,7 @@ from augdistill_report.html import build_report
 from augdistill_report.pool import Line
 from augdistill_report.run import configuration, run_folder, start_folder
 from augdistill_report.settings import NOTEBOOKS, Settings, preflight, resolve
+from augdistill_report.subsets import methods
 
 
 def notebooks(only: str = "") -> list[Path]:
@@ -102,6 +103,7 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
         getattr(build, "bound", False) for build in builders(settings.phi)
     ):  # notebook 05 shows what phi makes of images that it was not given
         raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; use another")
+    methods(settings, 1.0)  # refuses a row that notebook 05 does not have
     folder = run_folder(preset, out)
     start_folder(folder, preset, settings)
     if fresh:

@@ -20,9 +20,9 @@ from augdistill_report.numbers import Accuracy
 from augdistill_report.settings import Settings, Setup
 from augdistill_report.unseen import CONDITIONED, POLICY, Repetition, difference, pool
 
-PLAIN, FULL, SOFT = "plain images", "all the data", "plain images, soft labels"
+PLAIN, FULL, SOFT = "plain images", "all the data", "soft labels"
 TAUGHT = "the experts' augmentation"  # by hand: what a policy that learned all its experts had to teach would do
-STRENGTHS = {"randaugment": ("eval_magnitude", (5, 14)), "instaaug": ("eval_reward", (1.0, 0.1))}  # to choose from
+STRENGTHS = {"randaugment": ("eval_magnitude", (2, 9)), "instaaug": ("eval_reward", (1.0, 0.1))}  # to choose from
 PIXELS = ("pixels (MTT)", "pixels (2018 loss)")
 POLICIES = {  # of experts that were trained with an augmentation, by two draws
     "policy": POLICY,
@@ -58,8 +58,25 @@ class Method:
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:
-    """Every row of the table at a fraction, in its order; policies learn up to `policy_fraction`."""
-    policies = POLICIES if fraction <= settings.policy_fraction else ()
+    """The rows of the table at a fraction, in its order: `subset_rows`, or all; policies learn up to `policy_fraction`.
+
+    A `ValueError` for a row that there is not.
+    """
+    every = every_method(settings)
+    named = [part.strip() for part in settings.subset_rows.split(",") if part.strip()]
+    if unknown := [name for name in named if name not in every]:
+        known = ", ".join(name for name in every if name != PLAIN)
+        raise ValueError(f"subset_rows={settings.subset_rows!r}: no row is {unknown[0]!r}; must be among {known}")
+    small = fraction <= settings.policy_fraction
+    return {
+        name: method
+        for name, method in every.items()
+        if name == PLAIN or ((not named or name in named) and (small or name not in POLICIES))
+    }
+
+
+def every_method(settings: Settings) -> dict[str, Method]:
+    """Every row that a table can have, in its order."""
     crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
     return {
         PLAIN: Method(),
@@ -74,7 +91,7 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
         "InstaAug": Method(augment="instaaug"),
         **{name: Method(name) for name in PIXELS},
         settings.phi: Method(settings.phi),
-        **{name: Method(name) for name in policies},
+        **{name: Method(name) for name in POLICIES},
         both(settings): Method(settings.phi, "randaugment"),
     }
 
@@ -110,10 +127,10 @@ class Trial(Repetition):
             PIXELS[1]: self.distillation("pixels", part, s.expert_augment, **of_2018),
             s.phi: self.distillation(s.phi, part, s.expert_augment, **ours),
         }
-        if fraction <= s.policy_fraction:
-            late = dict(draws=2) | self.late
-            phis |= {name: self.distillation(phi, part, s.teach, **late) for name, phi in POLICIES.items()}
-        return phis
+        late = dict(draws=2) | self.late
+        phis |= {name: self.distillation(phi, part, s.teach, **late) for name, phi in POLICIES.items()}
+        needed = {method.learned for method in methods(s, fraction).values()}
+        return {name: job for name, job in phis.items() if name in needed}
 
     def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
         """The evaluation of a method on a part, by an option of its own."""
@@ -128,7 +145,7 @@ def trials(settings: Settings) -> list[Trial]:
 def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
     """Each method's option at each fraction, and that of all the data: the best on validation, of the first parts.
 
-    phi with RandAugment has the magnitude that RandAugment has alone.
+    phi with RandAugment has the magnitude that RandAugment has alone, where that is a row.
     """
     settings, first = run.settings, trials(run.settings)[0]
 
@@ -146,7 +163,8 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
     found = best({key: (method, method.options(settings)) for key, method in rows.items() if key not in last})
 
     def of_alone(f: float, options: list[dict]) -> list[dict]:
-        return [o for o in options if o["eval_magnitude"] == found["RandAugment", f]["eval_magnitude"]]
+        alone = found.get(("RandAugment", f), {})
+        return [o for o in options if o["eval_magnitude"] == alone.get("eval_magnitude", o["eval_magnitude"])]
 
     found |= best({(name, f): (m, of_alone(f, m.options(settings))) for (name, f), m in last.items()})
     return {key: found[key] for key in rows}
@@ -165,9 +183,17 @@ def scored(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[tuple[
     return jobs
 
 
-def patient(settings: Settings) -> dict:
-    """The changes that make the second budget: until it stops improving, looked at four times as often."""
-    return dict(eval_patience=settings.subset_patience, eval_steps=max(settings.subset_eval_steps // 4, 2))
+def budgets(settings: Settings) -> dict[str, dict]:
+    """What other budgets than equal updates change, by name, where the settings ask for them.
+
+    "until it stops": until validation stops improving, looked at four times as often. "DC-Bench": its protocol (Cui et
+    al. 2022), so many passes over the part, whatever step size was chosen; the augmentation is that of the row.
+    """
+    patient = dict(eval_patience=settings.subset_patience, eval_steps=max(settings.subset_eval_steps // 4, 2))
+    dc_bench = dict(eval_epochs=settings.subset_epochs, eval_batch=256, eval_lr=0.01)
+    dc_bench |= dict(eval_momentum=0.9, eval_decay=5e-4)
+    asked = {"until it stops": settings.subset_patience, "DC-Bench": settings.subset_epochs}
+    return {name: how for name, how in {"until it stops": patient, "DC-Bench": dc_bench}.items() if asked[name]}
 
 
 def at(scores: dict[tuple[str, float, int], Accuracy], fraction: float) -> dict[tuple[str, int], Accuracy]:
@@ -232,12 +258,12 @@ def gained(scores: dict, name: str, fraction: float) -> dict:
     return {"gain": mean, "interval": half, "over": over}
 
 
-def side_by_side(scores: dict, longer: dict) -> list[dict]:
-    """The two budgets: accuracy with equal updates, and until it stops, by method and fraction."""
-    first, second, rows = by_method(scores), by_method(longer), []
+def side_by_side(scores: dict, others: dict, budget: str) -> list[dict]:
+    """Two budgets: accuracy with equal updates, and by another one, by method and fraction."""
+    first, second, rows = by_method(scores), by_method(others), []
     for name, by_fraction in second.items():
         cells = {f"{100 * f:g} %": f"{first[name][f]}; {score}" for f, score in by_fraction.items()}
-        rows.append({"equal updates; until it stops": name} | cells)
+        rows.append({f"equal updates; {budget}": name} | cells)
     fractions = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in fractions} for row in rows]
 
@@ -273,14 +299,18 @@ def verdict(scores: dict, settings: Settings) -> str:
         policies = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
         learned = [name for name, m in rows.items() if m.learned]
         means = {name: score.mean for name, score in pool(here).items()}
-        best, policy, ours = (max(names, key=means.get) for names in (means, policies, learned))
+        best, policy, ours = (max(names, key=means.get, default="") for names in (means, policies, learned))
         near = [name for name in means if name != best and not apart(here, best, name)]
         said.append(
             f"**{100 * f:g} %**: {best} is best ({100 * means[best]:.1f} %; plain images {100 * means[PLAIN]:.1f} %), "
-            f"{'not told apart from ' + ', '.join(near) if near else 'told apart from all others'}. "
-            f"The best that learned on the part against the best policy: {against(here, ours, policy)}. "
-            f"{against(here, settings.phi, policy)}. {against(here, both(settings), 'RandAugment')}."
+            f"{'not told apart from ' + ', '.join(near) if near else 'told apart from all others'}."
         )
+        pairs = {
+            "The best that learned on the part against the best policy: ": (ours, policy),
+            "": (settings.phi, policy),
+            "And ": (both(settings), "RandAugment"),
+        }
+        said[-1] += "".join(f" {w}{against(here, *pair)}." for w, pair in pairs.items() if means.keys() >= {*pair})
         if means[best] >= full.mean - full.std:
             reached.append(f"{100 * f:g} % through {best}")
     within = ", ".join(reached) or "no part through any method"
@@ -340,5 +370,6 @@ def elsewhere(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], 
         (student, name, t.number): t.scored(rows[name], fraction, chosen[name, fraction], eval_student=student)
         for student in ("convnet", *settings.student_list)
         for name in names
+        if name in rows
         for t in trials(settings)
     }

@@ -444,7 +444,14 @@ def test_policies_are_those_of_torchvision(digits):
     def last(name, **strength):
         return augmentation(name, digits, **strength).transform(16).transforms[-1]
 
-    assert isinstance(last("trivialaugment"), v2.TrivialAugmentWide)
+    trivial = last("trivialaugment")
+    assert isinstance(trivial, v2.TrivialAugmentWide)
+    spaces = {axis: trivial._AUGMENTATION_SPACE[f"Translate{axis}"] for axis in "XY"}
+    sides = {axis: space(31, 99, 99).tolist() for axis, (space, _) in spaces.items()}
+    assert all(signed for _, signed in spaces.values()) and sides["X"] == sides["Y"]
+    assert sides["X"][0] == 0 and sides["X"][-1] == 16  # as on CIFAR's 32 pixels, for which it shifts by up to 32
+    own = v2.TrivialAugmentWide._AUGMENTATION_SPACE
+    assert trivial._AUGMENTATION_SPACE["Rotate"] is own["Rotate"] and trivial._AUGMENTATION_SPACE.keys() == own.keys()
     assert last("autoaugment").policy == v2.AutoAugmentPolicy.CIFAR10
     assert (last("randaugment").num_ops, last("randaugment").magnitude) == (2, 9)
     assert last("randaugment", magnitude=3).magnitude == 3

@@ -124,9 +124,37 @@ def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world)
 
 
 def test_the_second_budget_is_the_same_but_for_its_end(world):
+    assert subsets.budgets(world["run"].settings) == {}
     settings = dataclasses.replace(world["run"].settings, subset_patience=2, subset_eval_steps=80)
-    config = subsets.trials(settings)[0].scored(subsets.Method(), 0.1, {}, **subsets.patient(settings)).config
+    how = subsets.budgets(settings)
+    assert list(how) == ["until it stops"]
+    config = subsets.trials(settings)[0].scored(subsets.Method(), 0.1, {}, **how["until it stops"]).config
     assert (config.eval_patience, config.eval_steps) == (2, 20)
+
+
+def test_dc_bench_s_budget_is_its_protocol_with_the_row_s_augmentation(world):
+    settings = dataclasses.replace(world["run"].settings, subset_epochs=7)
+    how = subsets.budgets(settings)
+    assert list(how) == ["DC-Bench"]
+    option = dict(eval_augment="dsa", eval_lr=0.5)
+    config = subsets.trials(settings)[0].scored(subsets.Method(augment="dsa"), 0.5, option, **how["DC-Bench"]).config
+    assert (config.eval_batch, config.eval_lr, config.eval_momentum, config.eval_decay) == (256, 0.01, 0.9, 5e-4)
+    assert config.eval_augment == "dsa" and config.steps(600) == 7 * 3  # batches of 256
+
+
+def test_a_table_may_have_some_rows_only(world):
+    def rows(text, fraction=0.1):
+        return list(subsets.methods(dataclasses.replace(world["run"].settings, subset_rows=text), fraction))
+
+    assert rows("") == list(subsets.every_method(world["run"].settings))
+    assert rows("policy, DSA, identity") == ["plain images", "identity", "DSA", "policy"]
+    assert rows("policy, DSA", 0.5) == ["plain images", "DSA"]  # above policy_fraction
+    with pytest.raises(ValueError, match="subset_rows='DSA, dropout': no row is 'dropout'; must be among identity, "):
+        rows("DSA, dropout")
+    settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
+    assert set(subsets.trials(settings)[0].learned(0.1)) == {"policy", "identity"}
+    few = {key: score for key, score in world["scores"].items() if key[0] in ("plain images", "policy", "all the data")}
+    assert "against" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
 
 
 # --- until it stops improving -----------------------------------------------------------------------------------------
@@ -262,7 +290,7 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     best = max((n for n in pooled if n != "all the data"), key=lambda n: pooled[n][0.1].mean)
     assert f"**10 %**: {best} is best ({100 * pooled[best][0.1].mean:.1f} %" in words
     assert f"All the data, plain, give {pooled['all the data'][1.0]}" in words
-    both = subsets.side_by_side(scores, scores)
+    both = subsets.side_by_side(scores, scores, "until it stops")
     assert both[0]["10 %"] == "; ".join(2 * [str(pooled["plain images"][0.1])]) and both[-1]["100 %"]
 
 
