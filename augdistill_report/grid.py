@@ -115,7 +115,7 @@ def read_grid(path: Path | str) -> Grid:
     if not rows and not axes:
         raise ValueError(f"{path}: has neither rows nor axes; there is nothing to vary")
     for key in [*fixed, *axes, *itertools.chain(*rows.values())]:
-        if key not in Settings.names() or key in ("workers", "cluster"):
+        if key not in Settings.names() or key in ("workers", "notebooks_at_once", "cluster"):
             raise ValueError(f"{path}: unknown setting {key!r}: must be one of {', '.join(Settings.names())}")
     for key, values in axes.items():
         if len({str(value) for value in values}) < len(values):

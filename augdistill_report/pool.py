@@ -135,21 +135,27 @@ def run_jobs(
 ) -> None:
     """Run the jobs that the store lacks, shared by a pool; `show(done, total, note)` in jobs, parts of one included.
 
-    An exception in a job ends the others, unless there are `failures` to put it in (by job); Ctrl-C does in any case.
-    What was finished is in the store.
+    Each counts by its share of all their `cost`, so that what is left tells how long it will take. An exception in a
+    job ends the others, unless there are `failures` to put it in (by job); Ctrl-C does in any case. What was finished
+    is in the store.
     """
     missing = {store.path(job.kind, job.spec()): job for job in jobs}
     missing = [job for path, job in missing.items() if not path.is_file()]
     if not missing:
         return
-    missing.sort(key=lambda job: -job.cost)  # else the longest may start last, and run alone
-    show(0, len(missing), "")
-    if not pool.cluster and (pool.processes == 1 or len(missing) == 1):
-        for number, job in enumerate(missing):
+    count, whole = len(missing), sum(job.cost for job in missing)
+    weight = {job: count * job.cost / whole if whole else 1.0 for job in missing}  # count, together
+    finished = 0.0
+    show(0, count, "")
+    if not pool.cluster and (pool.processes == 1 or count == 1):
+        for number, job in enumerate(missing, 1):
             with _kept(job, failures):
-                job.run(store, lambda done, total, note="", n=number: show(n + done / total, len(missing), note))
-            show(number + 1, len(missing), "")
+                at = finished, weight[job]
+                job.run(store, lambda done, total, note="", at=at: show(at[0] + at[1] * done / total, count, note))
+            finished += weight[job]
+            show(finished if number < count else count, count, "")
         return
+    missing.sort(key=lambda job: -job.cost)  # else the longest may start last, and run alone
     with pool.crew(store) as crew:
         job_of = {crew.submit(job): job for job in missing}
         waiting = set(job_of)
@@ -158,11 +164,14 @@ def run_jobs(
                 waiting, timeout=REFRESH, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                with _kept(job_of.pop(future), failures):  # forgotten, as its result may be large
+                job = job_of.pop(future)  # forgotten, as its result may be large
+                with _kept(job, failures):
                     crew.take(future)
-            states = [crew.state(future) for future in waiting]
-            notes = dict.fromkeys(note for note in (crew.about, *(note for _, note in states)) if note)
-            show(len(missing) - len(waiting) + sum(part for part, _ in states), len(missing), "; ".join(notes))
+                finished += weight[job]
+            states = {future: crew.state(future) for future in waiting}
+            notes = dict.fromkeys(note for note in (crew.about, *(note for _, note in states.values())) if note)
+            parts = sum(part * weight[job_of[future]] for future, (part, _) in states.items())
+            show(finished + parts if waiting else count, count, "; ".join(notes))
 
 
 @contextlib.contextmanager

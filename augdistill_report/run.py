@@ -66,7 +66,7 @@ def configuration(settings: Settings) -> str:
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
     content |= {"expert_files": [file.content for file in given_experts(settings.part(Setup))]}
     content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files]}
-    content |= {"workers": None, "cluster": None, "track": None}
+    content |= {"workers": None, "notebooks_at_once": None, "cluster": None, "track": None}
     code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "augdistill_report").glob("*.py")}
     return digest({"settings": settings.to_dict() | content, "source": SOURCE, "code": code})
 

@@ -1,10 +1,11 @@
-"""`augdistill report`: every notebook in order by papermill, then one page to read.
+"""`augdistill report`: every notebook by papermill, in order or side by side, then one page to read.
 
 Whatever can be refused is refused before anything runs. A notebook's executed copy and results replace the old ones
 only when it has finished; one that fails is kept as NN_name.failed.ipynb. Finished work is found again by the next run.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -16,12 +17,13 @@ import time
 from pathlib import Path
 
 from augdistill_phis import builders
-from augdistill_report.artefacts import as_json, write
+from augdistill_report.artefacts import Store, as_json, write
 from augdistill_report.execute import execute
 from augdistill_report.html import build_report
-from augdistill_report.pool import Line
+from augdistill_report.jobs import Task, Tick, to_train
+from augdistill_report.pool import REFRESH, Line, Pool, run_jobs
 from augdistill_report.run import configuration, run_folder, start_folder
-from augdistill_report.settings import NOTEBOOKS, Settings, preflight, resolve
+from augdistill_report.settings import NOTEBOOKS, Settings, Setup, preflight, resolve
 from augdistill_report.subsets import methods
 
 
@@ -38,57 +40,73 @@ def notebooks(only: str = "") -> list[Path]:
     return [known[number] for number in sorted(set(numbers))]
 
 
-class Status:
-    """Which notebook, which cell, how far and how long, as a `Line`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chapter(Task):
+    """A notebook of the report, executed. Nothing is stored: what is costly in it is found again piece by piece."""
 
-    Time left is counted in notebooks, each weighted with the seconds that it took the last time (equally, if never).
-    """
+    notebook: Path
+    folder: Path  # the run's
+    parameters: dict
+    cost: float = 0.0  # the seconds that it took the last time
 
-    def __init__(self, names: list[str], seconds: dict[str, float], progress: Path):
-        self.names, self.progress, self.line = names, progress, Line()
-        typical = sum(seconds.values()) / len(seconds) if seconds else 1.0
-        self.weight = {name: seconds.get(name, typical) for name in names}
-        self.start, self.done, self.current, self.cell, self.cells = time.monotonic(), 0.0, "", 0, 1
+    kind = "chapter"
 
-    def at(self, name: str, cell: int, cells: int) -> None:
-        self.current, self.cell, self.cells = name, cell, cells
+    def spec(self):
+        return {"notebook": self.notebook.name, "folder": str(self.folder)}
+
+    def run(self, store: Store, tick: Tick = lambda done, total, note="": None) -> None:
+        start, name = time.monotonic(), self.notebook.stem
+        with tempfile.TemporaryDirectory() as temporary, Cells(name, Path(temporary) / "progress.json", tick) as cells:
+            # read by the kernel, which inherits it
+            os.environ["AUGDISTILL_PROGRESS"] = str(cells.progress)
+            execute(self.notebook, self.folder / "notebooks" / self.notebook.name, self.parameters, cells.at)
+        timings = self.folder / "timings.json"
+        with store.lock(timings):  # others may be running
+            write(timings, as_json(seconds_of(self.folder) | {name: round(time.monotonic() - start, 1)}))
+
+
+class Cells:
+    """How far a notebook is: which cell, and inside of it what its kernel writes to the file `progress`."""
+
+    def __init__(self, name: str, progress: Path, tick: Tick):
+        self.name, self.progress, self.tick, self.cell, self.cells = name, progress, tick, 0, 1
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def at(self, cell: int, cells: int) -> None:
+        self.cell, self.cells = cell, cells
         with contextlib.suppress(OSError):
             self.progress.unlink()
-        self.show()
 
-    def finished(self, name: str) -> None:
-        self.done += self.weight[name]
-
-    def show(self) -> None:
-        work = {}
-        with contextlib.suppress(OSError, ValueError):
-            work = json.loads(self.progress.read_text())
-        inside = (self.cell + work.get("fraction", 0.0)) / self.cells
-        part = (self.done + self.weight.get(self.current, 0) * inside) / sum(self.weight.values())
-        spent = time.monotonic() - self.start
-        left = f", about {spent * (1 - part) / part:.0f} s left" if part > 0.02 else ""
-        number = self.names.index(self.current) + 1 if self.current in self.names else 0
-        text = f"[{number}/{len(self.names)}] {self.current}, cell {self.cell + 1} of {self.cells}{left}"
-        self.line.show(text + (f" | {work['text']}" if work else ""))
+    def look(self) -> None:
+        while not self.over.wait(REFRESH):
+            work = {}
+            with contextlib.suppress(OSError, ValueError):
+                work = json.loads(self.progress.read_text())
+            inside = f": {work['text']}" if work else ""
+            note = f"{self.name}, cell {self.cell + 1} of {self.cells}{inside}"
+            self.tick(self.cell + work.get("fraction", 0.0), self.cells, note)
 
 
-@contextlib.contextmanager
-def ticking(status: Status):
-    """Look at the status twice a second while a cell runs."""
-    stop = threading.Event()
+def seconds_of(folder: Path) -> dict[str, float]:
+    """How long each notebook took the last time that it ran in this folder."""
+    timings = folder / "timings.json"
+    return json.loads(timings.read_text()) if timings.exists() else {}
 
-    def loop():
-        while not stop.wait(0.5):
-            status.show()
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        status.line.clear()
+def shown(line: Line, what: str, done: float, total: float, note: str = "", start: float | None = None) -> None:
+    """How far a report is; since `start`, how long it may still take."""
+    part = done / total
+    left = f", about {(time.monotonic() - start) * (1 - part) / part:.0f} s left" if start and part > 0.02 else ""
+    line.show(f"{done:.1f} of {total} {what}{left} | {note}")
 
 
 def report(preset: str, out: str = "", only: str = "", changes: dict | None = None, fresh: bool = False) -> Path:
@@ -108,21 +126,22 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     start_folder(folder, preset, settings)
     if fresh:
         shutil.rmtree(folder / "artefacts", ignore_errors=True)
+    store = Store(folder / "artefacts")
+    at_once = min(settings.notebooks_at_once or (len(chosen) if settings.cluster else 1), len(chosen))
     # papermill writes literals: keys that differ from the preset are enough, the notebook resolves them again
     parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
-    timings = folder / "timings.json"
-    seconds = json.loads(timings.read_text()) if timings.exists() else {}
-    with tempfile.TemporaryDirectory() as temporary:
-        progress = Path(temporary) / "progress.json"
-        os.environ["AUGDISTILL_PROGRESS"] = str(progress)
-        status = Status([path.stem for path in chosen], seconds, progress)
-        for path in chosen:
-            start = time.monotonic()
-            status.at(path.stem, 0, 1)
-            with ticking(status):
-                execute(path, folder / "notebooks" / path.name, parameters, functools.partial(status.at, path.stem))
-            status.finished(path.stem)
-            seconds[path.stem] = round(time.monotonic() - start, 1)
-            write(timings, as_json(seconds))
-            print(f"{path.stem}: {seconds[path.stem]:.0f} s", file=sys.stderr)
+    line = Line()
+    if at_once > 1:  # first what several of them build on: else they would wait for each other, or do it twice
+        everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
+        run_jobs(to_train(settings.part(Setup)), store, everyone, functools.partial(shown, line, "experts"))
+    before = seconds_of(folder)
+    typical = sum(before.values()) / len(before) if before else 1.0
+    chapters = [Chapter(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
+    show = functools.partial(shown, line, "notebooks", start=time.monotonic())
+    try:
+        run_jobs(chapters, store, Pool(at_once), show)
+    finally:
+        line.clear()
+    for path in chosen:
+        print(f"{path.stem}: {seconds_of(folder)[path.stem]:.0f} s", file=sys.stderr)
     return build_report(folder, configuration(settings))

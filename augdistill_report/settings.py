@@ -165,6 +165,7 @@ class Settings(Setup, DistillConfig, EvalConfig):
     episode_iterations: int = knob(90, "outer steps of the phis that meet new images in each", low=1)
     track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
+    notebooks_at_once: int = knob(0, "of a report, sharing the workers; 0 = one, or all on a cluster", low=0)
     cluster: str = knob("", "a Dask cluster that shares it instead: its scheduler's address, or its scheduler.json")
 
     def __post_init__(self):
@@ -247,7 +248,8 @@ class Settings(Setup, DistillConfig, EvalConfig):
 
     @property
     def pool(self) -> Pool:
-        return Pool(self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1), self.cluster)
+        workers = self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
+        return Pool(max(workers // max(self.notebooks_at_once, 1), 1), self.cluster)
 
 
 def preset_path(preset: str) -> Path:

@@ -5,6 +5,7 @@ Each worker is a process in a folder of its own, and sees no other folder (but w
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -211,6 +212,18 @@ def test_a_sweep_gives_the_numbers_of_this_machine(two, tmp_path, monkeypatch):
     assert inside <= {p.relative_to(there) for p in there.rglob("[!.]*") if p.is_file()}
     picture = Path("sweeps/mine/cells/U-Net/figures/images.png")
     assert (here / picture).read_bytes() == (there / picture).read_bytes()
+
+
+def test_a_report_s_notebooks_run_side_by_side_here_and_their_pieces_there(two, tmp_path, capsys):
+    arguments = ["report", "--preset", "smoke", "--only", "02,03"]
+    assert main([*arguments, "--out", str(tmp_path / "there"), "--cluster", two.address]) == 0
+    assert "notebooks" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "here")]) == 0
+    for name in ("02_baseline_mtt", "03_phi_distillation"):
+        here, there = (json.loads((tmp_path / at / "results" / f"{name}.json").read_text()) for at in ("here", "there"))
+        assert here["numbers"] == there["numbers"] and here["configuration"] == there["configuration"]
+    for name in ("first", "second"):  # pieces were made there, and sent back
+        assert list((two.folder / name).rglob("accuracy-*.safetensors"))
 
 
 def test_in_a_shared_folder_nothing_travels(two, tmp_path):

@@ -171,12 +171,8 @@ def test_a_preset_file_of_ones_own(capsys, tmp_path):
 
 def test_a_failing_notebook_says_where_and_keeps_what_was_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
-    (tmp_path / "notebooks").mkdir()
     cells = ["preset = ''; out = ''", "print('fine')", "raise RuntimeError('the third cell is ill')"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata["language_info"] = {"name": "python"}
-    nbformat.write(notebook, tmp_path / "notebooks" / "07_ill.ipynb")
+    notebook_of(tmp_path / "notebooks" / "07_ill.ipynb", *cells)
     out = tmp_path / "out"
     assert main(["report", "--preset", "smoke", "--out", str(out)]) == 1
     error = capsys.readouterr().err
@@ -186,9 +182,69 @@ def test_a_failing_notebook_says_where_and_keeps_what_was_there(tmp_path, monkey
     assert not (out / "notebooks" / "07_ill.ipynb").exists()
 
 
+def notebook_of(path: Path, *cells: str) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["language_info"] = {"name": "python"}
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+def that_meet(folder: Path, **last: str) -> None:
+    """Notebooks 01_a and 02_b, each of which waits for the other to have begun; a last cell for each."""
+    for own, other in (("01_a", "02_b"), ("02_b", "01_a")):
+        begun = f"import pathlib, time; end = time.monotonic() + 60; (pathlib.Path(out) / '{own}').touch()"
+        wait = f"while not (pathlib.Path(out) / '{other}').exists() and time.monotonic() < end: time.sleep(0.1)"
+        met = f"assert (pathlib.Path(out) / '{other}').exists(), 'waited in vain'"
+        notebook_of(folder / f"{own}.ipynb", "preset = ''; out = ''", begun, f"{wait}\n{met}", last.get(own[-1], ""))
+
+
+def test_notebooks_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    that_meet(tmp_path / "notebooks")
+    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
+    assert main(command) == 0
+    error = capsys.readouterr().err
+    assert "01_a: " in error and "02_b: " in error
+    assert {"01_a", "02_b"} == set(json.loads((tmp_path / "out" / "timings.json").read_text()))
+    assert len(list((tmp_path / "out" / "artefacts").glob("expert-*.safetensors"))) == 2  # made beforehand, for both
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-@pytest.mark.parametrize("everyone", [True, False], ids=["Ctrl-C in a terminal", "SIGINT to the command alone"])
-def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_path, everyone):
+def test_a_notebook_that_fails_ends_the_one_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    that_meet(tmp_path / "notebooks", a="raise RuntimeError('the last cell is ill')", b="time.sleep(600)")
+    monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))  # for the kernels, which inherit it
+    start = time.monotonic()
+    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
+    assert main(command) == 1 and time.monotonic() - start < 120
+    assert re.search("01_a failed in cell 4: RuntimeError.*the last cell is ill", capsys.readouterr().err, re.DOTALL)
+    wait_for_the_end_of(tmp_path)
+    assert not (tmp_path / "out" / "notebooks" / "02_b.ipynb").exists()
+
+
+def test_side_by_side_the_numbers_are_the_same(smoke, tmp_path):
+    command = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "01,02,03", "--set", "workers=4"]
+    assert main([*command, "--set", "notebooks_at_once=2"]) == 0
+    for name in NAMES[:3]:
+        ours = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        assert ours["numbers"] == results(smoke)[name]["numbers"]
+        assert ours["configuration"] == results(smoke)[name]["configuration"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Left out" not in page and all(f'<section id="{name}">' in page for name in NAMES[:3])
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
+@pytest.mark.parametrize(
+    "everyone, changes, processes",
+    [
+        (True, [], 4),  # the command, a kernel, two workers
+        (False, [], 4),
+        (False, ["--only", "02,03", "--set", "workers=4", "--set", "notebooks_at_once=2"], 9),  # with two that run them
+    ],
+    ids=["Ctrl-C in a terminal", "SIGINT to the command alone", "side by side"],
+)
+def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_path, everyone, changes, processes):
     out = tmp_path / "out"
     shutil.copytree(smoke, out)
     before = results(out)
@@ -206,23 +262,20 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_
         "workers=2",
     ]
     process = subprocess.Popen(
-        [*command, *options],
+        [*command, *options, *changes],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env=os.environ | {"OF_THIS_TEST": str(tmp_path)},
     )
     deadline = time.monotonic() + 120
-    while len(processes_of(tmp_path)) < 4 and time.monotonic() < deadline:  # the command, a kernel, two workers
+    while (there := len(processes_of(tmp_path))) < processes and time.monotonic() < deadline:
         time.sleep(0.2)
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
-    assert "stopped" in error
-    deadline = time.monotonic() + 20
-    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
+    assert "stopped" in error and there >= processes
+    wait_for_the_end_of(tmp_path)
     # 01 has the new settings now or the old ones still, whole; the others were not touched
     assert {name: r for name, r in results(out).items() if name > "02"} == {n: r for n, r in before.items() if n > "02"}
     for name in NAMES:
@@ -239,6 +292,13 @@ def processes_of(mark: Path) -> list[str]:
         except OSError:
             continue
     return [command for command in found if command and "resource_tracker" not in command]
+
+
+def wait_for_the_end_of(mark: Path) -> None:
+    deadline = time.monotonic() + 20
+    while (left := processes_of(mark)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
 
 
 # --- notebooks as files -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A sweep runs every cell of its grid once, says why one failed, goes on where it was, and refuses a wrong grid."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from augdistill_report import gallery, jobs, open_run
 from augdistill_report.artefacts import Store
 from augdistill_report.cli import main
 from augdistill_report.grid import over_seeds, read_grid, table
-from augdistill_report.pool import Pool, run_jobs
+from augdistill_report.pool import Crew, Pool, run_jobs
 from augdistill_report.settings import ROOT, Setup, resolve
 
 SWEEPS = ROOT / "notebooks" / "sweeps"
@@ -232,6 +233,7 @@ BAD = {
     "unknown setting as an axis": (dict(axes={"sead": [1]}), "unknown setting 'sead'"),
     "unknown setting in set": (dict(rows=ROW, set={"sett": 1}), "unknown setting 'sett'"),
     "workers": (dict(rows=ROW, set={"workers": 1}), "unknown setting 'workers'"),
+    "side by side": (dict(rows=ROW, set={"notebooks_at_once": 2}), "unknown setting 'notebooks_at_once'"),
     "empty axis": (dict(axes={"seed": []}), "axes=.*at least one value"),
     "axis of one value": (dict(axes={"seed": 3}), "axes=.*at least one value"),
     "twice the same": (dict(axes={"seed": [1, 1]}), "must be different"),
@@ -310,8 +312,24 @@ def test_a_stop_keeps_the_cells_that_were_finished_and_leaves_no_process_behind(
     assert len(list((tmp_path / "run").glob("artefacts/cell-*.safetensors"))) == 1
 
 
-def test_what_takes_longest_starts_first(tmp_path):
-    began = []
+class InTurn(Crew):
+    """Jobs one after the other, in this process."""
+
+    def __init__(self, store):
+        self.store, self.executor = store, concurrent.futures.ThreadPoolExecutor(1)
+
+    def __exit__(self, *_):
+        self.executor.shutdown()
+
+    def submit(self, job):
+        return self.executor.submit(job.run, self.store)
+
+    def state(self, future):
+        return 0.5 if future.running() else 0.0, ""
+
+
+def test_what_takes_longest_starts_first_and_counts_most(tmp_path, monkeypatch):
+    began, shown = [], []
 
     @dataclasses.dataclass(frozen=True)
     class Piece(jobs.Task):
@@ -323,11 +341,19 @@ def test_what_takes_longest_starts_first(tmp_path):
 
         def work(self, store, tick):
             began.append(self.name)
+            tick(1, 2)
             return {}, {}
 
-    pieces = [Piece("short", 1), Piece("long", 3), Piece("other short", 1), Piece("middle", 2)]
-    run_jobs(pieces, Store(tmp_path), Pool(1), lambda *_: None)
+    pieces = [Piece("short", 1), Piece("long", 4), Piece("other short", 1), Piece("middle", 2)]
+    monkeypatch.setattr(Pool, "crew", lambda pool, store: InTurn(store))
+    run_jobs(pieces, Store(tmp_path / "two"), Pool(2), lambda *state: shown.append(state))
     assert began == ["long", "middle", "short", "other short"]
+    assert shown[0] == (0, 4, "") and shown[-1] == (4, 4, "")
+    began.clear()
+    shown.clear()
+    run_jobs(pieces, Store(tmp_path / "one"), Pool(1), lambda *state: shown.append(state))
+    assert began == ["short", "long", "other short", "middle"]  # alone, in their own order
+    assert [done for done, _, _ in shown] == [0, 0.25, 0.5, 1.5, 2.5, 2.75, 3, 3.5, 4]  # in eighths of the cost, of 4
 
 
 def test_cost_follows_what_a_distillation_does():
