@@ -185,11 +185,20 @@ def _kept(job, failures: dict | None):
         failures[job] = error
 
 
-class Line:
-    """One line that says where a long command is: live in a terminal, now and then in a log."""
+class Line(contextlib.AbstractContextManager):
+    """One line that says where a long command is: live in a terminal, now and then in a log. Gone with its context."""
 
     def __init__(self):
-        self.live, self.last = sys.stderr.isatty(), -LOG_EVERY
+        self.live, self.last, self.start = sys.stderr.isatty(), -LOG_EVERY, time.monotonic()
+
+    def __exit__(self, *_):
+        self.clear()
+
+    def count(self, what: str, done: float, total: float, note: str = "") -> None:
+        """So much of something is done, which tells how long the rest will take."""
+        part = done / total
+        left = f", about {(time.monotonic() - self.start) * (1 - part) / part:.0f} s left" if part > 0.02 else ""
+        self.show(f"{done:.1f} of {total} {what}{left}" + (f" | {note}" if note else ""))
 
     def show(self, text: str) -> None:
         if self.live:

@@ -102,13 +102,6 @@ def seconds_of(folder: Path) -> dict[str, float]:
     return json.loads(timings.read_text()) if timings.exists() else {}
 
 
-def shown(line: Line, what: str, done: float, total: float, note: str = "", start: float | None = None) -> None:
-    """How far a report is; since `start`, how long it may still take."""
-    part = done / total
-    left = f", about {(time.monotonic() - start) * (1 - part) / part:.0f} s left" if start and part > 0.02 else ""
-    line.show(f"{done:.1f} of {total} {what}{left} | {note}")
-
-
 def report(preset: str, out: str = "", only: str = "", changes: dict | None = None, fresh: bool = False) -> Path:
     """Run the notebooks of a preset with some settings changed; returns the page that they make.
 
@@ -130,18 +123,15 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     at_once = min(settings.notebooks_at_once or (len(chosen) if settings.cluster else 1), len(chosen))
     # papermill writes literals: keys that differ from the preset are enough, the notebook resolves them again
     parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
-    line = Line()
-    if at_once > 1:  # first what several of them build on: else they would wait for each other, or do it twice
-        everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
-        run_jobs(to_train(settings.part(Setup)), store, everyone, functools.partial(shown, line, "experts"))
     before = seconds_of(folder)
     typical = sum(before.values()) / len(before) if before else 1.0
     chapters = [Chapter(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
-    show = functools.partial(shown, line, "notebooks", start=time.monotonic())
-    try:
-        run_jobs(chapters, store, Pool(at_once), show)
-    finally:
-        line.clear()
+    if at_once > 1:  # first what several of them build on: else they would wait for each other, or do it twice
+        everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
+        with Line() as line:
+            run_jobs(to_train(settings.part(Setup)), store, everyone, functools.partial(line.count, "experts"))
+    with Line() as line:
+        run_jobs(chapters, store, Pool(at_once), functools.partial(line.count, "notebooks"))
     for path in chosen:
         print(f"{path.stem}: {seconds_of(folder)[path.stem]:.0f} s", file=sys.stderr)
     return build_report(folder, configuration(settings))

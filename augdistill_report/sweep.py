@@ -118,16 +118,12 @@ def sweep(
             shutil.rmtree(cell.folder(store), ignore_errors=True)
         (store.folder / TOKEN).unlink(missing_ok=True)  # forgets what a cluster's workers keep for it
     failures: dict = {}
-    line, start = Line(), time.monotonic()
+    with Line() as line:
 
-    def show(done, total, note):
-        spent = time.monotonic() - start
-        left = f", about {spent * (total - done) / done:.0f} s left" if done > 0.02 else ""
-        note = f" | {note}" if note else ""
-        line.show(f"{done:.1f} of {total} cells{left}, {len(failures)} failed{note}")
+        def show(done, total, note):
+            line.count(f"cells ({len(failures)} failed)", done, total, note)
 
-    run_jobs(cells, store, changed(base, changes or {}, "--set").pool, show, failures)
-    line.clear()
+        run_jobs(cells, store, changed(base, changes or {}, "--set").pool, show, failures)
     # by path: a cell of equal settings is made once
     errors = {store.path(cell.kind, cell.spec()): error for cell, error in failures.items()}
     found = [as_found(c.choice, outcome(c, store, errors.get(store.path(c.kind, c.spec())))) for c in cells]
