@@ -128,6 +128,16 @@ class Policy(Phi):
         else:
             self.change = nn.Parameter(self.change.detach()[:, keep].clone())
 
+    @torch.no_grad()
+    def hold(self, ranges: dict[str, float]) -> None:
+        """Have these ranges, for all images, and next to nothing of the kinds that are not named."""
+        if unknown := [kind for kind in ranges if kind not in self.kinds]:
+            raise ValueError(f"range {unknown[0]!r}: must be among {', '.join(self.kinds)}")
+        values = torch.tensor([max(ranges.get(kind, 0.0), 1e-6) for kind in self.kinds])
+        self.first = torch.where(torch.tensor([kind == "flip" for kind in self.kinds]), values.logit(), values.log())
+        for p in (self.last.weight, self.last.bias) if self.by == "image" else (self.change,):
+            p.zero_()
+
     def levels(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Each kind's logarithm of its range (a flip's logit) for each image, `[B]`."""
         if self.by == "image":

@@ -473,13 +473,15 @@ class Score(Job):
 class Probe(Job):
     """The matching loss of a distilled phi on segments of its own, beside the identity's at the same alpha.
 
-    Of phi as it was at one `moment` of its way (`stored_way`), with the alpha that was learned by then, or another.
+    Of phi as it was at one `moment` of its way (`stored_way`), with the alpha that was learned by then, or another; a
+    policy with other `ranges` than it learned (`Policy.hold`), if there are any.
     """
 
     distilled: Distillation
     moment: str = "last"
     alpha: float | None = None
     segments: int = 8
+    ranges: tuple[tuple[str, float], ...] = ()
 
     kind = "probe"
 
@@ -496,5 +498,7 @@ class Probe(Job):
             meta = distilled.stored(store)[1]
             alpha = meta["alpha"] if self.moment == "last" else meta["history"][int(self.moment)]["alpha"]
         phi = distilled.stored_way(store)[self.moment]
+        if self.ranges:
+            phi.hold(dict(self.ranges))
         arguments = (phi, alpha, base, trajectories(self.setup, store), distilled.config)
         return {}, probe(*arguments, self.segments, self.setup.seed)

@@ -325,6 +325,19 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
     return figure
 
 
+def valleys(found: dict[str, dict[float, tuple[float, float]]]) -> Figure:
+    """How much the loss rises as one range leaves its true value, a line a kind, with bands of one standard error."""
+    figure, (axis,) = new_figure(6.4, 3.6)
+    for place, (kind, curve) in enumerate(found.items()):
+        x, (y, error) = list(curve), np.array(list(curve.values())).T
+        axis.plot(x, y, ".-", color=PALETTE[place % len(PALETTE)], label=kind.replace("_", " "))
+        axis.fill_between(x, y - error, y + error, color=PALETTE[place % len(PALETTE)], alpha=0.15, linewidth=0)
+    axis.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    axis.set(xlabel="range, in units of the experts' own", ylabel="matching loss above\nthat at their own ranges")
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
     """The first update of each tensor of phi, in sizes of the tensor itself, by optimiser: logarithmic bars."""
     layers = list(next(iter(found.values())))

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from augdistill_core import DistillConfig, Phi, snapshots_every
 from augdistill_report.augmentations import RandomAffine, fitting
 from augdistill_report.data import Dataset
-from augdistill_report.jobs import Distillation, Evaluation, Subset, own_source
+from augdistill_report.jobs import Distillation, Evaluation, Probe, Subset, own_source
 from augdistill_report.numbers import Accuracy, summary
 from augdistill_report.settings import Settings, Setup
 
@@ -124,6 +124,39 @@ def recovered(histories: list[list[dict]]) -> dict[str, list[float]]:
             values = [record["phi"][kind] for record in history[-max(1, len(history) // 4) :]]
             found.setdefault(kind, []).append(float(np.exp(np.mean(np.log(values)))))
     return found
+
+
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times a true range, where the loss is looked at
+SEGMENTS = 8  # of the experts' ways that it is looked at on, the same for all ranges
+
+
+def around(distilled: Distillation, truth: dict[str, float]) -> dict[tuple[str, float], Probe]:
+    """Probes of a policy that has the experts' own ranges but for one, which is a factor larger, by kind and factor."""
+    return {
+        (kind, factor): Probe(
+            distilled.setup, distilled, segments=SEGMENTS, ranges=tuple((truth | {kind: factor * truth[kind]}).items())
+        )
+        for kind in truth
+        for factor in FACTORS
+    }
+
+
+def valleys(found: dict[tuple[str, float, int], dict]) -> dict[str, dict[float, tuple[float, float]]]:
+    """By kind and factor: how much larger the loss of two draws is than at the experts' own ranges, and its error.
+
+    `found` are what probes found, by kind, factor and repetition. The mean over the segments of all, and its standard
+    error, of differences on the same segment.
+    """
+    losses: dict[tuple[str, float], np.ndarray] = {}
+    for (kind, factor, _), p in found.items():
+        unbiased = np.subtract(p["loss"], p["variance"])
+        losses[kind, factor] = np.append(losses.get((kind, factor), []), unbiased)
+    curves: dict[str, dict[float, tuple[float, float]]] = {}
+    for (kind, factor), values in losses.items():
+        over = values - losses[kind, 1.0]
+        error = float(over.std(ddof=1) / len(over) ** 0.5)
+        curves.setdefault(kind, {})[factor] = (float(over.mean()), error)
+    return curves
 
 
 def spread(values: list[float]) -> str:

@@ -252,3 +252,21 @@ def test_alpha_is_held_while_the_loss_is_not_below_one(world):
         for c in (settings.part(DistillConfig, iterations=4, alpha_mode=m, alpha=0.01) for m in ("log", "held"))
     ]
     assert easy[0] == easy[1]
+
+
+@pytest.mark.parametrize("by", ["all", "class", "image"])
+def test_a_policy_can_hold_given_ranges(by):
+    x, labels = torch.rand(6, 3, 8, 8), torch.arange(6) % 3
+    phi = policies.Policy(x, 3, by=by)
+    with torch.no_grad():
+        for p in phi.parameters():
+            p.add_(0.3)
+    phi.hold({"rotation": 0.2, "flip": 0.25})
+    found = phi.ranges(x, labels)
+    for kind, value in found.items():
+        expected = {"rotation": 0.2, "flip": 0.25}.get(kind, 0.0)
+        torch.testing.assert_close(value, torch.full((6,), expected), atol=2e-6, rtol=1e-5)
+    phi.hold({})
+    torch.testing.assert_close(call(phi, x, labels), x, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="range 'zoom': must be among rotation, scale"):
+        phi.hold({"zoom": 0.1})

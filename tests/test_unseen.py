@@ -12,8 +12,8 @@ from augdistill_phis import Added, Stored
 from augdistill_report import open_run, plots, unseen
 from augdistill_report.artefacts import Store
 from augdistill_report.augmentations import RandomAffine
-from augdistill_report.evaluation import teacher_of, train_student
-from augdistill_report.jobs import Evaluation, Subset
+from augdistill_report.evaluation import probe, teacher_of, train_student
+from augdistill_report.jobs import Evaluation, Probe, Subset, trajectories
 from augdistill_report.numbers import Accuracy
 from augdistill_report.settings import EvalConfig, Settings, preflight, resolve
 
@@ -202,3 +202,42 @@ def test_a_subset_that_skips_is_what_follows(world):
         data.subset(4, fraction=0.1, skip=1.0)
     with pytest.raises(ValueError, match=r"fraction=0\.8: class 0 .*less \d+ skipped"):
         data.subset(4, fraction=0.8, skip=0.3)
+
+
+# --- what the loss knows of a range -----------------------------------------------------------------------------------
+
+
+def test_the_loss_is_looked_at_around_the_experts_own_ranges(world, tmp_path):
+    job, truth, store = world.ranges()["two draws"], {"rotation": 0.2, "shift_x": 0.1}, Store(tmp_path)
+    probes = unseen.around(job, truth)
+    assert set(probes) == {(kind, f) for kind in truth for f in (0.0, 0.5, 1.0, 1.5, 2.0)}
+    assert dict(probes["rotation", 1.5].ranges) == {"rotation": pytest.approx(0.3), "shift_x": 0.1}
+    assert probes["rotation", 1.0] == probes["shift_x", 1.0]  # made once
+    job.run(store)
+    phi = job.stored_phi(store).phi
+    one = dataclasses.replace(probes["rotation", 0.0], segments=2)
+    found = one.stored(store)[1]
+    phi.hold({"rotation": 0.0, "shift_x": 0.1})
+    train = world.settings.load().train.take(job.subset.index(world.settings.load()))
+    alpha = job.stored(store)[1]["alpha"]
+    expected = probe(phi, alpha, train, trajectories(job.setup, store), job.config, 2, job.setup.seed)
+    assert found == expected
+    learned = Probe(job.setup, job, segments=2).stored(store)[1]
+    assert learned["loss"] != expected["loss"] and learned["identity"] == expected["identity"]  # on the same segments
+
+
+def test_valleys_are_paired_by_segment():
+    def found(loss):
+        return {"loss": loss, "variance": [0.1, 0.2]}
+
+    probes = {
+        ("rotation", 0.0, 0): found([1.1, 2.3]),
+        ("rotation", 0.0, 1): found([1.2, 2.2]),
+        ("rotation", 1.0, 0): found([1.0, 2.0]),
+        ("rotation", 1.0, 1): found([1.0, 2.0]),
+    }
+    curves = unseen.valleys(probes)
+    mean, error = curves["rotation"][0.0]
+    assert mean == pytest.approx(0.2) and error == pytest.approx(torch.tensor([0.1, 0.3, 0.2, 0.2]).std().item() / 2)
+    assert curves["rotation"][1.0] == (0.0, 0.0)
+    assert plots.valleys(curves).axes[0].get_xlabel().startswith("range")
