@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
+import json
 import platform
 import queue
 import threading
@@ -20,7 +21,7 @@ from pathlib import Path
 import cloudpickle
 import dask
 import torch
-from distributed import Client, Status, Worker, get_worker
+from distributed import Client, Security, Status, Worker, get_worker
 
 from augdistill_report.artefacts import Store, digest, write
 from augdistill_report.execute import KernelManager
@@ -46,12 +47,22 @@ class ClusterLost(concurrent.futures.BrokenExecutor, ConnectionError):
 
 def connect(scheduler: str) -> Client:
     """A client of the cluster whose scheduler has this address, or wrote this file; a `ValueError` if none answers."""
-    from_file = scheduler.endswith(".json")
-    if from_file and not Path(scheduler).is_file():
-        raise ValueError(f"cluster={scheduler!r}: no such file; must be written by `dask scheduler --scheduler-file`")
-    place = {"scheduler_file" if from_file else "address": scheduler}
+    address = scheduler
+    if scheduler.endswith(".json"):
+        try:
+            address = json.loads(Path(scheduler).read_text())["address"]
+        except (OSError, ValueError, KeyError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
+            raise ValueError(
+                f"cluster={scheduler!r}: {reason}; must be written by `dask scheduler --scheduler-file`"
+            ) from None
+    if address.startswith("tls:") and not Security().get_connection_args("client").get("ssl_context"):
+        raise ValueError(
+            f"cluster={scheduler!r}: takes TLS alone, and Dask's configuration here names no certificates; must have "
+            "distributed.comm.tls.ca-file, and client.cert and client.key there"
+        )
     try:
-        return Client(**place, timeout=TIMEOUT, set_as_default=False)
+        return Client(address, timeout=TIMEOUT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cluster={scheduler!r}: no Dask scheduler answers there ({error})") from None
 

@@ -375,11 +375,25 @@ def test_a_worker_that_runs_pieces_side_by_side_is_named(tmp_path):
             run([Piece("one", tmp_path)], Store(tmp_path / "artefacts"), own.address)
 
 
-@pytest.mark.parametrize("where", ["127.0.0.1:1", "nowhere.json"])
-def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(where, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "where, why",
+    [
+        ("127.0.0.1:1", "no Dask scheduler answers there"),
+        ("nowhere.json", "no such file; must be written by"),
+        ("tls://127.0.0.1:1", "takes TLS alone, and Dask's configuration here names no certificates"),
+        ('file: {"address": "tls://127.0.0.1:1"}', "takes TLS alone"),
+        ("file: {}", "cannot be read"),
+        ('file: {"addr', "cannot be read"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(where, why, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "TIMEOUT", 1)
+    if where.startswith("file: "):
+        (tmp_path / "dask.json").write_text(where.removeprefix("file: "))
+        where = str(tmp_path / "dask.json")
     assert main(["experts", "train", "--preset", "smoke", "--out", str(tmp_path / "out"), "--cluster", where]) == 2
-    assert "augdistill: cluster=" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "augdistill: cluster=" in error and why in error and not (tmp_path / "out").exists()
 
 
 def test_an_exception_here_cancels_what_runs_there(two, tmp_path):
