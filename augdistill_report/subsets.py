@@ -297,7 +297,7 @@ def verdict(scores: dict, settings: Settings) -> str:
     for f in dict.fromkeys(f for name, f, _ in scores if name != FULL):
         here, rows = at(scores, f), methods(settings, f)
         policies = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
-        learned = [name for name, m in rows.items() if m.learned]
+        learned = [name for name, m in rows.items() if m.learned not in ("", "identity")]
         means = {name: score.mean for name, score in pool(here).items()}
         best, policy, ours = (max(names, key=means.get, default="") for names in (means, policies, learned))
         near = [name for name in means if name != best and not apart(here, best, name)]
