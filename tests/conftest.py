@@ -3,6 +3,7 @@
 import contextlib
 import signal
 
+import loky
 import pytest
 import torch
 
@@ -34,8 +35,9 @@ def rng_untouched():
 
 @pytest.fixture(scope="module", autouse=True)
 def phis_of_one_file():
-    """Phis that a test file registers are forgotten behind it, so that no other file meets them in `PHIS`."""
+    """Phis that a test file registers are forgotten behind it, here and by workers that would serve the next one."""
     before = dict(augdistill_phis._REGISTRY)
     yield
+    loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
     augdistill_phis._REGISTRY.clear()
     augdistill_phis._REGISTRY.update(before)
