@@ -76,7 +76,11 @@ class DistillConfig(Config):
     batch_syn: int = knob(0, "images a student step; 0 = the whole base set", low=0)
     episode: int = knob(0, "images a class drawn afresh each iteration as its base set; 0 = all, always", low=0)
     noise: str = knob("step", "when phi is drawn: afresh in every student step, or once", choices=("step", "once"))
-    draws: int = knob(1, "independent unrolls an iteration; 2 or more leave the variance out of the loss", low=1)
+    draws: int = knob(
+        1,
+        "unrolls an iteration, of independent batches and draws of phi; 2 leave their variance out of the loss",
+        low=1,
+    )
     phi_optimizer: str = knob("Adam", "any of torch.optim")
     phi_lr: float = knob(1e-3, "its step size", low=0)
     phi_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
@@ -353,9 +357,10 @@ def distill(
             break
         start_epoch, start, target = draw_segment(experts, config, run.generator)
         start, target, alpha = start.to(images), target.to(images), run.step_size()
-        base, batches = draw_steps(labels, config, run.generator)
+        base = draw_base(labels, config.episode, run.generator)
         ends, scales = [], []
         for _ in range(config.draws):
+            batches = draw_steps(base, config, run.generator)
             fed, scale = draw_batches(phi, augment, images, labels, base, batches, config, run.memory, run.noise)
             scales.append(scale)
             ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=run.memory))
@@ -416,8 +421,9 @@ def diverged(stopped: str) -> bool:
 def next_scale(run: DistillState, images: Tensor, labels: Tensor, config: DistillConfig) -> float:
     """How many times as large as x phi(x) would be in the first student step of another iteration; draws nothing."""
     generator, noise = run.generator.clone_state(), run.noise.clone_state()
-    base, batches = draw_steps(labels, config, generator)
-    return draw_batches(run.phi, None, images, labels, base, batches[:1], config, "graph", noise)[1]
+    base = draw_base(labels, config.episode, generator)
+    batches = draw_steps(base, config, generator)[:1]
+    return draw_batches(run.phi, None, images, labels, base, batches, config, "graph", noise)[1]
 
 
 def draw_segment(
@@ -443,11 +449,9 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
     return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
 
 
-def draw_steps(labels: Tensor, config: DistillConfig, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
-    """Indices of one iteration's base set, and of the batch of each of its N student steps."""
-    base = draw_base(labels, config.episode, generator)
-    steps = itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)
-    return base, [base[batch] for batch in steps]
+def draw_steps(base: Tensor, config: DistillConfig, generator: torch.Generator) -> list[Tensor]:
+    """Indices of the batch of each of one unroll's N student steps, from those of the iteration's base set."""
+    return [base[b] for b in itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)]
 
 
 def draw_batches(

@@ -294,9 +294,10 @@ def free_memory(device: torch.device) -> int:
 def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
     """||end - target||^2 / ||start - target||^2 for one end `[P]` (MTT, equation 2).
 
-    With ends `[K, P]` of K independent draws: the mean over their pairs of <end_i - target, end_j - target>, over the
-    same. Its expectation is ||E end - target||^2 alone; the ordinary loss adds the variance of `end` to it and so
-    punishes a stochastic phi for being stochastic.
+    With ends `[K, P]` of K independent draws (of phi, and of the batches): the mean over their pairs of
+    <end_i - target, end_j - target>, over the same. Its expectation is ||E end - target||^2 alone; the ordinary loss
+    adds the variance of `end` to it, and so punishes a stochastic phi for being stochastic, and alpha for the noise of
+    small batches.
     """
     miss = end - target
     distance = (start - target).square().sum()

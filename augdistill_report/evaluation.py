@@ -11,6 +11,7 @@ from augdistill_core import (
     DistillConfig,
     Trajectories,
     augmented,
+    draw_base,
     draw_batches,
     draw_segment,
     draw_steps,
@@ -192,9 +193,9 @@ def probe(
     """What a student makes of phi(train) on `segments` random segments of the experts' ways, without learning anything.
 
     A list a measure, a value a segment: `loss` (the matching loss), `identity` (the same without phi at the same
-    alpha), `variance` (the part of `loss` that is noise, as two independent draws of phi tell: E||end - E end||^2 in
-    units of the distance), `change` (how far phi(x) is from x) and `spread` (how far two draws are apart), both in
-    sizes of x.
+    alpha), `variance` (the part of `loss` that is noise, of phi and of the batches, as two independent draws tell:
+    E||end - E end||^2 in units of the distance), `change` (how far phi(x) is from x) and `spread` (how far two draws
+    are apart), both in sizes of x.
     """
     config = dataclasses.replace(config, objective="trajectory")
     generator, identity = seeded(seed, "probe"), make_phi("identity", train.images, 1, 0)
@@ -202,13 +203,14 @@ def probe(
     found = {name: [] for name in names}
     for segment in range(segments):
         _, start, target = draw_segment(experts, config, generator)
-        base, batches = draw_steps(train.labels, config, generator)
-        x, labels, ends, draws = train.images[base], [train.labels[b] for b in batches], [], []
-        for one in (phi, phi, identity):
+        base = draw_base(train.labels, config.episode, generator)
+        first, second = (draw_steps(base, config, generator) for _ in range(2))
+        x, ends, draws = train.images[base], [], []
+        for one, batches in ((phi, first), (phi, second), (identity, first)):
             own = seeded(seed, "probe", segment, len(ends))
             draws.append(augmented(one, x, train.labels[base], base, own))
             fed, _ = draw_batches(one, None, train.images, train.labels, base, batches, config, "graph", own)
-            ends.append(unroll(experts.student, start, fed, labels, alpha))
+            ends.append(unroll(experts.student, start, fed, [train.labels[b] for b in batches], alpha))
         plain = [float(matching_loss(end, target, start)) for end in ends]
         both = float(matching_loss(torch.stack(ends[:2]), target, start))
         loss, size = (plain[0] + plain[1]) / 2, rms(x) or 1.0

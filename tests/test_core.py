@@ -5,9 +5,11 @@ torch.func and stepped by torch.optim, its gradient also with finite differences
 """
 
 import copy
+import dataclasses
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -844,6 +846,28 @@ def test_phi_is_drawn_in_every_step_or_once_an_unroll(experts, noise, calls, dra
     for i in range(0, len(fed), 3):  # the student's steps within one unroll
         assert torch.equal(fed[i], fed[i + 1]) == torch.equal(fed[i], fed[i + 2]) == (noise == "once")
     assert len({x.sum().item() for *_, x in spy.seen}) == len(spy.seen)  # the draws are independent
+
+
+def test_two_draws_leave_the_noise_of_the_batches_out_too(experts):
+    """One step, on two images of six: E end is where the mean gradient leads, whichever batches were drawn."""
+    images, labels = toy(6)
+    settings = config(iterations=400, syn_steps=1, batch_syn=2, max_start_epoch=0, alpha_mode="fixed", phi_lr=0)
+    start, target = experts.segment(0, 0, settings.expert_epochs)
+    one = Trajectories(experts.student, experts.theta[:1])
+
+    def after(*batch):
+        return unroll(experts.student, start, [images[list(batch)]], [labels[list(batch)]], ALPHA).detach()
+
+    ends = torch.stack([after(*pair) for pair in itertools.combinations(range(6), 2)])
+    mean = ends.mean(0)
+    assert_near(mean, after(*range(6)), mean - start, rel=1e-9)
+    bias = float(matching_loss(mean, target, start))
+    variance = float(torch.stack([matching_loss(end, target, start) for end in ends]).mean()) - bias
+    for draws, expected in ((1, bias + variance), (2, bias)):
+        several = dataclasses.replace(settings, draws=draws)
+        losses = [h["loss"] for h in distill(pixels(images), images, labels, one, several, seed=0).history]
+        error = np.std(losses) / len(losses) ** 0.5
+        assert abs(np.mean(losses) - expected) < 4 * error < 0.5 * variance
 
 
 @pytest.mark.parametrize("noise", ["step", "once"])
