@@ -178,6 +178,7 @@ class Store:
 REPORT = (
     "augmentations",
     "data",
+    "drift",
     "evaluation",
     "expert_files",
     "instaaug",

@@ -401,6 +401,14 @@ class Evaluation(Job):
             return super().student()
         return build(self.data.shape[0], len(self.data.classes), self.setup.size).to(self.setup.device)
 
+    def phi(self, store: Store) -> Applied | None:
+        """The distilled phi as students meet it: so strongly, so often, or but a part of what it does."""
+        if self.distilled is None:
+            return None
+        phi = self.distilled.stored_phi(store).phi
+        phi = CONTROLS[self.only](phi) if self.only else phi
+        return Applied(phi, self.config.phi_strength, self.config.phi_probability)
+
     def work(self, store, tick):
         models, found = self.trained(store, tick)
         states = {f"{k}/{name}": t for k, model in enumerate(models) for name, t in model.state_dict().items()}
@@ -408,17 +416,11 @@ class Evaluation(Job):
 
     def trained(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
         """The students, and the validation accuracy of each."""
-        data = self.data
-        distilled, config = self.distilled and self.distilled.stored_phi(store), self.config
-        phi = distilled and distilled.phi
+        data, config = self.data, self.config
         if not config.eval_lr:  # a raw alpha that ran below zero teaches nothing: then students stay as they are
-            config = dataclasses.replace(config, eval_lr=max(distilled.alpha, 0.0))
-        if self.only:
-            phi = CONTROLS[self.only](phi)
-        if phi is not None:
-            phi = Applied(phi, config.phi_strength, config.phi_probability)
+            config = dataclasses.replace(config, eval_lr=max(self.distilled.stored_phi(store).alpha, 0.0))
         train, validation = data.train.take(self.subset.index(data)), data.validation.made()
-        arguments = (self.student(), phi, train, validation, config, self.setup.seed)
+        arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(trajectories(self.setup, store)) if soft else None
         if config.eval_augment == "instaaug":

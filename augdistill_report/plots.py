@@ -338,6 +338,34 @@ def valleys(found: dict[str, dict[float, tuple[float, float]]]) -> Figure:
     return figure
 
 
+def drifts(panels: dict[str, dict[int, dict[str, tuple[float, float | None]]]], beside: str) -> Figure:
+    """What each method misses of where all the data lead, by the step that students start from: a panel each.
+
+    `beside` is the name of what is no method: how much of an expert's own movement is noise, in grey.
+    """
+    figure, axes = new_figure(4.2 * len(panels) + 1.8, 3.8, len(panels), sharey=True)
+    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+        names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+        methods = [name for name in names if name != beside]
+        for place, (name, marker) in enumerate(zip(methods, itertools.cycle("osD^vPX*"), strict=False)):
+            values, errors = zip(*(by_name[name] for by_name in found.values()), strict=True)
+            x = np.arange(len(found)) + 0.05 * (place - (len(methods) - 1) / 2)
+            look = dict(fmt=marker + "-", color=colour(name), markersize=4.5, linewidth=1)
+            axis.errorbar(x, values, [error or 0 for error in errors], label=name, **look)
+        noise = [by_name[beside][0] for by_name in found.values()]
+        axis.bar(range(len(found)), noise, width=0.6, color="#e4e4e4", zorder=0, label=beside)
+        axis.axhline(1, color="black", linewidth=0.7, linestyle=":")
+        axis.set_xticks(range(len(found)), [f"{step}" for step in found])
+        axis.set(xlabel="step of the experts' way", title=title)
+        axis.set_yscale("symlog", linthresh=0.2)
+        axis.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0", ".1", ".2", ".5", "1", "2", "5", "10"], minor=False)
+    axes[0].set_ylabel("missed of where all the data lead\n(1: as far off as standing still)")
+    looks = {label: look for axis in axes for look, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    beside_all = dict(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[-1].legend(looks.values(), looks, frameon=False, fontsize=8, **beside_all)
+    return figure
+
+
 def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
     """The first update of each tensor of phi, in sizes of the tensor itself, by optimiser: logarithmic bars."""
     layers = list(next(iter(found.values())))

@@ -11,8 +11,9 @@ import itertools
 
 import torch
 
-from augdistill_core import DistillConfig, augmented, seeded
+from augdistill_core import DistillConfig, augmented, seeded, snapshots_every
 from augdistill_report.augmentations import NEVER_FLIPPED, augmentation
+from augdistill_report.drift import Drift, shares
 from augdistill_report.evaluation import train_student
 from augdistill_report.instaaug import InstaAug
 from augdistill_report.jobs import Distillation, Evaluation, Subset
@@ -360,6 +361,31 @@ def insta(trial: Trial, fraction: float, option: dict) -> InstaAug:
     augment, seed = InstaAug(part.images, 0, reward=job.config.eval_reward), (job.setup.seed, "student", 0)
     train_student(job.student(), None, part.images, part.labels, job.config, *seed, augment=augment)
     return augment
+
+
+def drifts(run, fraction: float, chosen: dict) -> dict[int, dict[str, tuple[float, float | None]]]:
+    """What methods do not make up for on a part, by the step of the experts' way that students start from (`shares`).
+
+    At the first, a middle and the last snapshot that has a next one, of the experts that policies follow.
+    """
+    first, rows = trials(run.settings)[0], methods(run.settings, fraction)
+    names = [PLAIN, TAUGHT, "RandAugment", *POLICIES]  # what else learns may follow other experts
+    jobs = tuple((n, first.scored(rows[n], fraction, chosen[n, fraction])) for n in names if n in rows)
+    setup = first.setup(run.settings.teach)
+    every, snapshots = snapshots_every(len(run.data.train), setup)
+    found = run.probe({start: Drift(setup, start, jobs) for start in (0, (snapshots - 1) // 2, snapshots - 1)})
+    return {start * every: shares(f) for start, f in found.items()}
+
+
+def drift_table(found: dict[int, dict[str, tuple[float, float | None]]], fraction: float) -> list[dict]:
+    """A row a method, a column a place of the experts' way."""
+    cell = {
+        (name, step): f"{value:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+        for step, by_name in found.items()
+        for name, (value, error) in by_name.items()
+    }
+    names = dict.fromkeys(name for name, _ in cell)
+    return [{f"{100 * fraction:g} %": n} | {f"from step {step}": cell[n, step] for step in found} for n in names]
 
 
 def elsewhere(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], Evaluation]:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from augdistill_core import ConvNet, Phi, flatten, initial_parameters, logits_of, seeded, unflatten
-from augdistill_report import evaluation, gallery, open_run, subsets
+from augdistill_report import drift, evaluation, gallery, open_run, subsets
 from augdistill_report.data import Sealed, load
 from augdistill_report.evaluation import MOST, Patience, accuracy, accuracy_of, train_student
-from augdistill_report.jobs import Evaluation, Score, Subset
+from augdistill_report.jobs import Evaluation, Score, Subset, trajectories
 from augdistill_report.numbers import Accuracy, markdown
 from augdistill_report.settings import EvalConfig, Settings, Setup, preflight, resolve
 from augdistill_report.students import STUDENTS
@@ -375,3 +375,22 @@ def test_impossible_fractions_are_refused(fractions):
 def test_a_fraction_that_leaves_a_class_empty_is_refused():
     with pytest.raises(ValueError, match=r"fractions='0.1, 0.002': fraction=0.002: leaves class 0 of digits empty"):
         preflight(resolve("smoke", {"fractions": "0.1, 0.002"}))
+
+
+# --- what there is to match -------------------------------------------------------------------------------------------
+
+
+def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
+    run, chosen = world["run"], world["chosen"]
+    found = subsets.drifts(run, 0.1, chosen)
+    experts = trajectories(subsets.trials(run.settings)[0].setup(run.settings.teach), run.store)
+    every = -(-len(run.data.train) // run.settings.expert_batch)  # a snapshot an epoch
+    assert list(found) == [0, every * ((experts.snapshots - 2) // 2), every * (experts.snapshots - 2)]
+    rows = ["plain images", "the experts' augmentation", "RandAugment", *subsets.POLICIES]
+    for by_name in found.values():
+        assert list(by_name) == [drift.NOISE, *rows]
+        assert all(error is not None for _, error in by_name.values())
+    table = subsets.drift_table(found, 0.1)
+    assert [row["10 %"] for row in table] == [drift.NOISE, *rows]
+    value, error = found[0]["plain images"]
+    assert table[1]["from step 0"] == f"{value:.2f} ± {error:.2f}"
