@@ -114,6 +114,7 @@ def execute(path: Path, target: Path, parameters: dict, on_cell: Callable[[int, 
             f"{error.ename}: {error.evalue}",
         ) from None
     except BaseException as error:  # Ctrl-C leaves papermill without a chance to end its kernel
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else the cell's task tells of its end at exit
         if partial.exists():
             os.replace(partial, failed)
         if isinstance(error, DeadKernelError):
