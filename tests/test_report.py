@@ -275,7 +275,7 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
     assert "stopped" in error and there >= processes
-    assert everyone or "Traceback" not in error  # in a terminal, a worker that is interrupted itself may write one
+    assert "never retrieved" not in error  # which asyncio says, pages long, of the cell that was given up
     wait_for_the_end_of(tmp_path)
     # 01 has the new settings now or the old ones still, whole; the others were not touched
     assert {name: r for name, r in results(out).items() if name > "02"} == {n: r for n, r in before.items() if n > "02"}
