@@ -47,6 +47,7 @@ COLOURS = {
     "unet_noise and RandAugment": "#6a3d9a",
     "U-Net and policy": "#0072b2",
     "pixels and policy": "#000000",
+    "pixels and the experts' augmentation": "#009e73",
     "soft labels": "#8c6d31",
 }
 

@@ -12,7 +12,7 @@ import itertools
 import torch
 
 from augdistill_core import DistillConfig, augmented, seeded, snapshots_every
-from augdistill_report.augmentations import NEVER_FLIPPED, augmentation
+from augdistill_report.augmentations import DIFFERENTIABLE, NEVER_FLIPPED, augmentation
 from augdistill_report.drift import Drift, shares
 from augdistill_report.evaluation import train_student
 from augdistill_report.instaaug import InstaAug
@@ -30,6 +30,8 @@ POLICIES = {  # of experts that were trained with an augmentation, by two draws
     "U-Net and policy": f"{CONDITIONED}+{POLICY}",
     "pixels and policy": f"pixels+{POLICY}",
 }
+UNDER = "pixels and the experts' augmentation"  # which free images learn under, and students see them through
+FOLLOWERS = (*POLICIES, UNDER)  # of such experts
 USES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))  # a phi's strength and probability, likewise
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
 
@@ -49,7 +51,7 @@ class Method:
 
     def options(self, settings: Settings) -> list[dict]:
         """What the validation split may choose between, as changes of `EvalConfig`."""
-        whole = self.learned in ("", "identity", *PIXELS)  # nothing is left of an image that pixels have taken
+        whole = self.learned in ("", "identity", *PIXELS, UNDER)  # nothing is left of an image that pixels have taken
         uses = [{}] if whole else [dict(phi_strength=s, phi_probability=p) for s, p in USES]
         key, values = STRENGTHS.get(self.augment, ("", ()))
         strengths = [{key: value} for value in values] or [{}]
@@ -72,7 +74,7 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
     return {
         name: method
         for name, method in every.items()
-        if name == PLAIN or ((not named or name in named) and (small or name not in POLICIES))
+        if name == PLAIN or ((not named or name in named) and (small or name not in FOLLOWERS))
     }
 
 
@@ -93,6 +95,7 @@ def every_method(settings: Settings) -> dict[str, Method]:
         **{name: Method(name) for name in PIXELS},
         settings.phi: Method(settings.phi),
         **{name: Method(name) for name in POLICIES},
+        **({UNDER: Method(UNDER, settings.teach)} if settings.teach in DIFFERENTIABLE else {}),
         both(settings): Method(settings.phi, "randaugment"),
     }
 
@@ -131,6 +134,9 @@ class Trial(Repetition):
         late = dict(draws=2) | self.late
         phis |= {name: self.distillation(phi, part, s.teach, **late) for name, phi in POLICIES.items()}
         needed = {method.learned for method in methods(s, fraction).values()}
+        if UNDER in needed:
+            under = self.distillation("pixels", part, s.teach, **late)
+            phis[UNDER] = dataclasses.replace(under, setup=dataclasses.replace(under.setup, augment=s.teach))
         return {name: job for name, job in phis.items() if name in needed}
 
     def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
@@ -369,7 +375,7 @@ def drifts(run, fraction: float, chosen: dict) -> dict[int, dict[str, tuple[floa
     At the first, a middle and the last snapshot that has a next one, of the experts that policies follow.
     """
     first, rows = trials(run.settings)[0], methods(run.settings, fraction)
-    names = [PLAIN, TAUGHT, "RandAugment", *POLICIES]  # what else learns may follow other experts
+    names = [PLAIN, TAUGHT, "RandAugment", *FOLLOWERS]  # what else learns may follow other experts
     jobs = tuple((n, first.scored(rows[n], fraction, chosen[n, fraction])) for n in names if n in rows)
     setup = first.setup(run.settings.teach)
     every, snapshots = snapshots_every(len(run.data.train), setup)

@@ -386,7 +386,7 @@ def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
     experts = trajectories(subsets.trials(run.settings)[0].setup(run.settings.teach), run.store)
     every = -(-len(run.data.train) // run.settings.expert_batch)  # a snapshot an epoch
     assert list(found) == [0, every * ((experts.snapshots - 2) // 2), every * (experts.snapshots - 2)]
-    rows = ["plain images", "the experts' augmentation", "RandAugment", *subsets.POLICIES]
+    rows = ["plain images", "the experts' augmentation", "RandAugment", *subsets.FOLLOWERS]
     for by_name in found.values():
         assert list(by_name) == [drift.NOISE, *rows]
         assert all(error is not None for _, error in by_name.values())
