@@ -128,6 +128,21 @@ def bars(scores: dict, reference: dict | None = None) -> Figure:
     return figure
 
 
+def beside(scores: dict, full) -> Figure:
+    """Test accuracy by method, near to one another: mean, standard deviation, every student a dot; `full` a line."""
+    figure, (axis,) = new_figure(8.5, 1.1 + 0.36 * len(scores))
+    for row, (name, score) in enumerate(scores.items()):
+        axis.errorbar(100 * score.mean, row, xerr=100 * score.std, fmt="o", color=colour(name), capsize=3)
+        axis.plot([100 * v for v in score.test], [row + 0.2] * len(score.test), ".", color=colour(name), alpha=0.5)
+    axis.axvline(100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}")
+    axis.axvspan(*(100 * (full.mean + side * full.std) for side in (-1, 1)), color=colour("all the data"), alpha=0.1)
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.set_yticks(range(len(scores)), [f"{name}   {score}" for name, score in scores.items()])
+    axis.set(xlabel="test accuracy in %")
+    axis.invert_yaxis()
+    return figure
+
+
 def along_the_way(validation: list[list[float]], theta: Tensor) -> Figure:
     """By snapshot: each expert's validation accuracy, and the length of its step from the last snapshot."""
     figure, (left, right) = new_figure(10.5, 3.4, 2)

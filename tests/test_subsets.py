@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from augdistill_core import ConvNet, Phi, flatten, initial_parameters, logits_of, seeded, unflatten
-from augdistill_report import drift, evaluation, gallery, open_run, subsets
+from augdistill_report import drift, evaluation, gallery, open_run, plots, subsets
 from augdistill_report.data import Sealed, load
 from augdistill_report.evaluation import MOST, Patience, accuracy, accuracy_of, train_student
 from augdistill_report.jobs import Evaluation, Score, Subset, trajectories
@@ -394,3 +394,10 @@ def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
     assert [row["10 %"] for row in table] == [drift.NOISE, *rows]
     value, error = found[0]["plain images"]
     assert table[1]["from step 0"] == f"{value:.2f} ± {error:.2f}"
+
+
+def test_one_part_is_a_picture_of_its_own():
+    scores = {name: Accuracy([0.5, 0.52, 0.54], [0.5] * 3) for name in ("plain images", "policy")}
+    (axis,) = plots.beside(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
+    assert [t.get_text() for t in axis.get_yticklabels()] == [f"{name}   52.0 ± 2.0 %" for name in scores]
+    assert 0.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 20 and axis.get_xlim()[0] > 40  # near to one another
