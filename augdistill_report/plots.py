@@ -375,6 +375,7 @@ def drifts(panels: dict[str, dict[int, dict[str, tuple[float, float | None]]]], 
         axis.set(xlabel="step of the experts' way", title=title)
         axis.set_yscale("symlog", linthresh=0.2)
         axis.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0", ".1", ".2", ".5", "1", "2", "5", "10"], minor=False)
+        axis.set_ylim(bottom=min([-0.02, *(value for by_name in found.values() for value, _ in by_name.values())]))
     axes[0].set_ylabel("missed of where all the data lead\n(1: as far off as standing still)")
     looks = {label: look for axis in axes for look, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     beside_all = dict(loc="center left", bbox_to_anchor=(1, 0.5))
