@@ -16,7 +16,7 @@ from augdistill_report.augmentations import DIFFERENTIABLE, NEVER_FLIPPED, augme
 from augdistill_report.drift import Drift, shares
 from augdistill_report.evaluation import train_student
 from augdistill_report.instaaug import InstaAug
-from augdistill_report.jobs import Distillation, Evaluation, Subset
+from augdistill_report.jobs import Distillation, Evaluation, Subset, trajectories
 from augdistill_report.numbers import Accuracy
 from augdistill_report.settings import Settings, Setup
 from augdistill_report.unseen import CONDITIONED, POLICY, Repetition, difference, pool
@@ -378,8 +378,8 @@ def drifts(run, fraction: float, chosen: dict) -> dict[int, dict[str, tuple[floa
     names = [PLAIN, TAUGHT, "RandAugment", *FOLLOWERS]  # what else learns may follow other experts
     jobs = tuple((n, first.scored(rows[n], fraction, chosen[n, fraction])) for n in names if n in rows)
     setup = first.setup(run.settings.teach)
-    every, snapshots = snapshots_every(len(run.data.train), setup)
-    found = run.probe({start: Drift(setup, start, jobs) for start in (0, (snapshots - 1) // 2, snapshots - 1)})
+    every, last = snapshots_every(len(run.data.train), setup)[0], trajectories(setup, run.store).snapshots - 2
+    found = run.probe({start: Drift(setup, start, jobs) for start in (0, last // 2, last)})
     return {start * every: shares(f) for start, f in found.items()}
 
 
