@@ -52,6 +52,12 @@ def shown(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def brief(value, most: int = 400) -> str:
+    """The same, cut where it goes on for pages, as a whole study's cells do."""
+    text = str(shown(value))
+    return text if len(text) <= most else f"{text[:most].rpartition(', ')[0]} ... (all of it is in the file)"
+
+
 def markdown(rows: list[dict]) -> str:
     """Rows of equal keys as a Markdown table; True is a dot."""
     cells = [[("●" if v else "") if isinstance(v, bool) else shown(v) for v in row.values()] for row in rows]

@@ -11,7 +11,7 @@ from augdistill_report import drift, evaluation, gallery, open_run, plots, subse
 from augdistill_report.data import Sealed, load
 from augdistill_report.evaluation import MOST, Patience, accuracy, accuracy_of, train_student
 from augdistill_report.jobs import Evaluation, Score, Subset, trajectories
-from augdistill_report.numbers import Accuracy, markdown
+from augdistill_report.numbers import Accuracy, brief, markdown
 from augdistill_report.settings import EvalConfig, Settings, Setup, preflight, resolve
 from augdistill_report.students import STUDENTS
 
@@ -401,3 +401,10 @@ def test_one_part_is_a_picture_of_its_own():
     (axis,) = plots.beside(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
     assert [t.get_text() for t in axis.get_yticklabels()] == [f"{name}   52.0 ± 2.0 %" for name in scores]
     assert 0.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 20 and axis.get_xlim()[0] > 40  # near to one another
+
+
+def test_a_number_that_goes_on_for_pages_is_cut():
+    assert brief({"loss": 0.5}) == "loss 0.5"
+    text = brief([{"row": "a", "value": k} for k in range(500)])
+    assert text.startswith("row a, value 0, row a, value 1, ") and text.endswith("... (all of it is in the file)")
+    assert len(text) < 440
