@@ -26,7 +26,9 @@ EXPERTS = 3  # at most, whose ways are looked at
 BRANCHES = 4  # students from each snapshot, of which pairs tell what they have in common
 
 
-def branches(student: nn.Module, start: Tensor, split: Split, through: list[Callable], setup: Setup, *seed) -> Tensor:
+def branches(
+    student: nn.Module, start: Tensor, split: Split, through: list[Callable | None], setup: Setup, *seed
+) -> Tensor:
     """`[BRANCHES, P]`: how far students move from `start` `[P]` in an expert's steps between two snapshots.
 
     On the images of `split`, in every step through each of `through`; each student by batches and draws of its own, and

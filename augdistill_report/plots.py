@@ -51,6 +51,8 @@ COLOURS = {
     "soft labels": "#8c6d31",
 }
 
+MARKERS = "osD^vPX*"  # of curves that many share a picture with
+
 
 def colour(name: str) -> str:
     """The colour of a method: fixed for those of the report, stable for any other.
@@ -218,7 +220,7 @@ def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full) -> Figu
     """
     figure, axes = new_figure(5.6 * len(panels), 5.2, len(panels), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=True):
-        for (name, scores), marker in zip(series.items(), itertools.cycle("osD^vPX*"), strict=False):
+        for (name, scores), marker in zip(series.items(), itertools.cycle(MARKERS), strict=False):
             x = [100 * f for f in scores]
             mean = np.array([100 * s.mean for s in scores.values()])
             std = np.array([100 * s.std for s in scores.values()])
@@ -363,7 +365,7 @@ def drifts(panels: dict[str, dict[int, dict[str, tuple[float, float | None]]]], 
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
         methods = [name for name in names if name != beside]
-        for place, (name, marker) in enumerate(zip(methods, itertools.cycle("osD^vPX*"), strict=False)):
+        for place, (name, marker) in enumerate(zip(methods, itertools.cycle(MARKERS), strict=False)):
             values, errors = zip(*(by_name[name] for by_name in found.values()), strict=True)
             x = np.arange(len(found)) + 0.05 * (place - (len(methods) - 1) / 2)
             look = dict(fmt=marker + "-", color=colour(name), markersize=4.5, linewidth=1)
