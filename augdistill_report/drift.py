@@ -89,10 +89,7 @@ class Drift(Job):
         experts, seed = trajectories(setup, store), (setup.seed, "drift", self.start)
         taught = augmentation(setup.expert_augment, data)
         through = {
-            name: (
-                data.train.take(job.subset.index(data)),
-                [job.phi(store), augmentation(job.config.eval_augment, data, job.config.eval_magnitude)],
-            )
+            name: (data.train.take(job.subset.index(data)), [job.phi(store), job.augment()])
             for name, job in self.methods
         }
         found = {"length": [], "noise": [], "missed": {name: [] for name in through}}

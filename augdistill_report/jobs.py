@@ -409,6 +409,12 @@ class Evaluation(Job):
         phi = CONTROLS[self.only](phi) if self.only else phi
         return Applied(phi, self.config.phi_strength, self.config.phi_probability)
 
+    def augment(self) -> Applied | None:
+        """The augmentation after phi as students meet it; None where there is none, or one that learns with them."""
+        c = self.config
+        known = None if c.eval_augment == "instaaug" else augmentation(c.eval_augment, self.data, c.eval_magnitude)
+        return known and Applied(known, probability=c.eval_augment_probability)
+
     def work(self, store, tick):
         models, found = self.trained(store, tick)
         states = {f"{k}/{name}": t for k, model in enumerate(models) for name, t in model.state_dict().items()}
@@ -423,12 +429,10 @@ class Evaluation(Job):
         arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(trajectories(self.setup, store)) if soft else None
-        if config.eval_augment == "instaaug":
-            augment = dict(learner=functools.partial(InstaAug, reward=config.eval_reward))
-        else:
-            augment = dict(augment=augmentation(config.eval_augment, data, config.eval_magnitude))
-        options = dict(teacher=teacher, on_student=lambda done: tick(done, total)) | augment
-        return evaluate(*arguments, **options)
+        learns = config.eval_augment == "instaaug"
+        learner = functools.partial(InstaAug, reward=config.eval_reward) if learns else None
+        options = dict(augment=self.augment(), learner=learner, teacher=teacher)
+        return evaluate(*arguments, **options, on_student=lambda done: tick(done, total))
 
     def students(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
         """The same; those that a choice has stored, or trained now and not stored (they may be large)."""

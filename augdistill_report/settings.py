@@ -124,6 +124,9 @@ class EvalConfig(Config):
     eval_student: str = knob("convnet", "which students: the experts' own, or others", choices=("convnet", *STUDENTS))
     eval_augment: str = knob("none", "augmentation after phi in every step", choices=(*AUGMENTATIONS, "instaaug"))
     eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
+    eval_augment_probability: float = knob(
+        1.0, "part of the images that it is applied to, drawn in every step, unless it is instaaug", low=0, high=1
+    )
     eval_reward: float = knob(1.0, "times its rewards for wide ranges, where it is instaaug", low=0)
     eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)

@@ -24,6 +24,7 @@ from augdistill_report.unseen import CONDITIONED, POLICY, Repetition, difference
 PLAIN, FULL, SOFT = "plain images", "all the data", "soft labels"
 TAUGHT = "the experts' augmentation"  # by hand: what a policy that learned all its experts had to teach would do
 STRENGTHS = {"randaugment": ("eval_magnitude", (2, 9)), "instaaug": ("eval_reward", (1.0, 0.1))}  # to choose from
+PROBABILITIES = (1.0, 0.5)  # of an augmentation, likewise
 PIXELS = ("pixels (MTT)", "pixels (2018 loss)")
 POLICIES = {  # of experts that were trained with an augmentation, by two draws
     "policy": POLICY,
@@ -32,7 +33,7 @@ POLICIES = {  # of experts that were trained with an augmentation, by two draws
 }
 UNDER = "pixels and the experts' augmentation"  # which free images learn under, and students see them through
 FOLLOWERS = (*POLICIES, UNDER)  # of such experts
-USES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))  # a phi's strength and probability, likewise
+USES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))  # a phi's strength and probability
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
 
 
@@ -55,9 +56,11 @@ class Method:
         uses = [{}] if whole else [dict(phi_strength=s, phi_probability=p) for s, p in USES]
         key, values = STRENGTHS.get(self.augment, ("", ()))
         strengths = [{key: value} for value in values] or [{}]
+        often = [] if self.augment in ("none", "instaaug") else PROBABILITIES  # InstaAug learns how much it does
+        shares = [dict(eval_augment_probability=p) for p in often] or [{}]
         rates = [dict(eval_lr=rate) for rate in settings.rate_list]
         always = dict(eval_augment=self.augment, eval_labels=self.labels)
-        return [always | a | b | c for a, b, c in itertools.product(rates, strengths, uses)]
+        return [always | a | b | c | d for a, b, c, d in itertools.product(rates, strengths, shares, uses)]
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:
@@ -152,7 +155,7 @@ def trials(settings: Settings) -> list[Trial]:
 def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
     """Each method's option at each fraction, and that of all the data: the best on validation, of the first parts.
 
-    phi with RandAugment has the magnitude that RandAugment has alone, where that is a row.
+    phi with RandAugment has the RandAugment that is best alone, where that is a row.
     """
     settings, first = run.settings, trials(run.settings)[0]
 
@@ -170,8 +173,8 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
     found = best({key: (method, method.options(settings)) for key, method in rows.items() if key not in last})
 
     def of_alone(f: float, options: list[dict]) -> list[dict]:
-        alone = found.get(("RandAugment", f), {})
-        return [o for o in options if o["eval_magnitude"] == alone.get("eval_magnitude", o["eval_magnitude"])]
+        alone = {key: value for key, value in found.get(("RandAugment", f), {}).items() if key != "eval_lr"}
+        return [option for option in options if option.items() >= alone.items()]
 
     found |= best({(name, f): (m, of_alone(f, m.options(settings))) for (name, f), m in last.items()})
     return {key: found[key] for key in rows}
@@ -250,7 +253,7 @@ def table(scores: dict, chosen: dict, cost: dict, fraction: float) -> list[dict]
                 "s to learn": f"{learning:.0f}" if learning else "",
                 "s an epoch": f"{epoch:.2f}",
                 "chosen": ", ".join(
-                    f"{key.partition('_')[2]} {value:g}"
+                    f"{key.partition('_')[2].replace('_', ' ')} {value:g}"
                     for key, value in chosen[name, fraction].items()
                     if key not in ("eval_augment", "eval_labels")
                 ),

@@ -80,7 +80,7 @@ def test_every_method_has_the_same_protocol(world):
     rows = subsets.methods(run.settings, 0.1)
     assert {name for name, _, _ in jobs} == {*rows, "all the data"}
     free = {"eval_augment", "eval_labels", "eval_magnitude", "eval_reward", "eval_lr"}
-    free |= {"phi_strength", "phi_probability"}
+    free |= {"eval_augment_probability", "phi_strength", "phi_probability"}
     same = [{k: v for k, v in job.config.to_dict().items() if k not in free} for job in jobs.values()]
     assert all(config == same[0] for config in same) and same[0]["eval_steps"] == run.settings.subset_eval_steps
     for (name, _, k), job in jobs.items():
@@ -104,23 +104,49 @@ def test_parts_are_nested_and_stratified():
     assert first != second
 
 
+RANDAUGMENT_S_OWN = ("eval_magnitude", "eval_augment_probability")
+
+
 def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world):
     run, first = world["run"], subsets.trials(world["run"].settings)[0]
     for name, method in subsets.methods(run.settings, 0.1).items():
         options = method.options(run.settings)
         if name == subsets.both(run.settings):
-            own = world["chosen"]["RandAugment", 0.1]["eval_magnitude"]
-            options = [o for o in options if o["eval_magnitude"] == own]
+            own = world["chosen"]["RandAugment", 0.1]
+            options = [o for o in options if all(o[key] == own[key] for key in RANDAUGMENT_S_OWN)]
         jobs = [first.scored(method, 0.1, option) for option in options]
         means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs]
         assert world["chosen"][name, 0.1] == options[means.index(max(means))]
-    magnitudes = subsets.STRENGTHS["randaugment"][1]
-    assert [o["eval_magnitude"] for o in subsets.Method(augment="randaugment").options(run.settings)] == [*magnitudes]
+    ways = [(magnitude, often) for magnitude in (2, 9) for often in (1.0, 0.5)]
+    options = subsets.Method(augment="randaugment").options(run.settings)
+    assert [tuple(o[key] for key in RANDAUGMENT_S_OWN) for o in options] == ways
+    by_hand = subsets.Method(augment="dsa").options(run.settings)
+    assert [o["eval_augment_probability"] for o in by_hand] == [1.0, 0.5]  # a phi has that choice, too
+    for learns_or_none in ("instaaug", "none"):
+        options = subsets.Method(augment=learns_or_none).options(run.settings)
+        assert not any("eval_augment_probability" in option for option in options)
     rates = Settings(subset_rates="0.01, 0.1")
     assert [o["eval_lr"] for o in subsets.Method().options(rates)] == [0.01, 0.1]
     for wrong in ("", "0.1, x", "0", "-1", "inf"):
         with pytest.raises(ValueError, match=r"subset_rates=.*must be different step sizes above 0"):
             Settings(subset_rates=wrong)
+
+
+def test_an_augmentation_is_applied_to_as_many_images_as_asked(world):
+    run, first = world["run"], subsets.trials(world["run"].settings)[0]
+
+    def job(**option):
+        return first.scored(subsets.Method(), 0.1, option)
+
+    never, half, always = (job(eval_augment="crop_flip", eval_augment_probability=p) for p in (0.0, 0.5, 1.0))
+    plain, *others = (j.stored(run.store)[0]["0/features.0.weight"] for j in (job(), half, always))
+    assert torch.equal(never.stored(run.store)[0]["0/features.0.weight"], plain)
+    assert not any(torch.equal(plain, other) for other in others) and not torch.equal(*others)
+    x = run.data.train.images[:200]
+    changed = [j.augment()(x, generator=torch.Generator().manual_seed(0)) != x for j in (half, always)]
+    low, high = (float(c.flatten(1).any(1).float().mean()) for c in changed)
+    assert 0.38 < low / high < 0.62  # 3 deviations about .5; high is not 1: a crop may stay where it is
+    assert job().augment() is None and job(eval_augment="instaaug").augment() is None
 
 
 def test_the_second_budget_is_the_same_but_for_its_end(world):
