@@ -68,14 +68,22 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def drawn_flip(images: Tensor, logit: Tensor, noise: Tensor) -> Tensor:
-    """`flip` with the probability of a `logit`, by uniform `noise` in (0, 1); its gradient is straight-through.
+RAMP = 0.1  # of the draws of a flip are between none and one
 
-    An image is flipped or not; the gradient is that of the relaxed draw (Maddison et al. 2017; Jang et al. 2017).
+
+def drawn_flip(images: Tensor, logit: Tensor, noise: Tensor) -> Tensor:
+    """`flip` with the probability p of a `logit`, by uniform `noise` u in (0, 1); one draw in ten is a blend.
+
+    The part of the mirror image, s = (p - u) / w + 1/2 within [0, 1], has the mean p, and rises from 0 to 1 in w of the
+    draws (as a hard concrete variable does; Louizos et al. 2018). Whatever f a blend x + s (flip(x) - x) is fed to, the
+    mean of its derivative by p is the integral along the whole line, f(flip(x)) - f(x), as of a draw that is one or
+    none. Derivatives at the ends of the line alone (a straight-through gradient) say what a trace of the mirror image
+    does, which is a double exposure: they unlearn flips that help.
     """
-    soft = torch.sigmoid(logit + torch.logit(noise))
-    path = (soft - soft.detach()).view(-1, 1, 1, 1)  # zero, with soft's gradient
-    return flip(images, soft > 0.5) + path * (images.flip(3) - images).detach()
+    p = logit.sigmoid()
+    width = (2 * torch.minimum(p, 1 - p).detach()).clamp(torch.finfo(p.dtype).tiny, RAMP)  # all of it in (0, 1)
+    share = ((p - noise) / width + 0.5).clamp(0, 1).view(-1, 1, 1, 1)
+    return torch.where(share < 1, images + share * (images.flip(3) - images), images.flip(3))
 
 
 # --- the phi ----------------------------------------------------------------------------------------------------------

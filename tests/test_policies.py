@@ -73,22 +73,32 @@ def test_a_hue_s_third_of_a_turn_permutes_the_channels_and_keeps_grey():
     assert torch.equal(policies.turn_hue(x, ZERO), x.mean(1, keepdim=True) + (x - x.mean(1, keepdim=True)))
 
 
-def test_a_drawn_flip_is_one_or_none_and_as_likely_as_it_says():
-    x, n = images(1, 1, 3, 4).expand(20_000, -1, -1, -1), 20_000
-    logit = torch.full((n,), 0.3, dtype=torch.float64).logit().requires_grad_()
-    noise = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out = policies.drawn_flip(x, logit, noise)
-    flipped = (out == x.flip(3)).all((1, 2, 3))
-    assert ((out == x).all((1, 2, 3)) ^ flipped).all()
-    assert flipped.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / n) ** 0.5)
-    # the straight-through gradient points as d E[out] / d logit = p (1 - p) (flip(x) - x) does
-    weights = (x.flip(3) - x)[:1]
-    (out * weights).sum().backward()
-    assert (logit.grad > 0).all()
-    certain = torch.tensor([40.0, -40.0], dtype=torch.float64, requires_grad=True)  # where the probability saturates
-    out = policies.drawn_flip(x[:2], certain, noise[:2])
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.97])
+def test_a_flip_is_drawn_as_often_as_it_says_and_learns_by_what_a_whole_flip_does(p):
+    n = 20_000
+    x, noise = images(1, 1, 3, 4).expand(n, -1, -1, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    logit = torch.full((n,), p, dtype=torch.float64).logit().requires_grad_()
+    out, mirrored = policies.drawn_flip(x, logit, noise), x.flip(3)
+    none, one = ((out == end).all((1, 2, 3)).double().mean().item() for end in (x, mirrored))
+    ramp = min(policies.RAMP, 2 * p, 2 - 2 * p)  # the draws between them
+    assert none == pytest.approx(1 - p - ramp / 2, abs=1e-3) and one == pytest.approx(p - ramp / 2, abs=1e-3)
+    torch.testing.assert_close(out.mean(0), x[0] + p * (mirrored - x)[0], atol=1e-4, rtol=0)
+
+    def value(images):  # better in the mirror, and worse on the first third of the way there
+        way = (images - x).flatten(1).norm(dim=1) / (mirrored - x).flatten(1).norm(dim=1)
+        return way * (3 * way - 2)
+
+    value(out).mean().backward()
+    assert float(value(mirrored)[0]) == pytest.approx(1) and float(value(x + 0.1 * (mirrored - x))[0]) < 0
+    assert logit.grad.sum().item() == pytest.approx(p * (1 - p), rel=0.01)  # d/dlogit of p * 1 + (1 - p) * 0
+
+
+def test_a_flip_that_is_certain_is_one_and_its_gradient_finite():
+    x = images(2, 1, 3, 4)
+    certain = torch.tensor([40.0, -40.0], dtype=torch.float64, requires_grad=True)
+    out = policies.drawn_flip(x, certain, torch.tensor([0.9, 0.1], dtype=torch.float64))
     assert torch.equal(out[0], x[0].flip(2)) and torch.equal(out[1], x[1])
-    (out * weights).sum().backward()
+    out.sum().backward()
     assert certain.grad.isfinite().all()
 
 
@@ -144,10 +154,10 @@ def test_a_kind_that_is_left_out_changes_nothing_any_more(by):
     policy = Policy(x, 2, by=by, start=0.4).double()
     for kind in list(policy.kinds)[:-1]:
         policy.leave_out(kind)
-    out = call(policy, x)
-    flipped = (out == x.flip(3)).all((1, 2, 3))
-    assert policy.kinds == ["flip"] and ((out == x).all((1, 2, 3)) | flipped).all()
-    assert flipped.double().mean() == pytest.approx(0.4, abs=0.1)
+    out, way = call(policy, x).detach(), x.flip(3) - x
+    share = ((out - x) * way).sum((1, 2, 3), keepdim=True) / way.square().sum((1, 2, 3), keepdim=True)
+    assert policy.kinds == ["flip"] and torch.allclose(out, x + share * way)  # nothing but flips, and blends of two
+    assert share.mean() == pytest.approx(0.4, abs=0.1)
     policy.leave_out("flip")
     assert torch.equal(call(policy, x), x)
 
