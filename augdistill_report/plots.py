@@ -328,8 +328,9 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
     for axis, (title, histories) in zip(axes, panels.items(), strict=True):
         for kind in sorted(histories[0][0]["phi"], key=lambda kind: kind not in truth):
             known = list(truth) or list(histories[0][0]["phi"])
-            place = known.index(kind) % len(PALETTE) if kind in known else None
+            turn, place = divmod(known.index(kind), len(PALETTE)) if kind in known else (0, None)
             look = dict(color="#bbbbbb" if place is None else PALETTE[place], linewidth=0.9 if place is None else 1.6)
+            look["linestyle"] = ("-", ":")[turn]
             for k, history in enumerate(histories):
                 name = kind.replace("_", " ") if place is not None else "not in the experts'"
                 label = name if k == 0 and name not in axis.get_legend_handles_labels()[1] else None
@@ -338,7 +339,7 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
                 axis.axhline(truth[kind], color=PALETTE[place], linestyle="--", linewidth=0.9)
         axis.set(xlabel="iteration", title=title)
         log_scale(axis)
-    axes[0].set_ylabel("range (dashed: the experts')")
+    axes[0].set_ylabel("range (dashed: the experts')" if truth else "range")
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
