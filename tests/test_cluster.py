@@ -316,6 +316,7 @@ def test_a_scheduler_that_is_killed_ends_it_with_what_was_finished(two, tmp_path
     quick, slow, store = Piece("quick", tmp_path), Piece("slow", tmp_path, 60), Store(tmp_path / "artefacts")
     with machines(tmp_path / "machines") as own:
         own.worker("one")
+        own.worker("another")  # or the slow one may come first, and nothing be left when both are seen
 
         def kill():
             until(lambda: store.has(quick.kind, quick.spec()) and pids(tmp_path, "slow"))
