@@ -45,6 +45,8 @@ def shown(value) -> str:
         return "not finite"
     if isinstance(value, dict) and "mean" in value:
         return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']})"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(shown, value)) + ")"
     if isinstance(value, list):
         return (" to " if len(value) == 2 else ", ").join(map(shown, value))
     if isinstance(value, dict):
@@ -61,5 +63,11 @@ def brief(value, most: int = 400) -> str:
 def markdown(rows: list[dict]) -> str:
     """Rows of equal keys as a Markdown table; True is a dot."""
     cells = [[("●" if v else "") if isinstance(v, bool) else shown(v) for v in row.values()] for row in rows]
-    lines = ["| " + " | ".join(map(str, line)) + " |" for line in [list(rows[0]), *cells]]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+    return table(list(rows[0]), cells)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table. What has several lines or a bar stays in its cell."""
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"

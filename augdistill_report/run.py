@@ -27,7 +27,7 @@ from augdistill_report.data import Split
 from augdistill_report.expert_files import versions
 from augdistill_report.grid import Grid, as_found
 from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Score, Subset, own_source, to_train, trajectories
-from augdistill_report.numbers import Accuracy, brief, summary
+from augdistill_report.numbers import Accuracy, brief, summary, table
 from augdistill_report.phi_files import save_phi
 from augdistill_report.pool import Progress, run_jobs
 from augdistill_report.settings import ROOT, Settings, Setup, given_experts, preset_path, public_name, resolve
@@ -266,8 +266,8 @@ class Run:
         }
         write(self.folder / "results" / f"{self.notebook}.json", as_json(results))
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
-        lines = [f"| {name} | {brief(value)} |" for name, value in self.numbers.items()]
-        return Markdown("\n".join([f"| results/{self.notebook}.json | |", "|---|---|", *lines]))
+        rows = [[name, brief(value)] for name, value in self.numbers.items()]
+        return Markdown(table([f"results/{self.notebook}.json", ""], rows))
 
 
 def picture(figure) -> bytes:

@@ -306,18 +306,18 @@ def verdict(scores: dict, settings: Settings) -> str:
     said, full, reached = [], pool(at(scores, 1.0))[FULL], []
     for f in dict.fromkeys(f for name, f, _ in scores if name != FULL):
         here, rows = at(scores, f), methods(settings, f)
-        policies = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
+        by_hand = [name for name, m in rows.items() if m.augment != "none" and not m.learned]
         learned = [name for name, m in rows.items() if m.learned not in ("", "identity")]
         means = {name: score.mean for name, score in pool(here).items()}
-        best, policy, ours = (max(names, key=means.get, default="") for names in (means, policies, learned))
+        best, hand, ours = (max(names, key=means.get, default="") for names in (means, by_hand, learned))
         near = [name for name in means if name != best and not apart(here, best, name)]
         said.append(
             f"**{100 * f:g} %**: {best} is best ({100 * means[best]:.1f} %; plain images {100 * means[PLAIN]:.1f} %), "
             f"{'not told apart from ' + ', '.join(near) if near else 'told apart from all others'}."
         )
         pairs = {
-            "The best that learned on the part against the best policy: ": (ours, policy),
-            "": (settings.phi, policy),
+            "The best that learned on the part against the best augmentation by hand: ": (ours, hand),
+            "": (settings.phi, hand),
             "And ": (both(settings), "RandAugment"),
         }
         said[-1] += "".join(f" {w}{against(here, *pair)}." for w, pair in pairs.items() if means.keys() >= {*pair})

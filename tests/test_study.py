@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from augdistill_core import PHIS, DistillConfig, draw_segment, make_phi, matchin
 from augdistill_report import diagnosis, plots, study
 from augdistill_report.evaluation import probe
 from augdistill_report.jobs import Subset
-from augdistill_report.numbers import markdown
+from augdistill_report.numbers import markdown, shown, table
 from augdistill_report.run import picture
 from augdistill_report.settings import resolve
 
@@ -65,6 +66,15 @@ def test_the_zoo_s_table(world):
         "distnet4",
         "distnet5",
     }
+
+
+def test_a_table_keeps_lines_and_bars_in_their_cells():
+    from nbconvert.filters.markdown_mistune import markdown2html_mistune
+
+    rows = [["verdict", "**1 %**: a is best.\n\nAll the data: |b| = .5"], ["pair", shown((0.25, float("nan")))]]
+    page = markdown2html_mistune(table(["results.json", ""], rows))
+    cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", page, re.DOTALL)]
+    assert cells == ["verdict", "1 %: a is best. All the data: |b| = .5", "pair", "(0.25, not finite)"]
 
 
 def test_markdown_shows_what_it_is_given():

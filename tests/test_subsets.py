@@ -318,7 +318,7 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     assert f"All the data, plain, give {pooled['all the data'][1.0]}" in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
     words = subsets.verdict(scores | perfect, run.settings)
-    assert "identity is best" in words and "policy: identity against" not in words  # it has learned nothing
+    assert "identity is best" in words and "identity against" not in words  # it has learned nothing
     both = subsets.side_by_side(scores, scores, "until it stops")
     assert both[0]["10 %"] == "; ".join(2 * [str(pooled["plain images"][0.1])]) and both[-1]["100 %"]
 
