@@ -310,10 +310,10 @@ def verdict(scores: dict, settings: Settings) -> str:
         learned = [name for name, m in rows.items() if m.learned not in ("", "identity")]
         means = {name: score.mean for name, score in pool(here).items()}
         best, hand, ours = (max(names, key=means.get, default="") for names in (means, by_hand, learned))
-        near = [name for name in means if name != best and not apart(here, best, name)]
+        near = ", ".join(f"*{name}*" for name in means if name != best and not apart(here, best, name))
         said.append(
-            f"**{100 * f:g} %**: {best} is best ({100 * means[best]:.1f} %; plain images {100 * means[PLAIN]:.1f} %), "
-            f"{'not told apart from ' + ', '.join(near) if near else 'told apart from all others'}."
+            f"**{100 * f:g} %**: *{best}* is best ({100 * means[best]:.1f} %; plain images {100 * means[PLAIN]:.1f} %),"
+            f" {'not told apart from ' + near if near else 'told apart from all others'}."
         )
         pairs = {
             "The best that learned on the part against the best augmentation by hand: ": (ours, hand),
@@ -322,7 +322,7 @@ def verdict(scores: dict, settings: Settings) -> str:
         }
         said[-1] += "".join(f" {w}{against(here, *pair)}." for w, pair in pairs.items() if means.keys() >= {*pair})
         if means[best] >= full.mean - full.std:
-            reached.append(f"{100 * f:g} % through {best}")
+            reached.append(f"{100 * f:g} % through *{best}*")
     within = ", ".join(reached) or "no part through any method"
     return "\n\n".join([*said, f"All the data, plain, give {full}; not more than a deviation below that: {within}."])
 
@@ -337,7 +337,7 @@ def against(here: dict[tuple[str, int], Accuracy], one: str, other: str) -> str:
     """One method against another, in words."""
     mean, half, _ = difference(here, one, other)
     word = "better" if mean > half else "worse" if mean < -half else "not told apart"
-    return f"{one} against {other}: {points(mean, half)} points, {word}"
+    return f"*{one}* against *{other}*: {points(mean, half)} points, {word}"
 
 
 @torch.no_grad()

@@ -290,7 +290,7 @@ def test_differences_and_words_are_those_of_the_numbers():
     mean, half, _ = subsets.difference(here, "RandAugment", "plain images")
     assert mean == pytest.approx(0.04 / 3) and half == pytest.approx(12.706 * 0.02, rel=1e-3)
     assert subsets.against(here, "RandAugment", "plain images") == (
-        "RandAugment against plain images: +1.3 ± 25.4 points, not told apart"
+        "*RandAugment* against *plain images*: +1.3 ± 25.4 points, not told apart"
     )
     assert subsets.against(here, "plain images", "unet_noise").endswith("-30.0 ± 0.0 points, worse")
     assert subsets.by_method(made_up())["RandAugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
@@ -314,11 +314,11 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     assert markdown(rows).count("\n") == len(rows) + 2
     words = subsets.verdict(scores, run.settings)
     best = max((n for n in pooled if n != "all the data"), key=lambda n: pooled[n][0.1].mean)
-    assert f"**10 %**: {best} is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    assert f"**10 %**: *{best}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
     assert f"All the data, plain, give {pooled['all the data'][1.0]}" in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
     words = subsets.verdict(scores | perfect, run.settings)
-    assert "identity is best" in words and "identity against" not in words  # it has learned nothing
+    assert "*identity* is best" in words and "*identity* against" not in words  # it has learned nothing
     both = subsets.side_by_side(scores, scores, "until it stops")
     assert both[0]["10 %"] == "; ".join(2 * [str(pooled["plain images"][0.1])]) and both[-1]["100 %"]
 
