@@ -6,18 +6,13 @@ started on that path and trained for a few steps on phi(x) from a handful of rea
     theta_0 = theta*_t,   theta_(n+1) = theta_n - alpha * grad loss(phi(x_n); theta_n),   n = 0 .. N-1
     minimise  || theta_N - theta*_(t+M) ||^2 / || theta*_t - theta*_(t+M) ||^2   over phi and alpha
 
-This is Algorithm 1 of "Dataset distillation by matching training trajectories" (MTT; Cazenavette et al., 2022) with phi
-in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student report's
-networks and ours are rows of one table. Five sections, each readable alone, of which this module holds the last:
-
-    1 Student (augdistill_student.py)   2 Experts (augdistill_experts.py)
-    3 The differentiable unroll (augdistill_unroll.py)   4 Phi models (augdistill_phis.py, augdistill_policies.py)
-    5 Distillation: of the others it needs what it imports, and of a phi that it is called as
-      `phi(images, labels=, index=, generator=)`, and its parameters
+This is Algorithm 1 of "Dataset distillation by matching training trajectories" (MTT; Cazenavette et al., CVPR 2022)
+with phi in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student
+report's networks and ours are rows of one table. What it is made of lies in `augdistill_method`, each module readable
+alone (student, experts, unroll, phi and its zoo); this module is the door to it: whoever needs a part imports it here.
 
 Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
-trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere: a seed,
-or a CPU `torch.Generator` (augdistill_random.py).
+trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere: a seed, or a CPU `torch.Generator`.
 """
 
 import copy
@@ -34,30 +29,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from augdistill_config import Config, knob
-from augdistill_experts import (  # noqa: F401 (section 2: offered here too)
+# the door: what is not used below is handed on
+from augdistill_method.config import Config, knob
+from augdistill_method.experts import (
     ExpertConfig,
+    TrainingState,
     Trajectories,
-    Underway,
     snapshots_every,
     train_expert,
     train_experts,
     train_together,
 )
-from augdistill_phis import PHIS, Phi, augmented, make_phi, register_phi  # noqa: F401 (section 4: offered here too)
-from augdistill_policies import Policy  # noqa: F401 (section 4: registers the policies)
-from augdistill_random import minibatches, seeded
-from augdistill_student import (  # noqa: F401 (section 1: offered here too)
-    ConvNet,
-    check_images,
-    flatten,
-    initial_parameters,
-    logits_of,
-    sgd,
-    sgd_together,
-    unflatten,
+from augdistill_method.measures import distance_moved, rms
+from augdistill_method.optimizers import make_optimizer
+from augdistill_method.phi import (
+    PHIS,
+    Added,
+    Applied,
+    Phi,
+    Stored,
+    augmented,
+    builders,
+    check_phi,
+    is_ours,
+    make_phi,
+    origin,
+    register_phi,
 )
-from augdistill_unroll import MEMORY, choose_memory, matching_loss, unroll
+from augdistill_method.random import draw_base, minibatches, randn, seeded
+from augdistill_method.state import DistillState
+from augdistill_method.student import ConvNet, check_images, flatten, initial_parameters, logits_of, sgd, unflatten
+from augdistill_method.transforms import affine, color, flip, turn_hue, warp
+from augdistill_method.unroll import MEMORY, choose_memory, unroll
+from augdistill_method.zoo.policy import per_image
+
+
+def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
+    """||end - target||^2 / ||start - target||^2 for one end `[P]` (MTT, equation 2).
+
+    With ends `[K, P]` of K independent draws (of phi, and of the batches): the mean over their pairs of
+    <end_i - target, end_j - target>, over the same. Its expectation is ||E end - target||^2 alone; the ordinary loss
+    adds the variance of `end` to it, and so punishes a stochastic phi for being stochastic, and alpha for the noise of
+    small batches.
+    """
+    miss = end - target
+    distance = (start - target).square().sum()
+    if end.ndim == 1:
+        return miss.square().sum() / distance
+    draws = len(miss)
+    if draws < 2:
+        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must hold at least 2 draws; pass [P] for one")
+    pairs = miss.sum(0).square().sum() - miss.square().sum()  # the sum over ordered pairs i != j
+    return pairs / (draws * (draws - 1)) / distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +122,9 @@ class DistillConfig(Config):
 
 
 EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more: the run stops
+
 LOST = 1e6  # and so does a loss as large as this: the student ends a thousand distances from its target
+
 STATES = {  # in which an iteration teaches phi nothing, whatever the loss says
     "exploded": "phi(x) is over 10 times as large as x: a student with instance norm hides it; use a smaller phi_lr",
     "alpha below zero": "the student climbs its loss; learn alpha in its logarithm, or fix it",
@@ -116,20 +141,6 @@ class Distilled:
     alpha: float
     history: list[dict]
     stopped: str = ""
-
-
-def make_optimizer(kind: str, parameters: list[Tensor], lr: float, momentum: float) -> torch.optim.Optimizer:
-    """The optimiser of `torch.optim` of that name; a `ValueError` if there is none, or it knows no momentum."""
-    build = getattr(torch.optim, kind, None)
-    unfit = kind in ("Optimizer", "LBFGS", "SparseAdam")  # no optimiser; wants a closure; wants sparse gradients
-    if unfit or not (isinstance(build, type) and issubclass(build, torch.optim.Optimizer)):
-        raise ValueError(f"optimizer {kind!r}: must be one in torch.optim that takes plain steps, such as SGD or Adam")
-    try:
-        return build(parameters, lr=lr, **({"momentum": momentum} if momentum else {}))
-    except TypeError:
-        raise ValueError(f"momentum={momentum}: {kind} takes none; use 0, or another optimizer such as SGD") from None
-    except ValueError as error:  # Muon, for one, takes matrices only
-        raise ValueError(f"optimizer {kind!r}: {error}") from None
 
 
 class StepSize(nn.Module):
@@ -169,24 +180,6 @@ def alpha_is_held(config: DistillConfig, history: list[dict]) -> bool:
     return config.alpha_mode == "held" and not sum(losses) < len(losses)
 
 
-def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
-    """A `ValueError` for a phi that can't be trained, by one look at a few base images: it changes the shape, returns
-    what is not finite, draws from something else than its generator, or has every parameter frozen."""
-    name, few = type(phi).__name__, slice(0, 8)
-    index = torch.arange(len(labels))[few]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        one, other = (augmented(phi, images[few], labels[few], index, seeded(0, "look")) for _ in range(2))
-    if not one.isfinite().all():
-        raise ValueError(f"phi ({name}): returns values that are not finite before it is trained at all")
-    if not torch.equal(one, other):
-        raise ValueError(
-            f"phi ({name}): gives two results for one seed; its noise must be drawn from `generator`, or no run repeats"
-        )
-    parameters = list(phi.parameters())
-    if parameters and not any(p.requires_grad for p in parameters):
-        raise ValueError(f"phi ({name}): every parameter is frozen (requires_grad=False); there is nothing to learn")
-
-
 def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectories, config: DistillConfig, real) -> None:
     """Everything about `distill`'s arguments that can be refused before work starts, as a `ValueError`."""
     check_images(experts.student, images, labels)
@@ -210,101 +203,16 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
             raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
 
 
-class DistillState:
-    """All that `distill` carries from one iteration to the next: phi, alpha, their optimisers, and where the draws are.
-
-    `state_dict` is a copy of it in tensors and plain values, `load_state_dict` goes on from there.
-    """
-
-    def __init__(self, phi: Phi, images: Tensor, config: DistillConfig, seed: int, memory: str):
-        self.phi, self.step_size = phi, StepSize(config.alpha, config.alpha_mode, images)
-        parts = (
-            (phi, config.phi_optimizer, config.phi_lr, config.phi_momentum),
-            (self.step_size, config.alpha_optimizer, config.alpha_lr, config.alpha_momentum),
-        )
-        self.of_phi, self.of_alpha = ([p for p in part.parameters() if p.requires_grad] for part, *_ in parts)
-        learned = zip((self.of_phi, self.of_alpha), parts, strict=True)
-        self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
-        # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
-        self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
-        self.good = [p.detach().clone() for p in self.learned]  # the last that gave a loss to learn from
-        self.history: list[dict] = []
-        self.memory = memory  # of the unroll: another rounds differently
-        self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()
-
-    @property
-    def learned(self) -> list[Tensor]:
-        return self.of_phi + self.of_alpha
-
-    @property
-    def seconds(self) -> float:
-        """How long it took to come here, runs that were stopped included; what goes over the budget is not counted."""
-        return min(time.monotonic() - self.begun, self.budget)
-
-    def backward(self, loss: Tensor) -> bool:
-        """Differentiate the loss; whether all of the gradient is finite."""
-        grads = gradients(loss, self.learned)
-        if self.of_phi and all(g is None for g in grads[: len(self.of_phi)]):
-            raise ValueError(f"no gradient reaches phi ({type(self.phi).__name__}): is its output detached?")
-        for p, g in zip(self.learned, grads, strict=True):
-            p.grad = torch.zeros_like(p) if g is None else g
-        return all(bool(p.grad.isfinite().all()) for p in self.learned)
-
-    def record(self, loss: Tensor, alpha: Tensor, start_epoch: int, scale: float, moved: float | None) -> dict:
-        """What is kept of this iteration, once its gradient is known; warns of the first in each of `STATES`."""
-        record = dict(iteration=len(self.history), loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
-        record |= {"phi": watched} if (watched := getattr(self.phi, "report", dict)()) else {}
-        record["grad_norm"] = sum(float(p.grad.square().sum()) for p in self.of_phi) ** 0.5
-        state = dead_state(scale, record["alpha"], moved)
-        if state and state not in {r["state"] for r in self.history}:
-            warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
-        self.history.append(record | dict(scale=scale, moved=moved, state=state))
-        return self.history[-1]
-
-    def step(self, hold_alpha: bool) -> None:
-        """Line 15: a step of phi's optimiser and of alpha's."""
-        self.good = [p.detach().clone() for p in self.learned]
-        for p in self.of_alpha if hold_alpha else []:
-            p.grad = None  # its optimiser passes over it
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    @torch.no_grad()
-    def step_back(self) -> None:
-        """Undo the last step, of phi and alpha."""
-        for p, value in zip(self.learned, self.good, strict=True):
-            p.copy_(value)
-
-    def state_dict(self) -> dict:
-        """A copy: nested dictionaries and lists of tensors, numbers and strings."""
-        state = {
-            "phi": dict(self.phi.state_dict()),
-            "step_size": dict(self.step_size.state_dict()),
-            "optimizers": [[o.state.get(p, {}) for p in o.param_groups[0]["params"]] for o in self.optimizers],
-            "good": self.good,
-            "generators": [self.generator.get_state(), self.noise.get_state()],
-            "history": self.history,
-            "memory": self.memory,
-            "seconds": self.seconds,
-        }
-        return copy.deepcopy(state)
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from there; a `ValueError` unless it is of such a phi and such optimisers."""
-        state = copy.deepcopy(state)
-        try:
-            self.phi.load_state_dict(state["phi"])
-            self.step_size.load_state_dict(state["step_size"])
-            for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
-                own = {k: values for k, values in enumerate(found) if values}
-                optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
-            self.good = [v.to(p) for v, p in zip(state["good"], self.learned, strict=True)]
-            for generator, value in zip((self.generator, self.noise), state["generators"], strict=True):
-                generator.set_state(value)
-            self.history, self.memory = state["history"], state["memory"]
-            self.begun = time.monotonic() - state["seconds"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"resume: not a state of this phi and these optimizers ({error})") from None
+def record_of(run: DistillState, loss: Tensor, alpha: Tensor, start_epoch: int, scale: float, moved) -> dict:
+    """What is kept of an iteration, once its gradient is known; warns of the first in each of `STATES`."""
+    record = dict(iteration=len(run.history), loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
+    record |= {"phi": watched} if (watched := getattr(run.phi, "report", dict)()) else {}
+    record["grad_norm"] = sum(float(p.grad.square().sum()) for p in run.of_phi) ** 0.5
+    state = dead_state(scale, record["alpha"], moved)
+    if state and state not in {r["state"] for r in run.history}:
+        warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
+    run.history.append(record | dict(scale=scale, moved=moved, state=state))
+    return run.history[-1]
 
 
 def distill(
@@ -347,7 +255,8 @@ def distill(
     student, steps = experts.student, config.syn_steps * config.draws
     of_step = config.batch_syn or config.episode * len(labels.unique()) or len(labels)
     memory = choose_memory(config.memory, student, images[:of_step], labels, steps)
-    run, stopped = DistillState(phi, images, config, seed, memory), ""
+    step_size = StepSize(config.alpha, config.alpha_mode, images)
+    run, stopped = DistillState(phi, step_size, config, seed, memory), ""
     if resume:
         run.load_state_dict(resume)
 
@@ -370,7 +279,7 @@ def distill(
             loss = real_loss(student, ends, *real, config.real_batch, run.generator)
 
         finite = run.backward(loss)
-        record = run.record(loss, alpha, start_epoch, max(scales), moved(start, ends[0], target))
+        record = record_of(run, loss, alpha, start_epoch, max(scales), distance_moved(start, ends[0], target))
         if on_iteration is not None:
             on_iteration(record)
         stopped = divergence(config, finite=finite, **record)
@@ -436,17 +345,9 @@ def draw_segment(
     if config.objective == "real_loss":
         start = initial_parameters(experts.student, generator)
         return 0, start, start
-    expert = int(torch.randint(len(experts.ways), (), generator=generator))
+    expert = int(torch.randint(len(experts.trajectories), (), generator=generator))
     start_epoch = int(torch.randint(config.max_start_epoch + 1, (), generator=generator))
     return start_epoch, *experts.segment(expert, start_epoch, config.expert_epochs)
-
-
-def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tensor:
-    """Indices of one iteration's base set: `episode` images of each class, drawn afresh; all images if it is 0."""
-    if episode == 0:
-        return torch.arange(len(labels))
-    classes = [torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()]
-    return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
 
 
 def draw_steps(base: Tensor, config: DistillConfig, generator: torch.Generator) -> list[Tensor]:
@@ -498,21 +399,3 @@ def real_loss(
     pick = torch.randint(len(images), (batch,), generator=generator)
     logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
     return torch.stack([F.cross_entropy(z, labels[pick]) for z in logits]).mean()
-
-
-def moved(start: Tensor, end: Tensor, target: Tensor) -> float | None:
-    """How far a student went, in distances to its target; None where there is no target but the start."""
-    distance = (target - start).norm()
-    return float((end - start).detach().norm() / distance) if distance else None
-
-
-def rms(images: Tensor) -> float:
-    """The root of the mean square."""
-    return float(images.detach().square().mean().sqrt())
-
-
-def gradients(loss: Tensor, learned: list[Tensor]) -> list[Tensor | None]:
-    """d loss / d each tensor of `learned`; None where the loss does not depend on it."""
-    if not learned or not loss.requires_grad:
-        return [None] * len(learned)
-    return list(torch.autograd.grad(loss, learned, allow_unused=True))

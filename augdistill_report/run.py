@@ -13,8 +13,6 @@ import base64
 import dataclasses
 import io
 import json
-import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -22,40 +20,22 @@ import torch
 from PIL import Image
 
 from augdistill_core import DistillConfig, Trajectories
-from augdistill_report.artefacts import Store, as_json, digest, write
-from augdistill_report.data import Split
-from augdistill_report.expert_files import versions
-from augdistill_report.grid import Grid, as_found
-from augdistill_report.jobs import SOURCE, Distillation, Evaluation, Score, Subset, own_source, to_train, trajectories
-from augdistill_report.numbers import Accuracy, brief, summary, table
-from augdistill_report.phi_files import save_phi
-from augdistill_report.pool import Progress, run_jobs
-from augdistill_report.settings import ROOT, Settings, Setup, given_experts, preset_path, public_name, resolve
-from augdistill_report.sheets import film, png
-from augdistill_report.study import Case, run_cases
-from augdistill_report.tracking import Tracker
-
-CODE = ["augdistill_*.py", "augdistill_report", "notebooks", "pyproject.toml"]
-
-
-def git(*arguments: str) -> str:
-    """What git says of this clone; "" without git or outside a clone."""
-    try:
-        out = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return out.stdout.strip()
-
-
-def environment(device: str) -> dict:
-    """What a number depends on beside its settings: versions, the machine, and the last commit that touched code."""
-    return {
-        **versions(device),
-        "numpy": np.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "commit": git("log", "-1", "--format=%H", "--", *CODE),
-        "uncommitted": bool(git("status", "--porcelain", "--", *CODE)),
-    }
+from augdistill_report.data.datasets import Split
+from augdistill_report.files.phi_files import save_phi
+from augdistill_report.files.store import Store, as_json, digest, write
+from augdistill_report.places import RUNS
+from augdistill_report.settings import Settings, preset_path, resolve
+from augdistill_report.show.image_grids import film, png
+from augdistill_report.show.tracking import Tracker
+from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.experts import load_trajectories, missing_experts
+from augdistill_report.work.jobs import Subset, Task
+from augdistill_report.work.pool import run_jobs
+from augdistill_report.work.progress import Progress
+from augdistill_report.work.provenance import SOURCES, environment, own_source
+from augdistill_report.work.scoring import Evaluation, Score
+from augdistill_report.work.setup import Setup, given_experts, public_name
+from augdistill_report.work.statistics import Accuracy, brief, summary, text_table
 
 
 def configuration(settings: Settings) -> str:
@@ -64,16 +44,15 @@ def configuration(settings: Settings) -> str:
     Of the code all of it: results by notebook are cheap to make again from the stored pieces, which depend on less.
     """
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
-    content |= {"expert_files": [file.content for file in given_experts(settings.part(Setup))]}
+    content |= {"expert_files": [file.content for file in given_experts(settings.select(Setup))]}
     content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files]}
     content |= {"workers": None, "notebooks_at_once": None, "cluster": None, "track": None}
-    code = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "augdistill_report").glob("*.py")}
-    return digest({"settings": settings.to_dict() | content, "source": SOURCE, "code": code})
+    return digest({"settings": settings.to_dict() | content, "source": SOURCES.digest()})
 
 
 def run_folder(preset: str, out: str = "") -> Path:
     """Where a run of `preset` goes: `out`, or runs/<name of the preset> in the clone."""
-    return Path(out).resolve() if out else ROOT / "runs" / preset_path(preset).stem
+    return Path(out).resolve() if out else RUNS / preset_path(preset).stem
 
 
 def start_folder(folder: Path, preset: str, settings: Settings) -> None:
@@ -117,26 +96,27 @@ class Run:
 
     # --- work: jobs, run over the cores, reused where they were done before -------------------------------------------
 
-    def _run(self, jobs: list, what: str) -> None:
+    def make(self, jobs: list[Task], what: str) -> None:
+        """Make what the store lacks of these jobs; `what` they are, for the progress."""
         run_jobs(jobs, self.store, self.settings.pool, Progress(what))
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
         """The experts' trajectories, and each one's validation accuracy by snapshot."""
-        setup = self.settings.part(Setup)
-        self._run(to_train(setup), "experts")
-        found = trajectories(setup, self.store)
-        return found, [way.about["validation"][: found.snapshots] for way in found.ways]
+        setup = self.settings.select(Setup)
+        self.make(missing_experts(setup), "experts")
+        found = load_trajectories(setup, self.store)
+        return found, [file.about["validation"][: found.snapshots] for file in found.trajectories]
 
     def distillation(self, phi: str, subset: Subset, config: DistillConfig | None = None, **changes) -> Distillation:
         """The job of training `phi` on a subset: by `config` (or this run's settings), then changed."""
-        config = dataclasses.replace(config or self.settings.part(DistillConfig), **changes)
-        return Distillation(self.settings.part(Setup), phi, subset, config, own_source(phi))
+        config = dataclasses.replace(config or self.settings.select(DistillConfig), **changes)
+        return Distillation(self.settings.select(Setup), phi, subset, config, own_source(phi))
 
     def distill(self, rows: dict) -> dict:
         """Train every row's phi, a `Distilled` each; leaves each one's curve as JSON lines in curves/."""
-        worlds = dict.fromkeys(job.setup for job in rows.values())
-        self._run([job for setup in worlds for job in to_train(setup)], "experts")
-        self._run(list(rows.values()), "distillation")
+        setups = dict.fromkeys(job.setup for job in rows.values())
+        self.make([job for setup in setups for job in missing_experts(setup)], "experts")
+        self.make(list(rows.values()), "distillation")
         results = {name: job.stored_phi(self.store) for name, job in rows.items()}
         for name, result in results.items():
             lines = "".join(json.dumps(record) + "\n" for record in result.history)
@@ -153,12 +133,12 @@ class Run:
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
         """The job of scoring a distilled phi, or None for the plain images, on a subset."""
         config = self.settings.eval_config(distilled is not None, **changes)
-        return Evaluation(self.settings.part(Setup), subset, config, distilled)
+        return Evaluation(self.settings.select(Setup), subset, config, distilled)
 
     def evaluate(self, rows: dict) -> dict:
         """Score every row on the test split, an `Accuracy` each: the last thing that is done with it."""
         scores = {name: Score(job.setup, job) for name, job in rows.items()}
-        self._run(list(scores.values()), "evaluation")
+        self.make(list(scores.values()), "evaluation")
         return {name: Accuracy(**job.stored(self.store)[1]) for name, job in scores.items()}
 
     def choose(self, options: dict) -> dict:
@@ -166,7 +146,7 @@ class Run:
 
         `options` holds jobs by (method, option). The test split is not even opened.
         """
-        self._run(list(options.values()), "choices")
+        self.make(list(options.values()), "choices")
         best: dict = {}
         for (method, option), job in options.items():
             value = float(np.mean(job.stored(self.store)[1]["validation"]))
@@ -181,32 +161,8 @@ class Run:
 
     def probe(self, rows: dict) -> dict:
         """What every `Probe` of the rows found."""
-        self._run(list(rows.values()), "probes")
+        self.make(list(rows.values()), "probes")
         return {name: job.stored(self.store)[1] for name, job in rows.items()}
-
-    def cases(self, cases: dict[str, Case]) -> None:
-        """Train and score every case, unless it is stored; raises what the first one raised that could not be made."""
-        for error in run_cases(list(cases.values()), self.store, self.settings.pool).values():
-            raise error
-
-    def study(self, grid: Grid, short: bool) -> tuple[list[dict], dict[str, list[Case]]]:
-        """What `augdistill sweep` finds in the cells of a grid of `one_phi.ipynb`, made here: `as_found` of each.
-
-        Beside them the cases by row, in the order of their seeds.
-        """
-        changes = {"iterations": self.settings.study_iterations} if self.settings.study_iterations else {}
-        cases = {choice: Case(choice.settings) for choice in grid.choices(self.settings, changes, short)}
-        errors = run_cases(list(cases.values()), self.store, self.settings.pool)
-        rows: dict[str, list[Case]] = {}
-        found = []
-        for choice, case in cases.items():
-            rows.setdefault(choice.row, []).append(case)
-            if case in errors:
-                outcome = {"error": f"{type(errors[case]).__name__}: {errors[case]}"}
-            else:
-                outcome = {"numbers": case.numbers(self.store)}
-            found.append(as_found(choice, outcome))
-        return found, rows
 
     # --- what it leaves -----------------------------------------------------------------------------------------------
 
@@ -267,7 +223,7 @@ class Run:
         write(self.folder / "results" / f"{self.notebook}.json", as_json(results))
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
         rows = [[name, brief(value)] for name, value in self.numbers.items()]
-        return Markdown(table([f"results/{self.notebook}.json", ""], rows))
+        return Markdown(text_table([f"results/{self.notebook}.json", ""], rows))
 
 
 def picture(figure) -> bytes:

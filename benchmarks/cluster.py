@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import yaml
 
-from augdistill_report.artefacts import as_json, write
-from augdistill_report.run import environment
-from augdistill_report.settings import NOTEBOOKS, ROOT
+from augdistill_report.files.store import as_json, write
+from augdistill_report.places import NOTEBOOKS, ROOT
+from augdistill_report.work.provenance import environment
 
 GRID = {
     "notebook": str(NOTEBOOKS / "sweeps" / "one_phi.ipynb"),
@@ -31,7 +31,12 @@ GRID = {
     "rows": {"U-Net": {"phi": "unet"}, "distnet2": {"phi": "distnet2"}},
     "axes": {"seed": [0, 1, 2, 3]},
 }
-COMMAND = [sys.executable, "-c", "import sys; from augdistill_report.cli import main; sys.exit(main())", "sweep"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from augdistill_report.commands.cli import main; sys.exit(main())",
+    "sweep",
+]
 PYTHONPATH = {"PYTHONPATH": str(ROOT)}  # the code that lies beside this file, here and on the workers
 
 

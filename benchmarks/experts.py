@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from unroll import Layers
 
 from augdistill_core import ConvNet, ExpertConfig, seeded, train_expert
-from augdistill_report.artefacts import as_json, write
-from augdistill_report.augmentations import DSA
-from augdistill_report.run import environment
+from augdistill_report.data.augmentations import DSA
+from augdistill_report.files.store import as_json, write
+from augdistill_report.work.provenance import environment
 
 SHAPES = {  # ConvNet's arguments; images measured; epochs measured; batch; images and epochs of a whole expert
     "digits": ((1, 10, 16, 32, 2), 1437, 2, 64, 1437 * 15),

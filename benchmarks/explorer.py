@@ -20,9 +20,9 @@ from pathlib import Path
 from unroll import status_mb
 
 from augdistill_report import open_run
-from augdistill_report.artefacts import as_json, write
-from augdistill_report.explorer_page import Page
-from augdistill_report.run import environment
+from augdistill_report.explorer.page import Page
+from augdistill_report.files.store import as_json, write
+from augdistill_report.work.provenance import environment
 
 LIMIT = 0.15  # seconds that a picture may take
 WARM = 50  # changes before memory is looked at

@@ -38,10 +38,10 @@ from augdistill_core import (
     unflatten,
     unroll,
 )
-from augdistill_report.artefacts import as_json, write
-from augdistill_report.plots import PALETTE, new_figure
-from augdistill_report.run import environment
-from augdistill_unroll import eager, leaves, step_gradient
+from augdistill_method.unroll import eager, leaves, step_gradient
+from augdistill_report.files.store import as_json, write
+from augdistill_report.show.plots import PALETTE, new_figure
+from augdistill_report.work.provenance import environment
 
 SHAPES = {  # channels, size, width, depth, batch
     "S": (1, 16, 32, 2, 10),

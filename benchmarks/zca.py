@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from unroll import fresh_peak, status_mb
 
-from augdistill_report.artefacts import as_json, write
-from augdistill_report.data import load, mixed
-from augdistill_report.run import environment
-from augdistill_report.whitening import EPS, fit
+from augdistill_report.data.datasets import load, mixed
+from augdistill_report.data.whitening import EPS, fit
+from augdistill_report.files.store import as_json, write
+from augdistill_report.work.provenance import environment
 
 
 def ours(raw: torch.Tensor) -> dict[str, torch.Tensor]:

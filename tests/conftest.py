@@ -7,7 +7,7 @@ import loky
 import pytest
 import torch
 
-import augdistill_phis
+from augdistill_method import phi as phis
 
 # a shell starts what runs in its background deaf to Ctrl-C, and so would be the commands that the tests stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,8 +36,8 @@ def rng_untouched():
 @pytest.fixture(scope="module", autouse=True)
 def phis_of_one_file():
     """Phis that a test file registers are forgotten behind it, here and by workers that would serve the next one."""
-    before = dict(augdistill_phis._REGISTRY)
+    before = dict(phis._REGISTRY)
     yield
     loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
-    augdistill_phis._REGISTRY.clear()
-    augdistill_phis._REGISTRY.update(before)
+    phis._REGISTRY.clear()
+    phis._REGISTRY.update(before)

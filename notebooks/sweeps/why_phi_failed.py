@@ -2,7 +2,9 @@
 
 import torch
 
-from augdistill_phis import DistNet, Phi, UNet, randn, register_phi
+from augdistill_core import Phi, randn, register_phi
+from augdistill_method.zoo.distnets import DistNet
+from augdistill_method.zoo.unet import UNet
 
 
 @register_phi("distnet2_quiet")

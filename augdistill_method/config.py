@@ -1,0 +1,69 @@
+"""Configuration as frozen bags of plain literals that refuse what is wrong by name: used by the core and the report."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+
+def knob(default, help: str, *, low=None, high=None, choices: Sequence | None = None):
+    """A field of a `Config`: its default, what it means (with its unit), and the closed range or choices it allows."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A frozen bag of plain literals that refuses unknown keys, wrong types and impossible values, by name."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = self.checked(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    @staticmethod
+    def checked(field: dataclasses.Field, value):
+        """`value` as the declared type of `field` ("10" is an int's 10, "1e-3" a float's .001), or a `ValueError`."""
+
+        def wrong(right: str):
+            return ValueError(f"{field.name}={value!r}: must be {right} ({field.metadata.get('help', '')})")
+
+        kind = field.type
+        try:
+            if kind is bool and isinstance(value, str):
+                result = {"true": True, "false": False}[value.lower()]
+            elif isinstance(value, bool) != (kind is bool) or (kind is str and not isinstance(value, str)):
+                raise ValueError
+            else:
+                result = kind(value)
+            if not isinstance(value, str) and result != value and result == result:
+                raise ValueError  # int(1.5)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            article = "an" if kind is int else "a"
+            raise wrong(f"{article} {kind.__name__}") from None
+        if kind is float and not math.isfinite(result):
+            raise wrong("finite")
+        low, high, choices = (field.metadata.get(k) for k in ("low", "high", "choices"))
+        if choices is not None and result not in choices:
+            raise wrong("one of " + ", ".join(map(str, choices)))
+        if (low is not None and result < low) or (high is not None and result > high):
+            both = low is not None and high is not None
+            raise wrong(f"in [{low}, {high}]" if both else f"at least {low}" if high is None else f"at most {high}")
+        return result
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """The configuration with these values, or a `ValueError` that names the first key that does not exist."""
+        for key in values:
+            if key not in cls.names():
+                raise ValueError(f"unknown key {key!r}: must be one of {', '.join(cls.names())}")
+        return cls(**values)
+
+    def select(self, cls, **changes):
+        """The smaller configuration `cls`, its values taken from this one, then changed."""
+        return cls(**{**{key: getattr(self, key) for key in cls.names()}, **changes})
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)

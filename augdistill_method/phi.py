@@ -1,0 +1,209 @@
+"""What a phi is: the interface, the table `PHIS` that names them, chains and wrappers, and the two controls.
+
+One interface for all of them, the pixels of the baseline included, so that the baseline, the student report's networks
+and ours are rows of one table. To add one: a file in `augdistill_method/zoo` with a subclass of `Phi`, its `forward`,
+and the decorator `register_phi("name")`.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_method.random import seeded
+
+
+class Phi(nn.Module):
+    """An augmentation: maps images `[B, C, H, W]` to images of the same shape. Subclass, write `forward`, register.
+
+    `forward(images, *, labels, index, generator)` may use `labels` `[B]`, `index` `[B]` (each image's position in the
+    base set) and `generator` (the only source of noise); take `**_` for those that you ignore. The class attributes
+    below say what a phi does; the table of phis and the tests read them.
+    """
+
+    stochastic = False  # draws noise from the generator
+    conditional = False  # reads the labels
+    positional = False  # holds something for each place in the image
+    bound = False  # holds something for each base image, so it cannot take others
+    starts_as_identity = False  # returns its input before it is trained
+
+    def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+    def report(self) -> dict[str, float]:
+        """Numbers of its own that are worth watching while it learns; `distill` keeps them in each record."""
+        return {}
+
+
+class Chain(Phi):
+    """Phis one after the other, the first first: `make_phi("unet+policy", ...)`."""
+
+    def __init__(self, phis: Sequence[Phi]):
+        super().__init__()
+        self.phis = nn.ModuleList(phis)
+        for claim in ("stochastic", "conditional", "positional", "bound"):
+            setattr(self, claim, any(getattr(phi, claim, False) for phi in phis))
+        self.starts_as_identity = all(getattr(phi, "starts_as_identity", False) for phi in phis)
+
+    def forward(self, images, **given):
+        for phi in self.phis:
+            images = phi(images, **given)
+        return images
+
+    def report(self):
+        return {k: v for phi in self.phis for k, v in getattr(phi, "report", dict)().items()}
+
+
+class Applied(Phi):
+    """How strongly and how often a phi is used: x + strength (phi(x) - x), on each image with a `probability`."""
+
+    def __init__(self, phi: Phi, strength: float = 1.0, probability: float = 1.0):
+        super().__init__()
+        self.phi, self.strength, self.probability = phi, strength, probability
+        for claim in ("conditional", "positional", "bound", "starts_as_identity"):
+            setattr(self, claim, getattr(phi, claim, False))
+        self.stochastic = getattr(phi, "stochastic", False) or probability < 1
+
+    def forward(self, images, *, generator, **given):
+        out = self.phi(images, generator=generator, **given)
+        if self.strength != 1:
+            out = images + self.strength * (out - images)
+        if self.probability < 1:
+            taken = torch.rand(len(images), generator=generator, device=generator.device) < self.probability
+            out = torch.where(taken.to(images.device).view(-1, 1, 1, 1), out, images)
+        return out
+
+
+_REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
+
+PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
+
+
+def origin(build) -> tuple[str, str]:
+    """The module and the name under which a class or function was defined."""
+    return getattr(build, "__module__", ""), getattr(build, "__qualname__", repr(build))
+
+
+def is_ours(build) -> bool:
+    """Whether a phi is of this package, and not a user's."""
+    return origin(build)[0].split(".")[0] == __name__.split(".")[0]
+
+
+def register_phi(name: str):
+    """Decorator: make `build(images, classes) -> Phi` (a class will do) available to everything as `PHIS[name]`.
+
+    `images` `[n, C, H, W]` is the base set: read the shape from it (and, for a bound phi, the initial values).
+    """
+
+    def register(build):
+        if "+" in name:
+            raise ValueError(f"phi {name!r}: a + joins the names of a chain; choose another name")
+        # a notebook's cell may run again, and a worker may be told again: the same definition is replaced
+        if name in PHIS and origin(PHIS[name]) != origin(build):
+            raise ValueError(f"phi {name!r} is registered already; choose another name")
+        _REGISTRY[name] = build
+        return build
+
+    return register
+
+
+def builders(name: str) -> list:
+    """The entries of `PHIS` that a name stands for: one, or those of a chain ("unet+policy"), in their order."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in PHIS:
+            raise ValueError(f"unknown phi {part!r}: must be one of {', '.join(PHIS)}, or several with + between")
+    return [PHIS[part] for part in parts]
+
+
+def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
+    """A fresh phi of that name (or chain of names) for base images `[n, C, H, W]`, initialised from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        phis = [build(images, classes) for build in builders(name)]
+        return (phis[0] if len(phis) == 1 else Chain(phis)).to(images)
+
+
+def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+    """`augment` applied to a batch, its output's shape checked; None leaves the images as they are."""
+    if augment is None:
+        return images
+    out = augment(images, labels=labels, index=index, generator=generator)
+    if out.shape != images.shape:
+        raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
+    return out
+
+
+@register_phi("identity")
+class Identity(Phi):
+    """phi(x) = x: the control that every claim about phi is held against (alpha is still learned)."""
+
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+
+    def forward(self, images, **_):
+        return images
+
+
+@register_phi("pixels")
+class Pixels(Phi):
+    """The baseline: one free image for every base image, initialised there (MTT's synthetic set, real init)."""
+
+    bound = True
+    positional = True
+    starts_as_identity = True
+
+    def __init__(self, images: Tensor, classes: int):
+        super().__init__()
+        self.pixels = nn.Parameter(images.detach().clone())
+
+    def forward(self, images, *, index, **_):
+        return self.pixels[index]
+
+
+class Control(Phi):
+    """A part of what a phi does, scored alone."""
+
+    def __init__(self, phi: Phi):
+        super().__init__()
+        self.phi = phi
+        for claim in ("stochastic", "conditional", "positional", "bound"):
+            setattr(self, claim, getattr(phi, claim, False))
+
+
+class Stored(Control):
+    """The control of a class-conditioned phi: what it makes of a blank image (all pixels at their mean).
+
+    So it holds all that phi stores for each class, and nothing that it takes from the image it is given.
+    """
+
+    def forward(self, images, **given):
+        return self.phi(torch.zeros_like(images), **given)
+
+
+class Added(Control):
+    """The control of a phi that may tell what an image shows: phi(x) - x, what it adds, without the image itself."""
+
+    def forward(self, images, **given):
+        return self.phi(images, **given) - images
+
+
+def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
+    """A `ValueError` for a phi that can't be trained, by one look at a few base images: it changes the shape, returns
+    what is not finite, draws from something else than its generator, or has every parameter frozen."""
+    name, few = type(phi).__name__, slice(0, 8)
+    index = torch.arange(len(labels))[few]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        one, other = (augmented(phi, images[few], labels[few], index, seeded(0, "look")) for _ in range(2))
+    if not one.isfinite().all():
+        raise ValueError(f"phi ({name}): returns values that are not finite before it is trained at all")
+    if not torch.equal(one, other):
+        raise ValueError(
+            f"phi ({name}): gives two results for one seed; its noise must be drawn from `generator`, or no run repeats"
+        )
+    parameters = list(phi.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise ValueError(f"phi ({name}): every parameter is frozen (requires_grad=False); there is nothing to learn")

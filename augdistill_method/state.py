@@ -1,0 +1,98 @@
+"""What `distill` carries from one iteration to the next, and how a run goes on from it with the same bits."""
+
+import copy
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_method.config import Config
+from augdistill_method.measures import gradients
+from augdistill_method.optimizers import load_optimizer_state, make_optimizer, optimizer_state
+from augdistill_method.random import seeded
+
+
+class DistillState:
+    """phi, `step_size` (which gives alpha), their optimisers by a `DistillConfig`, the generators, and the history.
+
+    `state_dict` is a copy of it in tensors and plain values, `load_state_dict` goes on from there.
+    """
+
+    def __init__(self, phi: nn.Module, step_size: nn.Module, config: Config, seed: int, memory: str):
+        self.phi, self.step_size = phi, step_size
+        parts = (
+            (phi, config.phi_optimizer, config.phi_lr, config.phi_momentum),
+            (self.step_size, config.alpha_optimizer, config.alpha_lr, config.alpha_momentum),
+        )
+        self.of_phi, self.of_alpha = ([p for p in part.parameters() if p.requires_grad] for part, *_ in parts)
+        learned = zip((self.of_phi, self.of_alpha), parts, strict=True)
+        self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
+        # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
+        self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
+        self.good = [p.detach().clone() for p in self.learned]  # the last that gave a loss to learn from
+        self.history: list[dict] = []
+        self.memory = memory  # of the unroll: another rounds differently
+        self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()
+
+    @property
+    def learned(self) -> list[Tensor]:
+        return self.of_phi + self.of_alpha
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to come here, runs that were stopped included; what goes over the budget is not counted."""
+        return min(time.monotonic() - self.begun, self.budget)
+
+    def backward(self, loss: Tensor) -> bool:
+        """Differentiate the loss; whether all of the gradient is finite."""
+        grads = gradients(loss, self.learned)
+        if self.of_phi and all(g is None for g in grads[: len(self.of_phi)]):
+            raise ValueError(f"no gradient reaches phi ({type(self.phi).__name__}): is its output detached?")
+        for p, g in zip(self.learned, grads, strict=True):
+            p.grad = torch.zeros_like(p) if g is None else g
+        return all(bool(p.grad.isfinite().all()) for p in self.learned)
+
+    def step(self, hold_alpha: bool) -> None:
+        """Line 15: a step of phi's optimiser and of alpha's."""
+        self.good = [p.detach().clone() for p in self.learned]
+        for p in self.of_alpha if hold_alpha else []:
+            p.grad = None  # its optimiser passes over it
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    @torch.no_grad()
+    def step_back(self) -> None:
+        """Undo the last step, of phi and alpha."""
+        for p, value in zip(self.learned, self.good, strict=True):
+            p.copy_(value)
+
+    def state_dict(self) -> dict:
+        """A copy: nested dictionaries and lists of tensors, numbers and strings."""
+        state = {
+            "phi": dict(self.phi.state_dict()),
+            "step_size": dict(self.step_size.state_dict()),
+            "optimizers": list(map(optimizer_state, self.optimizers)),
+            "good": self.good,
+            "generators": [self.generator.get_state(), self.noise.get_state()],
+            "history": self.history,
+            "memory": self.memory,
+            "seconds": self.seconds,
+        }
+        return copy.deepcopy(state)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there; a `ValueError` unless it is of such a phi and such optimisers."""
+        state = copy.deepcopy(state)
+        try:
+            self.phi.load_state_dict(state["phi"])
+            self.step_size.load_state_dict(state["step_size"])
+            for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
+                load_optimizer_state(optimizer, own)
+            self.good = [v.to(p) for v, p in zip(state["good"], self.learned, strict=True)]
+            for generator, value in zip((self.generator, self.noise), state["generators"], strict=True):
+                generator.set_state(value)
+            self.history, self.memory = state["history"], state["memory"]
+            self.begun = time.monotonic() - state["seconds"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"resume: not a state of this phi and these optimizers ({error})") from None

@@ -1,0 +1,211 @@
+"""The student: the field's ConvNet, and parameters as one flat vector. Section 1 of `augdistill_core`.
+
+A ConvNet's norm, ReLU and pooling are one operation here (`norm_relu_pool`), with its first and second derivatives
+written by hand, exact against torch's own three layers. It is there for its speed: those three take half of the time
+that the convolutions leave, most of it in group norm's second derivative and in average pooling.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from augdistill_method.fused import norm_relu_pool
+
+
+class ConvNet(nn.Module):
+    """The field's ConvNet (Gidaris & Komodakis 2018; MTT): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
+
+    Takes `[B, channels, size, size]`, returns logits `[B, classes]`. 320,010 parameters on CIFAR-10 at width 128.
+    """
+
+    forward_mode = True  # every layer's tangents can be differentiated, so the unroll may take the faster product
+
+    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
+        super().__init__()
+        if depth < 1 or size >> depth < 1:
+            raise ValueError(
+                f"depth={depth}: {depth} poolings of {size}x{size} images must be at least 1, and leave something"
+            )
+        self.shape, self.classes = (channels, size, size), classes
+        blocks = []
+        for i in range(depth):
+            blocks += [
+                nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
+                nn.GroupNorm(width, width),  # one channel a group = instance norm without running statistics
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+        self.features = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(width * (size >> depth) ** 2, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != self.shape:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}: this student takes {self.shape} (C, H, W)")
+        x = images
+        for convolution, norm in zip(self.features[::4], self.features[1::4], strict=True):
+            x = norm_relu_pool(convolution(x), norm.weight, norm.bias, norm.eps)
+        return self.classifier(x.flatten(1))
+
+
+def flatten(parameters: Iterable[Tensor]) -> Tensor:
+    """Parameters as one flat vector `[P]`: a copy, never an alias of live weights; differentiable."""
+    return torch.cat([p.reshape(-1) for p in parameters])
+
+
+def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
+    """The pieces of `theta` `[P]` as views in the shapes of `student`'s parameters (a shared one counts once)."""
+    parameters = list(student.parameters())
+    sizes = [p.numel() for p in parameters]
+    if theta.shape != (sum(sizes),):
+        raise ValueError(f"parameters of shape {tuple(theta.shape)}: this student has ({sum(sizes)},)")
+    return [piece.view_as(p) for piece, p in zip(theta.split(sizes), parameters, strict=True)]
+
+
+def parameter_positions(student: nn.Module) -> dict[str, int]:
+    """Every name under which `student` holds a parameter, and which of its parameters that is."""
+    position = {id(p): i for i, p in enumerate(student.parameters())}
+    return {
+        f"{path}.{name}".lstrip("."): position[id(p)]
+        for path, module in student.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+
+def logits_of(student: nn.Module, theta: Sequence[Tensor], images: Tensor) -> Tensor:
+    """`student`'s logits `[B, classes]` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
+    # every place that holds a parameter, once: torch's own tying of shared weights corrupts a module with two names
+    replaced = {name: theta[i] for name, i in parameter_positions(student).items()}
+    return functional_call(student, replaced, (images,), tie_weights=False)
+
+
+def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
+    """A fresh random initialisation `[P]` of `student`, by every layer's own `reset_parameters`."""
+    model = copy.deepcopy(student).cpu()  # the same weights whatever the device
+    seed = int(torch.randint(2**62, (), generator=seed)) if isinstance(seed, torch.Generator) else int(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise ValueError(
+                    f"student's {name or type(module).__name__} holds parameters but has no reset_parameters()"
+                )
+    return flatten(model.parameters()).detach()
+
+
+def check_student(student: nn.Module) -> None:
+    """Refuse layers whose draws or side effects make a second pass differ from the first, as the unroll needs."""
+    for name, module in student.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "track_running_stats", False) and module.training:
+            raise ValueError(
+                f"student's {name} ({kind}) changes its running statistics in every pass: build it with "
+                "track_running_stats=False, or use GroupNorm"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+            raise ValueError(f"student's {name} ({kind}) draws from torch's global state: use p=0")
+
+
+def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """A `ValueError` if images or labels are not ones that `student` can take."""
+    check_student(student)
+    if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"images {tuple(images.shape)} and labels {tuple(labels.shape)}: must be [B, C, H, W] and [B], B at least 1"
+        )
+    kinds = {p.dtype for p in student.parameters()}
+    if {images.dtype} != kinds:
+        raise ValueError(f"images are {images.dtype}, the student is {', '.join(map(str, kinds))}: must be the same")
+    with torch.no_grad():
+        classes = student(images[:1]).shape[1]
+    if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels from {labels.min().item()} to {labels.max().item()}: must be integers in [0, {classes - 1}], "
+            f"of type int64 (they are {labels.dtype})"
+        )
+
+
+def sgd(
+    student: nn.Module,
+    start: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    lr: float | Callable[[int], float],
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    velocity: Tensor | None = None,
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Train a copy of `student` from `start` `[P]` by torch's SGD; after each step yield the live model and its loss.
+
+    Ordinary, non-differentiable training: experts are made by it, and fresh students are evaluated by it.
+    `lr` may be a function of the step number. Copy what you keep: the model goes on changing. The momentum starts from
+    `velocity` `[P]` and is kept in it, if one is given: with the parameters it is all that SGD goes on from.
+    """
+    model = copy.deepcopy(student)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), unflatten(student, start), strict=True):
+            p.copy_(value)
+    rate = lr if callable(lr) else lambda step: lr
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=momentum, weight_decay=weight_decay)
+    if velocity is not None:
+        for p, own in zip(model.parameters(), unflatten(student, velocity), strict=True):
+            optimizer.state[p]["momentum_buffer"] = own
+    for step, (images, labels) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield model, loss.detach()
+
+
+def sgd_together(
+    student: nn.Module,
+    start: Tensor,
+    batches: Iterable[Sequence[tuple[Tensor, Tensor]]],
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    velocity: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`sgd` for E students at once, from `start` `[E, P]`; after each step yield all of theta `[E, P]` and E losses.
+
+    Each element of `batches` holds E pairs of equal shapes. Where memory does not hold all of them, parts of them
+    follow each other.
+    """
+
+    def loss(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(student, unflatten(student, theta), images), labels)
+
+    slope, part = torch.func.grad_and_value(loss), len(start)
+    theta, decay = start, None
+    velocity = torch.zeros_like(start) if velocity is None else velocity
+    for pairs in batches:
+        images, labels = map(torch.stack, zip(*pairs, strict=True))
+        gradient = None
+        while gradient is None:
+            try:
+                gradient, losses = torch.vmap(slope, chunk_size=part)(theta, images, labels)
+            except torch.OutOfMemoryError:
+                if part == 1:
+                    raise
+                part = -(-part // 2)
+        if decay is None:
+            decay = weight_decay * used(student, theta[0], images[0], labels[0])
+        gradient = gradient + decay * theta
+        velocity.mul_(momentum).add_(gradient)
+        theta = theta - lr * velocity
+        yield theta, losses
+
+
+def used(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """`[P]`: 1 for what the loss depends on, 0 for the rest, which torch's SGD leaves alone, its decay included."""
+    with torch.enable_grad():
+        pieces = [p.detach().requires_grad_() for p in unflatten(student, theta)]
+        loss = F.cross_entropy(logits_of(student, pieces, images), labels)
+        found = torch.autograd.grad(loss, pieces, allow_unused=True)
+    return flatten(torch.full_like(p.detach(), g is not None) for p, g in zip(pieces, found, strict=True))

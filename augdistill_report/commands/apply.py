@@ -1,0 +1,186 @@
+"""`augdistill apply`: a set's or a folder's images as a saved phi makes them, as PNG files in one sub-folder a class.
+
+The same command writes the same bytes. One that was stopped goes on where it was: a file is whole or not there.
+"""
+
+import concurrent.futures
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from augdistill_core import Config, knob, seeded
+from augdistill_report.data.datasets import DATASETS, IMAGE_SUFFIXES, image_files, load, read_image
+from augdistill_report.files.phi_files import Augment, by, load_phi, trained_on
+from augdistill_report.files.store import as_json, checksum, digest, write
+from augdistill_report.run import picture
+from augdistill_report.settings import Settings
+from augdistill_report.show.image_grids import image_grid
+from augdistill_report.work.progress import Line
+from augdistill_report.work.setup import public_name
+
+__all__ = ["How", "apply", "load_phi", "load_phis"]
+
+BATCH = 32  # images at once; each batch has draws of its own, so that a stopped command need not make all again
+
+SHOWN = 10  # classes in the picture
+
+NOTE = "apply.json"  # says what made the folder
+
+
+@dataclasses.dataclass(frozen=True)
+class How(Config):
+    """What `apply` writes."""
+
+    copies: int = knob(1, "draws of each image", low=1)
+    count: int = knob(0, "images of each class, the first ones; 0 = all", low=0)
+    seed: int = knob(0, "the draws follow from it", low=0)
+
+
+def load_phis(changes: dict[str, str]) -> None:
+    """Run the files that register phis of a user's own: `{"phis": FILES}`, as the setting of that name."""
+    for key in changes:
+        if key != "phis":
+            raise ValueError(f"--set {key}: apply takes only phis=FILE; how phi was trained stands in its own file")
+    Settings(**changes).load_phis()
+
+
+def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str, Tensor], str]:
+    """The images `[n, C, H, W]` of a set's training split by class, and a fingerprint."""
+    found = load(name, augment.about["shape"][-1], data)
+    expected = tuple(augment.about["shape"])
+    if found.shape != expected:
+        raise ValueError(f"--to {name}: its images are {by(found.shape)}, but {described(augment)}")
+    images, labels = found.train.raw, found.train.labels
+    return {c: images[labels == i][: count or None] for i, c in enumerate(found.classes)}, found.fingerprint
+
+
+def of_folder(path: str, augment: Augment, count: int, line: Line) -> tuple[dict[str, Tensor], str]:
+    """All images `[n, C, H, W]` of a folder by class, at phi's size, and a digest of which files they were."""
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(f"--to folder:{path}: there is no such folder")
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise ValueError(f"--to folder:{path}: must hold a sub-folder for each class; has none")
+    channels, size, _ = augment.about["shape"]
+    images, files = {}, []
+    for c in classes:
+        paths = image_files(folder / c)[: count or None]
+        if not paths:
+            raise ValueError(f"--to folder:{path}: class {c} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        found = []
+        for file in paths:
+            line.show(f"reading: {len(files)} images")
+            image = read_image(file, size)  # [3, size, size]
+            if channels == 1 and not (image == image[:1]).all():
+                raise ValueError(f"--to folder:{path}: {file} is in colour, but {described(augment)}")
+            if channels not in (1, 3):
+                raise ValueError(f"--to folder:{path}: its images are {by(image.shape)}, but {described(augment)}")
+            found.append(image[:channels])
+            status = file.stat()
+            files.append([str(file), status.st_size, status.st_mtime_ns])
+        images[c] = torch.stack(found)
+    return images, digest({"files": files})
+
+
+def described(augment: Augment) -> str:
+    about = augment.about
+    return f"phi {about['phi']!r} was trained on {by(about['shape'])} images ({trained_on(about)})"
+
+
+def start(out: Path, made: dict) -> None:
+    """Make the folder; a `ValueError` if it cannot be written, or holds what another command made."""
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not (out / NOTE).is_file():
+                raise ValueError(f"--out {out}: holds files that apply did not make; choose an empty folder")
+            if json.loads((out / NOTE).read_text(encoding="utf-8")) != made:
+                raise ValueError(f"--out {out}: holds images that were made otherwise ({NOTE}); choose an empty folder")
+        write(out / NOTE, as_json(made))
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+
+
+def pixels_png(image: Tensor) -> bytes:
+    """Pixels `[C, H, W]` in [0, 1] as a PNG file."""
+    from PIL import Image
+
+    values = (image * 255).round().byte().permute(1, 2, 0).squeeze(-1)
+    buffer = io.BytesIO()
+    Image.fromarray(values.numpy()).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") -> str:
+    """Write what `augment` makes of a set or a folder `to` into `out`; returns what was done, for a person.
+
+    OUT/<class>/<number>.png, with _<copy> for several copies, and OUT/grid.png: the first image of each class and what
+    became of it. A `ValueError`, before anything is written, says what does not fit.
+    """
+    out, line = Path(out).expanduser().resolve(), Line()
+    augment.check(torch.zeros(augment.about["shape"]))  # a phi that takes no other images at all
+    if to.partition(":")[0] not in DATASETS and Path(to).expanduser().is_dir():
+        to = f"folder:{to}"
+    kind, _, path = to.partition(":")
+    try:
+        if kind == "folder" and path:
+            if out.is_relative_to(Path(path).expanduser().resolve()):
+                raise ValueError(f"--out {out}: lies in the folder that it is made from")
+            images, fingerprint = of_folder(path, augment, how.count, line)
+        else:
+            images, fingerprint = of_set(to, augment, how.count, data)
+        classes = augment.about["classes"]
+        if augment.applied.conditional and not set(images) <= set(classes):
+            strange = ", ".join(sorted(set(images) - set(classes)))
+            raise ValueError(
+                f"--to {to}: {described(augment)}, reads the class and knows {', '.join(classes)}; has {strange}"
+            )
+        made = {
+            "phi": augment.about["phi"],
+            "trained on": trained_on(augment.about),
+            "state": checksum({}, augment.state_dict())[:12],
+            "strength": augment.applied.strength,
+            "probability": augment.applied.probability,
+            "to": public_name(to),
+            "of": fingerprint,
+            **how.to_dict(),
+        }
+        start(out, made)
+        total = write_images(augment, images, out, how, line)
+    finally:
+        line.clear()
+    about = augment.about
+    return f"{total} images of {to} in {out}; phi {about['phi']} was trained on {trained_on(about)}"
+
+
+def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: How, line: Line) -> int:
+    """Write all files that are not there yet, and the picture; returns how many there are now, the picture aside."""
+    done, total = 0, how.copies * sum(map(len, images.values()))
+    shown = {}
+    for name, raw in images.items():
+        label = augment.about["classes"].index(name) if augment.applied.conditional else None
+        folder = out / name.replace("/", "_")  # FashionMNIST has a class T-shirt/top
+        for first in range(0, len(raw), BATCH):
+            x = raw[first : first + BATCH]
+            x = x.float() / 255 if x.dtype == torch.uint8 else x
+            for copy in range(how.copies):
+                suffix = f"_{copy}" if how.copies > 1 else ""
+                files = [folder / f"{first + i:05}{suffix}.png" for i in range(len(x))]
+                in_picture = first == copy == 0 and len(shown) < SHOWN
+                if in_picture or not all(file.is_file() for file in files):
+                    generator = seeded(how.seed, "apply", name, first, copy)
+                    augmented = augment(x, labels=label, generator=generator)
+                    if in_picture:
+                        shown[name] = x[0], augmented[0]
+                    missing = [(f, pixels_png(i)) for f, i in zip(files, augmented, strict=True) if not f.is_file()]
+                    with concurrent.futures.ThreadPoolExecutor(BATCH) as pool:  # they wait for the disk together
+                        list(pool.map(write, *zip(*missing, strict=True)))
+                done += len(files)
+                line.show(f"{out}: {done} of {total} images")
+    before, after = (torch.stack(images) for images in zip(*shown.values(), strict=True))
+    write(out / "grid.png", picture(image_grid({"x": before, "phi(x)": after}, list(shown))))
+    return total

@@ -1,0 +1,157 @@
+"""The command `augdistill`: `report` runs the notebooks, `sweep` one of them over a grid, `figures` publishes a
+run, `data` checks or fetches a set, `experts` trains, checks or imports experts, `apply` augments images by a phi."""
+
+import argparse
+import signal
+import sys
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="run the notebooks, write one page to read")
+    report.add_argument("--track", default="", metavar="NAME", help="trackio, wandb or tensorboard: curves there too")
+    sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
+    sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
+    sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
+    sweep.add_argument("--short", action="store_true", help="only the rows that the grid names as its short form")
+    for command in (report, sweep):
+        add_cluster(command)
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+        again = "run every cell again" if command is sweep else "forget finished work and do it again"
+        command.add_argument("--fresh", action="store_true", help=again)
+    figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
+    figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
+    for command in (report, figures):
+        command.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
+    for command in (report, sweep, figures):
+        default = "" if command is sweep else "digits"
+        command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
+        command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
+    apply = commands.add_parser("apply", help="write a set's images as a saved phi makes them")
+    apply.add_argument("phi", metavar="PHI", help="a phi's file: runs/<preset>/phis/<name>.safetensors")
+    apply.add_argument("--to", required=True, metavar="WHAT", help="a set (its training split), or a folder of classes")
+    apply.add_argument("--out", required=True, metavar="DIR", help="where the images go, one sub-folder a class")
+    apply.add_argument("--copies", type=int, default=1, metavar="K", help="draws of each image (1)")
+    apply.add_argument("--count", type=int, default=0, metavar="N", help="only the first N images of each class")
+    apply.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed makes the same images (0)")
+    apply.add_argument("--strength", type=float, metavar="L", help="x + L (phi(x) - x), instead of what the file says")
+    apply.add_argument("--probability", type=float, metavar="P", help="of an image to be changed, likewise")
+    apply.add_argument("--set", action="append", default=[], metavar="phis=FILE", help="files with phis of your own")
+    apply.add_argument("--data", default="", metavar="DIR", help="where the set is (AUGDISTILL_DATA, or the cache)")
+    data = commands.add_parser("data", help="check a data set, or download one")
+    data = data.add_subparsers(dest="what", required=True)
+    check = data.add_parser("check", help="read a set whole and say what it holds")
+    check.add_argument("--size", type=int, default=0, help="resize its images (0: as they are)")
+    fetch = data.add_parser("fetch", help="download a set, unless it is there; nothing else ever downloads")
+    fetch.add_argument("--mirror", default="", metavar="URL", help="a folder on the web that has its files")
+    for command in (check, fetch):
+        command.add_argument("name", help="a data set's name, or (check) folder:PATH")
+        command.add_argument("--data", default="", metavar="DIR", help="where it is (AUGDISTILL_DATA, or the cache)")
+    experts = commands.add_parser("experts", help="train, list, check or import experts")
+    experts = experts.add_subparsers(dest="what", required=True)
+    train = experts.add_parser("train", help="train the experts that a run lacks; goes on where it was stopped")
+    show = experts.add_parser("list", help="a line an expert: its data, length, accuracy, size")
+    check = experts.add_parser("check", help="read experts whole, name what is damaged (then the exit code is 1)")
+    bring = experts.add_parser("import", help="take over experts of the official MTT code, for expert_files")
+    bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="its files")
+    for command in (show, check):
+        command.add_argument("files", nargs="*", metavar="FILE", help="experts, or folders of them (those of a run)")
+    add_cluster(train)
+    for command in (train, bring):
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    for command in (train, show, check, bring):
+        needed = command is bring
+        command.add_argument(
+            "--preset", default="digits", required=needed, help="a name in notebooks/presets, or a .yaml"
+        )
+        what = "the folder that they go to" if needed else "the run's folder (runs/<preset>)"
+        command.add_argument("--out", default="", required=needed, metavar="DIR", help=what)
+    return parser.parse_args(arguments)
+
+
+def add_cluster(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cluster", default="", metavar="SCHEDULER", help="a Dask scheduler's address, or its .json")
+
+
+def settings_changes(pairs: list[str]) -> dict[str, str]:
+    changes = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {pair!r}: must be key=value")
+        changes[key.strip()] = value.strip()
+    return changes
+
+
+def given(options: argparse.Namespace, *keys: str) -> dict[str, str]:
+    """The settings that have an option of their own, where it was used."""
+    return {key: getattr(options, key) for key in keys if getattr(options, key)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, 1 if a notebook (or every cell of a sweep) failed, 2 for a wrong argument, 130 for Ctrl-C."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C: no process is left behind
+    # imported late, so that --help and a typing error answer at once
+    from augdistill_report.commands import apply, execute, experts, sweep
+    from augdistill_report.commands import publish as gallery
+    from augdistill_report.commands import report as runner
+    from augdistill_report.data import datasets as data
+    from augdistill_report.data import sources as data_files
+    from augdistill_report.files import expert_files
+
+    try:
+        if options.command == "report":
+            changes = settings_changes(options.set) | given(options, "track", "cluster")
+            page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
+            print(f"report: {page}")
+        elif options.command == "sweep":
+            changes = settings_changes(options.set) | given(options, "cluster")
+            arguments = (options.grid, options.preset, options.out, changes, options.short, options.row, options.fresh)
+            folder, cells = sweep.sweep(*arguments)
+            print((folder / "table.md").read_text())
+            failed = sum("error" in cell for cell in cells)
+            print(f"sweep: {folder} ({len(cells)} cells{f', {failed} failed' if failed else ''})")
+            return 1 if failed == len(cells) else 0
+        elif options.command == "data":
+            if options.what == "fetch":
+                options.size, options.data = 0, str(data_files.fetch(options.name, options.mirror, options.data))
+            print(data.describe(data.load(options.name, options.size, options.data)))
+        elif options.command == "experts":
+            if options.what == "check":
+                paths = experts.files_of(options.files, options.preset, options.out)
+                wrong = experts.check(paths)
+                print("\n".join([*wrong, f"experts: {len(paths)} checked, {len(wrong)} damaged"]))
+                return 1 if wrong else 0
+            if options.what == "list":
+                paths = experts.files_of(options.files, options.preset, options.out)
+                files = [expert_files.ExpertFile(path) for path in paths]
+            elif options.what == "train":
+                changes = settings_changes(options.set) | given(options, "cluster")
+                files = experts.train(options.preset, options.out, changes)
+            else:
+                arguments = (options.files, options.preset, options.out, settings_changes(options.set))
+                files = experts.import_buffers(*arguments)
+            print(f"{experts.expert_table(files)}\nexperts: {files[0].path.parent}")
+        elif options.command == "apply":
+            apply.load_phis(settings_changes(options.set))
+            how = apply.How(options.copies, options.count, options.seed)
+            augment = apply.load_phi(options.phi, options.strength, options.probability)
+            print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
+        else:
+            if options.sweeps and options.only:
+                raise ValueError("--sweeps and --only: each publishes one part of a run; choose one")
+            part = {} if options.sweeps else {"only": options.only}
+            publish = gallery.publish_sweeps if options.sweeps else gallery.publish
+            print(f"published: {publish(options.preset, options.out, **part)}")
+    except ValueError as error:
+        print(f"augdistill: {error}", file=sys.stderr)
+        return 2
+    except (execute.NotebookFailed, OSError) as error:  # of the system, a full disk for one
+        print(f"augdistill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\naugdistill: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0

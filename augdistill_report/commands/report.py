@@ -1,0 +1,142 @@
+"""`augdistill report`: every notebook by papermill, in order or side by side, then one page to read.
+
+Whatever can be refused is refused before anything runs. A notebook's executed copy and results replace the old ones
+only when it has finished; one that fails is kept as NN_name.failed.ipynb. Finished work is found again by the next run.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from augdistill_core import builders
+from augdistill_report.commands.execute import execute
+from augdistill_report.commands.preflight import preflight
+from augdistill_report.files.store import Store, as_json, write
+from augdistill_report.places import NOTEBOOKS
+from augdistill_report.run import configuration, run_folder, start_folder
+from augdistill_report.settings import Settings, resolve
+from augdistill_report.show.page import build_report
+from augdistill_report.studies.subsets import methods
+from augdistill_report.work.experts import missing_experts
+from augdistill_report.work.jobs import Task, Tick
+from augdistill_report.work.pool import Pool, run_jobs
+from augdistill_report.work.progress import REFRESH, Line
+from augdistill_report.work.setup import Setup
+
+
+def notebooks(only: str = "") -> list[Path]:
+    """The report's notebooks in reading order; `only` keeps those whose numbers it lists ("02,03")."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not only:
+        return every
+    numbers = [part.strip().zfill(2) for part in only.split(",")]
+    known = {path.name[:2]: path for path in every}
+    for number in numbers:
+        if number not in known:
+            raise ValueError(f"only={only!r}: there is no notebook {number}; must be among {', '.join(known)}")
+    return [known[number] for number in sorted(set(numbers))]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chapter(Task):
+    """A notebook of the report, executed. Nothing is stored: what is costly in it is found again piece by piece."""
+
+    notebook: Path
+    folder: Path  # the run's
+    parameters: dict
+    cost: float = 0.0  # the seconds that it took the last time
+
+    kind = "chapter"
+
+    def spec(self):
+        return {"notebook": self.notebook.name, "folder": str(self.folder)}
+
+    def run(self, store: Store, tick: Tick = lambda done, total, note="": None) -> None:
+        start, name = time.monotonic(), self.notebook.stem
+        with tempfile.TemporaryDirectory() as temporary, Cells(name, Path(temporary) / "progress.json", tick) as cells:
+            # read by the kernel, which inherits it
+            os.environ["AUGDISTILL_PROGRESS"] = str(cells.progress)
+            execute(self.notebook, self.folder / "notebooks" / self.notebook.name, self.parameters, cells.at)
+        timings = self.folder / "timings.json"
+        with store.lock(timings):  # others may be running
+            write(timings, as_json(seconds_of(self.folder) | {name: round(time.monotonic() - start, 1)}))
+
+
+class Cells:
+    """How far a notebook is: which cell, and inside of it what its kernel writes to the file `progress`."""
+
+    def __init__(self, name: str, progress: Path, tick: Tick):
+        self.name, self.progress, self.tick, self.cell, self.cells = name, progress, tick, 0, 1
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def at(self, cell: int, cells: int) -> None:
+        self.cell, self.cells = cell, cells
+        with contextlib.suppress(OSError):
+            self.progress.unlink()
+
+    def look(self) -> None:
+        while not self.over.wait(REFRESH):
+            work = {}
+            with contextlib.suppress(OSError, ValueError):
+                work = json.loads(self.progress.read_text())
+            inside = f": {work['text']}" if work else ""
+            note = f"{self.name}, cell {self.cell + 1} of {self.cells}{inside}"
+            self.tick(self.cell + work.get("fraction", 0.0), self.cells, note)
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """How long each notebook took the last time that it ran in this folder."""
+    timings = folder / "timings.json"
+    return json.loads(timings.read_text()) if timings.exists() else {}
+
+
+def report(preset: str, out: str = "", only: str = "", changes: dict | None = None, fresh: bool = False) -> Path:
+    """Run the notebooks of a preset with some settings changed; returns the page that they make.
+
+    Raises `ValueError` for anything wrong with the arguments, before anything runs; `NotebookFailed` for a notebook.
+    """
+    settings: Settings = resolve(preset, changes)
+    chosen = notebooks(only)
+    preflight(settings)
+    if any(
+        getattr(build, "bound", False) for build in builders(settings.phi)
+    ):  # notebook 05 shows what phi makes of images that it was not given
+        raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; use another")
+    methods(settings, 1.0)  # refuses a row that notebook 05 does not have
+    folder = run_folder(preset, out)
+    start_folder(folder, preset, settings)
+    if fresh:
+        shutil.rmtree(folder / "artefacts", ignore_errors=True)
+    store = Store(folder / "artefacts")
+    at_once = min(settings.notebooks_at_once or (len(chosen) if settings.cluster else 1), len(chosen))
+    # papermill writes literals: keys that differ from the preset are enough, the notebook resolves them again
+    parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
+    before = seconds_of(folder)
+    typical = sum(before.values()) / len(before) if before else 1.0
+    chapters = [Chapter(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
+    if at_once > 1:  # first what several of them build on: else they would wait for each other, or do it twice
+        everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
+        with Line() as line:
+            run_jobs(missing_experts(settings.select(Setup)), store, everyone, functools.partial(line.count, "experts"))
+    with Line() as line:
+        run_jobs(chapters, store, Pool(at_once), functools.partial(line.count, "notebooks"))
+    for path in chosen:
+        print(f"{path.stem}: {seconds_of(folder)[path.stem]:.0f} s", file=sys.stderr)
+    return build_report(folder, configuration(settings))

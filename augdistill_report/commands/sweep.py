@@ -1,0 +1,154 @@
+"""`augdistill sweep GRID.yaml`: a notebook for every choice of a grid, over the cores; then a table, a JSON, a picture.
+
+A cell that fails is a row of the table that says why. A sweep that is stopped goes on where it was.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from augdistill_report.commands.execute import KernelManager, NotebookFailed, execute
+from augdistill_report.commands.preflight import preflight
+from augdistill_report.files.store import TOKEN, Store, as_json, write
+from augdistill_report.run import configuration, file_name, picture, run_folder, start_folder
+from augdistill_report.settings import Settings, preset_path, read_preset, resolve
+from augdistill_report.show.plots import heat_map
+from augdistill_report.studies.grid import Grid, GridPoint, changed, read_grid, run_grid, sweep_table
+from augdistill_report.work.experts import own_experts
+from augdistill_report.work.jobs import Task
+from augdistill_report.work.progress import Line
+from augdistill_report.work.provenance import environment
+from augdistill_report.work.setup import Setup
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell(Task):
+    """The grid's notebook at one choice, by papermill; its result is what the notebook wrote to results/."""
+
+    choice: GridPoint
+    notebook: Path
+    parameters: dict
+    place: str  # in the run's folder
+    texts: dict[Path, str]  # of the files that it needs beside the package
+    configuration: str
+
+    kind = "cell"
+
+    @property
+    def setup(self) -> Setup:
+        return self.choice.settings.select(Setup)
+
+    def folder(self, store: Store) -> Path:
+        return store.folder.parent / self.place
+
+    @property
+    def cost(self):
+        s = self.choice.settings
+        return s.iterations * s.draws * s.syn_steps
+
+    def spec(self):
+        """The notebook and everything that it may import; what is costly in it is found again under its own digest."""
+        code = hashlib.sha256(self.texts[self.notebook].encode()).hexdigest()
+        return {"code": code, "configuration": self.configuration}
+
+    def needs(self):
+        return own_experts(self.setup)
+
+    def cancel(self):
+        KernelManager.end_all()  # a notebook cannot be told otherwise in the middle of a cell
+
+    def found(self, store):
+        result = self.stored(store)[1]
+        return {key: result[key] for key in ("numbers", "seconds", "configuration")}
+
+    def work(self, store, tick):
+        start, folder = time.monotonic(), self.folder(store)
+        parameters = self.parameters | {"out": str(folder), "store": str(store.folder)}
+        start_folder(folder, parameters["preset"], self.choice.settings)
+        with tempfile.TemporaryDirectory() as temporary:
+            here = {path: at_hand(path, text, Path(temporary)) for path, text in self.texts.items()}
+            parameters["preset"] = str(here.get(Path(parameters["preset"]), parameters["preset"]))
+            if phis := self.choice.settings.phi_files:
+                parameters["phis"] = ", ".join(str(here[path]) for path in phis)
+            execute(here[self.notebook], folder / "notebooks" / self.notebook.name, parameters, tick)
+        results = sorted((folder / "results").glob("*.json"))
+        if len(results) != 1:
+            raise NotebookFailed(f"{self.notebook.name} left {len(results)} files in results/: must be one")
+        result = json.loads(results[0].read_text())
+        return {}, result | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def at_hand(path: Path, text: str, folder: Path) -> Path:
+    """The file itself, where it is on this machine; elsewhere a copy in `folder`."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return path
+    copy = Path(tempfile.mkdtemp(dir=folder)) / path.name
+    write(copy, text)
+    return copy
+
+
+def sweep(
+    path: Path | str,
+    preset: str = "",
+    out: str = "",
+    changes: dict | None = None,
+    short: bool = False,
+    only: list[str] | None = None,
+    fresh: bool = False,
+) -> tuple[Path, list[dict]]:
+    """Run the cells that are missing; returns the folder with table.md, NAME.json and NAME.png, and the cells.
+
+    A sweep lives in its preset's run folder, and shares finished work with the report there. Raises `ValueError` for
+    anything wrong with the grid or the arguments, before anything runs.
+    """
+    grid = read_grid(path)
+    preset = preset or grid.preset
+    count = {key: value for key, value in (changes or {}).items() if key == "images_per_class"}
+    base = resolve(preset, count)
+    choices = grid.choices(base, changes, short, only)
+    if read_preset(preset)[1] and any(c.settings.images_per_class != base.images_per_class for c in choices):
+        raise ValueError(f"{grid.path}: varies images_per_class, for each of which {preset!r} has other settings")
+    for choice in choices:
+        try:
+            preflight(choice.settings)
+        except ValueError as error:
+            raise ValueError(f"{grid.path}: {choice.name}: {error}") from None
+    run = run_folder(preset, out)
+    if not (run / "config.json").exists():
+        start_folder(run, preset, base)
+    store, folder = Store(run / "artefacts"), run / "sweeps" / grid.path.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = {choice: cell_of(choice, grid, preset, base) for choice in choices}
+    if fresh:
+        for cell in cells.values():
+            store.path(cell.kind, cell.spec()).unlink(missing_ok=True)
+            shutil.rmtree(cell.folder(store), ignore_errors=True)
+        (store.folder / TOKEN).unlink(missing_ok=True)  # forgets what a cluster's workers keep for it
+    failures: dict = {}
+    with Line() as line:
+
+        def show(done, total, note):
+            line.count(f"cells ({len(failures)} failed)", done, total, note)
+
+        found = run_grid(cells, store, changed(base, changes or {}, "--set").pool, show, failures)
+    write(folder / "table.md", sweep_table(found))
+    write(folder / f"{grid.path.stem}.png", picture(heat_map(found, grid.picture)))
+    facts = {"grid": grid.path.name, "notebook": grid.notebook.name, "preset": preset_path(preset).stem, "short": short}
+    facts["environment"] = environment(base.device)
+    write(folder / f"{grid.path.stem}.json", as_json(facts | {"cells": found}))
+    return folder, found
+
+
+def cell_of(choice: GridPoint, grid: Grid, preset: str, base: Settings) -> Cell:
+    """papermill writes literals: the keys that differ from the preset are enough, the notebook resolves them again."""
+    place = f"sweeps/{grid.path.stem}/cells/{file_name(choice.name)}"
+    differ = {k: v for k, v in choice.settings.to_dict().items() if v != getattr(base, k)}
+    differ["images_per_class"] = choice.settings.images_per_class  # by which a preset may choose its settings
+    shared = {"preset": preset, "workers": 1, "cluster": ""}
+    files = [grid.notebook, preset_path(preset), *choice.settings.phi_files]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    return Cell(choice, grid.notebook, differ | shared, place, texts, configuration(choice.settings))

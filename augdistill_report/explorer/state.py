@@ -1,0 +1,386 @@
+"""What the explorer shows, without a widget: the phis that can be looked at, and what each makes of images.
+
+A `Choice` is a phi along its training (found on disk, fresh, or in training now), a `View` says how it is looked at,
+`Explorer.look` gives the images, `Explorer.score` trains students on what is seen.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from augdistill_core import PHIS, Applied, Config, DistillConfig, Distilled, Phi, augmented, knob, make_phi, rms, seeded
+from augdistill_report.files.phi_files import by, load_phi
+from augdistill_report.files.store import Store, opened
+from augdistill_report.places import PRESETS
+from augdistill_report.run import Run
+from augdistill_report.settings import resolve
+from augdistill_report.show.image_grids import difference_image, image_grid
+from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.jobs import Subset
+from augdistill_report.work.probes import phi_images
+from augdistill_report.work.provenance import own_source
+from augdistill_report.work.scoring import Evaluation
+from augdistill_report.work.setup import Setup
+
+MAX_IMAGES = 20  # images in a picture
+
+MEAN_OF = 4  # draws whose mean stands for that of all: as many as a slider has time for
+
+
+@dataclasses.dataclass(frozen=True)
+class View(Config):
+    """How a phi is looked at."""
+
+    strength: float = knob(1.0, "lambda: x + lambda (phi(x) - x)", low=0, high=1.5)
+    noise: float = knob(1.0, "of a draw: 0 = the mean of draws, 1 = as phi draws, 2 = twice as far", low=0, high=2)
+    seed: int = knob(0, "of the draw", low=0)
+    label: int = knob(-1, "the class; -1 = all", low=-1)
+    count: int = knob(10, "images", low=1, high=MAX_IMAGES)
+    image: int = knob(1, "which of them is drawn several times", low=1, high=MAX_IMAGES)
+    draws: int = knob(6, "how many times", low=1, high=MAX_IMAGES)
+
+
+class Noised(Phi):
+    """A phi whose draws are nearer to their mean, or further from it: mean + noise (phi(x) - mean).
+
+    The mean is that of `MEAN_OF` draws, kept for as long as the images are the same tensor.
+    """
+
+    def __init__(self, phi: Phi, noise: float = 1.0):
+        super().__init__()
+        self.phi, self.noise, self.of, self.mean = phi, noise, None, None
+        for claim in ("stochastic", "conditional", "positional", "bound", "starts_as_identity"):
+            setattr(self, claim, getattr(phi, claim, False))
+
+    def forward(self, images, *, generator, **given):
+        draw = self.phi(images, generator=generator, **given)
+        if self.noise == 1 or not self.stochastic:
+            return draw
+        return torch.lerp(self.average(images, **given), draw, self.noise)
+
+    def average(self, images: Tensor, **given) -> Tensor:
+        """The mean of draws for these images."""
+        if self.of is not images:
+            draws = [self.phi(images, generator=seeded(k, "mean"), **given) for k in range(MEAN_OF)]
+            self.of, self.mean = images, torch.stack(draws).mean(0)
+        return self.mean
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """A phi that can be looked at: `read` gives it by moment of its training, the last one last."""
+
+    name: str
+    subset: Subset  # the training images that it learned on
+    read: Callable[[], dict[str, Phi]]
+    alpha: Callable[[], float]  # the student's step size that it learned
+    job: Callable[[], tuple[Distillation, Store]] | None = None  # whose result it is, and where that is stored
+    trained: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Images in [0, 1] to be shown: rows by name, and draws of one image; `change` is ||phi(x) - x|| / ||x||."""
+
+    rows: dict[str, Tensor]
+    columns: list[str]
+    draws: dict[str, Tensor]
+    change: float
+
+    def sheet(self, cell: int = 64) -> Image.Image:
+        return image_grid(self.rows, self.columns, cell)
+
+    def drawn(self, cell: int = 64) -> Image.Image:
+        return image_grid(self.draws, [f"draw {k + 1}" for k in range(len(next(iter(self.draws.values()))))], cell)
+
+
+# --- what there is to look at -----------------------------------------------------------------------------------------
+
+
+def presets() -> list[str]:
+    """The presets, whether their data lie on this machine or not: `Explorer` says how to get what is missing."""
+    return [path.stem for path in sorted(PRESETS.glob("*.yaml"))]
+
+
+def run_beside(run: Run, preset: str) -> Run:
+    """The run of another preset, beside this one, with the user's own phis."""
+    settings = resolve(preset, {"phis": run.settings.phis, "data": run.settings.data})
+    return Run(run.notebook, settings, run.folder.parent / preset)
+
+
+def job_of(path: Path, run: Run) -> Distillation | None:
+    """The job whose result a file of the store is; None if it is of other data or other code than `run`."""
+    with opened(path) as file:
+        spec = json.loads((file.metadata() or {})["spec"])
+    setup, ours = spec["setup"], run.settings.select(Setup)
+    here = {"dataset": run.data.fingerprint, "zca": ours.zca, "device": ours.device}
+    if any(setup[key] != value for key, value in here.items()):
+        return None
+    # what results do not depend on stands there as None; data and experts' files stand there by content
+    setup = {key: getattr(ours, key) if value is None else value for key, value in setup.items()}
+    setup |= {"dataset": ours.dataset, "expert_files": ours.expert_files if setup["expert_files"] else ""}
+    setup = Setup.from_dict(setup)
+    subset, config = Subset(**spec["subset"]), DistillConfig.from_dict(spec["config"])
+    job = Distillation(setup, spec["phi"], subset, config, own_source(spec["phi"]))
+    return job if job.spec() == spec else None
+
+
+def choice_title(job: Distillation) -> str:
+    """What tells a distillation from most others."""
+    c, s = job.config, job.subset
+    images = f"{s.per_class} a class" if s.per_class else f"{100 * s.fraction:g} % of the data"
+    images = f"episodes of {c.episode} a class" if c.episode else images
+    return f"{job.phi}, {c.phi_optimizer} {c.phi_lr:g}, {images}, {c.iterations} iterations"
+
+
+def choice_titles(jobs: list[Distillation]) -> list[str]:
+    """One for each; where they are the same, the settings that differ stand there too."""
+    names, flat = [choice_title(job) for job in jobs], []
+    for job in jobs:
+        parts = (dataclasses.asdict(part) for part in (job.setup, job.subset, job.config))
+        flat.append({k: v for part in parts for k, v in part.items()})
+    for name in [name for name, count in Counter(names).items() if count > 1]:
+        same = [k for k, other in enumerate(names) if other == name]
+        differing = [key for key in flat[same[0]] if len({flat[k][key] for k in same}) > 1]
+        for k in same:
+            names[k] = ", ".join([name, *(f"{key} {flat[k][key]}" for key in differing)])
+    return names
+
+
+def from_job(job: Distillation, store: Store, name: str) -> Choice:
+    def read():
+        return job.stored_moments(store)
+
+    return Choice(name, job.subset, read, lambda: job.stored(store)[1]["alpha"], lambda: (job, store))
+
+
+def from_file(path: Path, run: Run) -> Choice:
+    """A phi that was saved; a `ValueError` if it is damaged, or was trained on other data."""
+    augment = load_phi(path)
+    about, ours = augment.about, f"{run.data.name}, {by(run.data.shape)}"
+    if (about["data"]["fingerprint"], tuple(about["shape"])) != (run.data.fingerprint, run.data.shape):
+        raise ValueError(f"{path.name}: phi of {about['data']['name']}, {by(about['shape'])}, not of these ({ours})")
+    if about["setup"]["zca"] != run.settings.zca:
+        raise ValueError(f"{path.name}: phi of images with zca={about['setup']['zca']}; these are not")
+    way = {"last": augment.applied.phi.to(run.settings.device)}
+
+    def alpha():
+        raise ValueError(f"{path.name}: does not say which step size it learned (eval_lr=0): score what trained it")
+
+    return Choice(f"file {path.stem}", Subset(**about["subset"]), lambda: way, alpha)
+
+
+def find_trained(run: Run) -> tuple[list[Choice], list[str]]:
+    """The phis in this run's folder and those beside it that fit its data, and a line on each that was left out."""
+    jobs, choices, left_out, others = [], [], [], 0
+    for path in sorted(run.folder.parent.glob("*/artefacts/distilled-*.safetensors")):
+        try:
+            job = job_of(path, run)
+            others += job is None
+            if job and job not in [found for found, _ in jobs]:
+                jobs.append((job, Store(path.parent)))
+        except (ValueError, KeyError, TypeError) as error:
+            left_out.append(f"{path.name} is damaged or not ours ({error}): delete it")
+    # first what its own settings made, then as few images as possible
+    jobs.sort(key=lambda found: (found[0] != default(run), found[0].subset.about(run.data), choice_title(found[0])))
+    names = choice_titles([job for job, _ in jobs])
+    choices += [from_job(job, store, name) for (job, store), name in zip(jobs, names, strict=True)]
+    for path in sorted(run.folder.parent.glob("*/phis/*.safetensors")):
+        try:
+            choices.append(from_file(path, run))
+        except ValueError as error:
+            left_out.append(str(error))
+    if others:
+        left_out.append(f"{others} results of other data, or of another version of the code")
+    return choices, left_out
+
+
+def default(run: Run) -> Distillation:
+    """What notebook 03 trains by the run's own settings."""
+    return run.distillation(run.settings.phi, run.base)
+
+
+def fresh(run: Run, phi: str) -> Choice:
+    """A phi as it is before it is trained."""
+    job = run.distillation(phi, run.base)
+
+    def read():
+        return {"0": job.fresh_phi()}
+
+    return Choice(f"untrained {phi}", run.base, read, lambda: job.config.alpha, trained=False)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Present:
+    """A phi in the place of the distillation that an `Evaluation` scores."""
+
+    setup: Setup
+    phi: Phi
+    alpha: float
+
+    def stored_phi(self, store: Store) -> Distilled:
+        return Distilled(self.phi, self.alpha, [])
+
+
+class Explorer:
+    """A run's data set, its phis, and the one that is looked at (`choose` it)."""
+
+    def __init__(self, run: Run):
+        self.run, self.data = run, run.data
+        labels = self.data.train.labels
+        fewest = int(torch.bincount(labels, minlength=len(self.data.classes)).min())
+        self.order = self.data.subset(run.settings.seed, per_class=min(MAX_IMAGES, fewest)).view(
+            len(self.data.classes), -1
+        )
+        self.problems: list[str] = []
+        self.refresh()
+        self.choose(next(iter(self.choices.values())))
+
+    def refresh(self) -> None:
+        """Look for phis again."""
+        found, self.problems = find_trained(self.run)
+        names = dict.fromkeys([self.run.settings.phi, *PHIS])
+        self.choices = {c.name: c for c in [*found, *(fresh(self.run, name) for name in names)]}
+        self.pixels = self.distilled_pixels()
+
+    @property
+    def nothing_trained(self) -> bool:
+        return not any(choice.trained for choice in self.choices.values())
+
+    def distilled_pixels(self) -> Tensor | None:
+        """The images that notebook 02 made of the run's base set `[n, C, H, W]`, None if it has not."""
+        job = self.run.distillation("pixels", self.run.base, self.run.settings.pixel_config)
+        try:
+            return job.stored_phi(self.run.store).phi.pixels.detach() if self.stored(job) else None
+        except ValueError as error:
+            self.problems.append(str(error))
+            return None
+
+    def stored(self, job: Distillation) -> bool:
+        return self.run.store.has(job.kind, job.spec())
+
+    def choose(self, choice: Choice) -> None:
+        """Look at this one from now on; a `ValueError` (and the old one stays) if it cannot be read."""
+        way = {moment: Noised(phi.requires_grad_(False)) for moment, phi in choice.read().items()}
+        self.choice, self.moments = choice, way
+        self.own = choice.subset.index(self.data)
+        self.seen = (None, None)
+
+    def index(self, view: View) -> Tensor:
+        """Positions in the training split of the images that a view shows, the run's base set first.
+
+        A phi that is bound to its own images has only those.
+        """
+        lines = list(self.order)
+        if next(iter(self.moments.values())).bound:
+            labels = self.data.train.labels[self.own]
+            lines = [self.own[labels == c] for c in range(len(self.data.classes))]
+        if view.label >= len(lines):
+            raise ValueError(f"label={view.label}: must be a class of {self.data.name}, at most {len(lines) - 1}")
+        lines = lines if view.label < 0 else [lines[view.label]]
+        rounds = itertools.chain(*itertools.zip_longest(*(line.tolist() for line in lines)))
+        return torch.tensor([place for place in rounds if place is not None][: view.count])
+
+    def images(self, view: View) -> tuple[Tensor, Tensor, dict]:
+        """Where the view's images are in the training split; the images, and behind them the one that is drawn several
+        times; and their labels and index, for phi. The same tensors as long as the same are asked for.
+        """
+        key = (view.label, view.count, view.image, view.draws)
+        if self.seen[0] != key:
+            index = self.index(view)
+            again = index[min(view.image, len(index)) - 1].expand(view.draws)
+            shown = torch.cat([index, again])
+            split = self.data.train.take(shown)
+            place = (
+                positions_in(shown, self.own) if next(iter(self.moments.values())).bound else torch.arange(len(shown))
+            )
+            self.seen = (key, (index, split.images, {"labels": split.labels, "index": place}))
+        return self.seen[1]
+
+    @torch.no_grad()
+    def prepare(self, view: View, moment: str = "") -> None:
+        """Take the mean of draws now, so that another view of the noise need not wait for it."""
+        _, fed, given = self.images(view)
+        phi = self.moments[moment or list(self.moments)[-1]]
+        if phi.stochastic:
+            phi.average(fed, **given)
+
+    @torch.no_grad()
+    def look(self, view: View, moment: str = "") -> Look:
+        """What phi at this moment (the last, if it is not said) makes of the images."""
+        index, fed, given = self.images(view)
+        x, labels = fed[: len(index)], given["labels"][: len(index)]
+        phi = self.moments[moment or list(self.moments)[-1]]
+        phi.noise = view.noise
+        out = augmented(Applied(phi, view.strength), fed, **given, generator=seeded(view.seed, "explorer"))
+        out, drawn = out[: len(index)], out[len(index) :]
+        if not out.isfinite().all():
+            raise ValueError(f"{self.choice.name}: phi(x) is not finite here: look at an earlier moment")
+        before, after = self.data.pixels(x), self.data.pixels(out)
+        rows = {"x": before, "phi(x)": after, "difference": difference_image(after - before)}
+        if self.pixels is not None:
+            of_base = self.run.base.index(self.data)
+            here = torch.isin(index, of_base)
+            made = torch.ones_like(before)  # white where there is none
+            made[here] = self.data.pixels(self.pixels[positions_in(index[here], of_base)])
+            rows |= {"pixels (MTT)": made} if here.any() else {}
+        own = torch.isin(index, self.own).tolist() if self.choice.trained else [False] * len(index)
+        columns = [self.data.classes[c] + " ●" * mine for c, mine in zip(labels.tolist(), own, strict=True)]
+        one = f"image {min(view.image, len(index))}"
+        return Look(rows, columns, {one: self.data.pixels(drawn)}, rms(out - x) / (rms(x) or 1.0))
+
+    def scoring(
+        self, view: View, moment: str = ""
+    ) -> Callable[[Callable[[float, float], None]], dict[str, list[float]]]:
+        """What is seen now, as work to be done: `work(tick)` trains fresh students on phi's own images, plainly and
+        through the identity (the controls) and through phi as it is seen, and gives by row the accuracy of each on the
+        validation split: what is looked at here is chosen by what it scores.
+        """
+        settings, choice = self.run.settings, self.choice
+        phi = Noised(self.moments[moment or list(self.moments)[-1]].phi, view.noise)
+        alpha = settings.alpha if settings.eval_lr else choice.alpha()  # of use only where eval_lr leaves it to phi
+        identity = make_phi("identity", self.data.train.take(self.own[:1]).images, len(self.data.classes), 0)
+        setup, store = settings.select(Setup), self.run.store
+        rows = {"plain images": None, "identity": Present(setup, identity, alpha), "phi": Present(setup, phi, alpha)}
+
+        def work(tick):
+            found = {}
+            for row, (name, present) in enumerate(rows.items()):
+                changes = {"phi_strength": view.strength} if name == "phi" else {}
+                config = settings.eval_config(present is not None, **changes)
+                job = Evaluation(setup, choice.subset, config, present)
+                _, found[name] = job.trained(store, lambda done, total, r=row: tick(r + done / total, len(rows)))
+            return found
+
+        return work
+
+
+def frames(run: Run, ways: dict[str, dict[str, Phi]]) -> list[Image.Image]:
+    """A film of what phis learn to make of the run's base images: a picture for each moment of the longest way.
+
+    A way that ends before the others (by divergence, for one) stays as it was.
+    """
+    base, seed = run.train(run.base).take(slice(0, MAX_IMAGES)), run.settings.seed
+    pictures, rows = [], {"x": run.data.pixels(base.images)}
+    for moment in max(ways.values(), key=len):
+        rows |= {
+            name: run.data.pixels(phi_images(way.get(moment) or list(way.values())[-1], base, seed))
+            for name, way in ways.items()
+        }
+        pictures.append(image_grid(rows, run.titles(base), 56, title=f"iteration {moment}"))
+    return pictures
+
+
+def positions_in(index: Tensor, own: Tensor) -> Tensor:
+    """Where each of `index` is in `own`."""
+    return torch.tensor([int((own == place).nonzero()[0]) for place in index], dtype=torch.int64)

@@ -1,0 +1,94 @@
+"""Pictures that are made of images: rows of them with their names, as one picture or as the frames of a film.
+
+Pillow draws them in a tenth of the time that matplotlib takes: twenty images follow a slider.
+"""
+
+import io
+import itertools
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 84  # pixels that an image is wide, about: it is enlarged by a whole number
+
+GAP, LINE = 6, 18  # pixels between images, and of a line of text
+
+INK, PAPER = "#111111", "#ffffff"
+
+
+@lru_cache(maxsize=4)
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface of matplotlib's pictures, which comes with it."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def shortened(text: str, width: int, size: int) -> str:
+    """As much of a text as fits in so many pixels."""
+    if font(size).getlength(text) <= width:
+        return text
+    while text and font(size).getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def difference_image(change: Tensor) -> Tensor:
+    """A change of pixels in [-1, 1] as an image: grey where there is none, lighter where they became lighter."""
+    return (change / 2 + 0.5).clamp(0, 1)
+
+
+def image_grid(rows: dict[str, Tensor], columns: list[str], cell: int = CELL, title: str = "") -> Image.Image:
+    """Rows of images `[k, C, H, W]` in [0, 1] below each other, row names at the left, column names on top.
+
+    Grey (C 1) and RGB rows may stand together, and a row may be shorter than the others.
+    """
+    height, width = next(iter(rows.values())).shape[-2:]
+    scale = max(1, cell // width)
+    high, wide = height * scale + GAP, width * scale + GAP
+    left = max(int(font(13).getlength(name)) for name in rows) + 2 * GAP
+    top = LINE * (bool(title) + any(columns)) + GAP
+    sheet = Image.new("RGB", (left + wide * len(columns), top + high * len(rows)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((left, GAP // 2), title, fill=INK, font=font(13))
+    for place, name in enumerate(columns):
+        text = shortened(name, wide, 13)
+        draw.text((left + wide * place + (wide - GAP) // 2, top - GAP // 2), text, fill=INK, font=font(13), anchor="ms")
+    for line, (name, images) in enumerate(rows.items()):
+        middle = top + high * line + (high - GAP) // 2
+        draw.text((left - GAP, middle), name, fill=INK, font=font(13), anchor="rm")
+        if not len(images):
+            continue
+        bytes_ = (images.detach().clamp(0, 1).nan_to_num() * 255).round().to("cpu", torch.uint8)
+        bytes_ = bytes_.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        for place, pixels in zip(range(len(columns)), bytes_, strict=False):
+            image = Image.fromarray(pixels.contiguous().numpy())
+            image = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(image, (left + wide * place, top + high * line))
+    return sheet
+
+
+def png(sheet: Image.Image, effort: int = 6) -> bytes:
+    """A picture as PNG: the same bytes for the same picture; less `effort` (1 to 9) is quicker, and larger."""
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", compress_level=effort)
+    return buffer.getvalue()
+
+
+def film(frames: list[Image.Image], seconds: float = 0.4) -> bytes:
+    """Pictures of one size as an animated GIF without end, so many seconds each, the last one six times as long."""
+    if not frames or any(frame.size != frames[0].size for frame in frames):
+        raise ValueError(f"film: needs frames, all of one size; has {sorted({frame.size for frame in frames})}")
+    # one table of colours for all, or colours would flicker
+    strip = Image.new("RGB", (frames[0].width, sum(frame.height for frame in frames)))
+    for frame, y in zip(frames, itertools.count(0, frames[0].height), strict=False):
+        strip.paste(frame, (0, y))
+    table = strip.quantize(128)
+    first, *others = (frame.quantize(palette=table, dither=Image.Dither.NONE) for frame in frames)
+    times = [round(1000 * seconds)] * len(others) + [round(6000 * seconds)]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
+    return buffer.getvalue()

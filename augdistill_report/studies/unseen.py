@@ -1,0 +1,168 @@
+"""A phi for images that it never saw: what notebook 07 trains and scores, one repetition (another world) at a time.
+
+Three ideas that the student report did not have: episodes (phi meets new images in every iteration, as it will when it
+is used), experts that were trained with an augmentation (they have something to teach), and two draws (a loss that does
+not punish randomness).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from augdistill_core import DistillConfig, Phi, snapshots_every
+from augdistill_report.data.augmentations import RandomAffine, augmentation_for
+from augdistill_report.data.datasets import Dataset
+from augdistill_report.settings import Settings
+from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.jobs import Subset
+from augdistill_report.work.probes import Probe
+from augdistill_report.work.provenance import own_source
+from augdistill_report.work.scoring import Evaluation
+from augdistill_report.work.setup import Setup
+
+POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
+
+CONDITIONED, POLICY = "unet_class_noise", "policy"
+
+# of episodes: names, and the phi's step size where it is not the run's own, which is the U-Net's (the MLP's: not tuned)
+OF_EPISODES = {
+    "class-blind U-Net": dict(phi="unet_noise"),
+    "class-blind MLP": dict(phi="mlp_noise", phi_lr=1e-3),
+    "conditioned U-Net": dict(phi=CONDITIONED),
+}
+
+ALONE = {  # controls: of which phi, and what of it
+    "what the conditioned U-Net stores": ("conditioned U-Net", "stored"),
+    "what the class-blind MLP adds": ("class-blind MLP", "added"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+    """One world, that of `settings`: its experts, its images, its phis."""
+
+    settings: Settings
+
+    @property
+    def few(self) -> Subset:
+        """A few images a class that no phi of episodes has seen."""
+        return Subset(self.settings.seed, per_class=self.settings.images_per_class)
+
+    @property
+    def rest(self) -> Subset:
+        """Where those phis come from: all of the data but the `POOL`."""
+        return Subset(self.settings.seed, fraction=1 - POOL, skip=POOL)
+
+    def setup(self, augment: str) -> Setup:
+        """The world with experts that were trained with an augmentation: here, as `expert_files` hold but one kind."""
+        return self.settings.select(Setup, expert_augment=augment, expert_files="")
+
+    def distillation(self, phi: str, subset: Subset, augment: str, **changes) -> Distillation:
+        config = self.settings.select(
+            DistillConfig, **dict(objective="trajectory", alpha_mode="held", draws=1) | changes
+        )
+        return Distillation(self.setup(augment), phi, subset, config, own_source(phi))
+
+    @property
+    def late(self) -> dict:
+        """How phis learn that are to be of use on much of the data: on late segments too (DATM)."""
+        s = self.settings
+        snapshots = snapshots_every(len(s.load().train), s)[1]
+        start = s.policy_max_start_epoch or snapshots - s.expert_epochs
+        return dict(iterations=s.policy_iterations, batch_syn=s.subset_batch, max_start_epoch=start, episode=0)
+
+    def ranges(self) -> dict[str, Distillation]:
+        """Policies that are to find the experts' augmentation: by two draws, by the ordinary loss, and a control."""
+        taught_augment, everything = self.settings.taught_augment, Subset(self.settings.seed, fraction=1.0)
+        return {
+            "two draws": self.distillation(POLICY, everything, taught_augment, draws=2, **self.late),
+            "ordinary loss": self.distillation(POLICY, everything, taught_augment, **self.late),
+            "two draws, plain experts": self.distillation(POLICY, everything, "none", draws=2, **self.late),
+        }
+
+    def episodes(self) -> dict[str, Distillation]:
+        """Phis that meet new images in every iteration, none of which they are scored on."""
+        s = self.settings
+        data = s.load()
+        if set(self.few.index(data).tolist()) & set(self.rest.index(data).tolist()):
+            raise ValueError(
+                f"images_per_class={s.images_per_class}: must be at most {POOL:.0%} of the smallest class of "
+                f"{data.name}, which is what no phi of episodes meets"
+            )
+        options = dict(iterations=s.episode_iterations, episode=s.images_per_class)
+        return {
+            name: self.distillation(subset=self.rest, augment=s.taught_augment, **options | phi)
+            for name, phi in OF_EPISODES.items()
+        }
+
+    def evaluation(
+        self, subset: Subset, distilled: Distillation | None = None, only: str = "", **changes
+    ) -> Evaluation:
+        changes = dict(eval_steps=self.settings.subset_eval_steps, eval_epochs=0) | changes
+        config = self.settings.eval_config(distilled is not None, **changes)
+        setup = distilled.setup if distilled else self.setup(self.settings.taught_augment)
+        return Evaluation(setup, subset, config, distilled, only)
+
+
+def repetitions(settings: Settings) -> list[Repetition]:
+    """As many as `settings.unseen_repeats`, each with a seed of its own."""
+    return [Repetition(dataclasses.replace(settings, seed=settings.seed + k)) for k in range(settings.unseen_repeats)]
+
+
+def holds(phi: Phi, data: Dataset) -> int:
+    """How many numbers a phi has learned, in images of the data set: what it could store."""
+    return round(sum(p.numel() for p in phi.parameters()) / math.prod(data.shape))
+
+
+def truth(settings: Settings) -> dict[str, float]:
+    """The ranges of the experts' augmentation, by the kinds of a policy; nothing where it has no such ranges."""
+    augment = augmentation_for(settings.taught_augment, settings.dataset)
+    if not isinstance(augment, RandomAffine):
+        return {}
+    of = {"rotation": augment.rotation, "scale": augment.scale, "shift_x": augment.shift, "shift_y": augment.shift}
+    return of | ({"flip": augment.flip} if augment.flip else {})
+
+
+def recovered(histories: list[list[dict]]) -> dict[str, list[float]]:
+    """Each kind's range over the last quarter of a run (geometric mean), a value a repetition."""
+    found: dict[str, list[float]] = {}
+    for history in histories:
+        for kind in history[-1]["phi"]:
+            values = [record["phi"][kind] for record in history[-max(1, len(history) // 4) :]]
+            found.setdefault(kind, []).append(float(np.exp(np.mean(np.log(values)))))
+    return found
+
+
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times a true range, where the loss is looked at
+
+SEGMENTS = 8  # of the experts' ways that it is looked at on, the same for all ranges
+
+
+def around(distilled: Distillation, truth: dict[str, float]) -> dict[tuple[str, float], Probe]:
+    """Probes of a policy that has the experts' own ranges but for one, which is a factor larger, by kind and factor."""
+    return {
+        (kind, factor): Probe(
+            distilled.setup, distilled, segments=SEGMENTS, ranges=tuple((truth | {kind: factor * truth[kind]}).items())
+        )
+        for kind in truth
+        for factor in FACTORS
+    }
+
+
+def valleys(found: dict[tuple[str, float, int], dict]) -> dict[str, dict[float, tuple[float, float]]]:
+    """By kind and factor: how much larger the loss of two draws is than at the experts' own ranges, and its error.
+
+    `found` are what probes found, by kind, factor and repetition. The mean over the segments of all, and its standard
+    error, of differences on the same segment.
+    """
+    losses: dict[tuple[str, float], np.ndarray] = {}
+    for (kind, factor, _), p in found.items():
+        unbiased = np.subtract(p["loss"], p["variance"])
+        losses[kind, factor] = np.append(losses.get((kind, factor), []), unbiased)
+    curves: dict[str, dict[float, tuple[float, float]]] = {}
+    for (kind, factor), values in losses.items():
+        over = values - losses[kind, 1.0]
+        error = float(over.std(ddof=1) / len(over) ** 0.5)
+        curves.setdefault(kind, {})[factor] = (float(over.mean()), error)
+    return curves

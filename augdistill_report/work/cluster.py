@@ -1,0 +1,292 @@
+"""The workers of a Dask cluster as a `Crew`: the same jobs, the same bits, on other machines.
+
+A worker needs the package and the data set, and shows before it works that both are the same as here. It works in the
+run's own folder where it sees it (and Dask's configuration does not say `augdistill.shared-folder: false`). Where it
+does not, it has a folder of its own: the artefacts that a job builds on are sent there, once, and the files that it
+makes come back as bytes. Dask gives the piece of a worker that dies to another.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import importlib.metadata
+import json
+import platform
+import queue
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import cloudpickle
+import dask
+import torch
+from distributed import Client, Security, Status, Worker, get_worker
+
+from augdistill_report.files.store import Store, write
+from augdistill_report.work.crew import Crew, own_phis, run_with
+from augdistill_report.work.jobs import Task
+from augdistill_report.work.progress import REFRESH
+from augdistill_report.work.provenance import SOURCES
+
+TIMEOUT = 10  # seconds that a scheduler has to answer
+
+VERSION = f"augdistill {importlib.metadata.version('augdistill')} (code {SOURCES.digest()}), torch {torch.__version__}"
+
+
+class UnfitWorker(concurrent.futures.BrokenExecutor, ValueError):
+    """A worker that would make something else, or nothing: it is named, and why."""
+
+
+class ClusterLost(concurrent.futures.BrokenExecutor, ConnectionError):
+    """The scheduler is gone, and with it all that was under way."""
+
+
+def connect(scheduler: str) -> Client:
+    """A client of the cluster whose scheduler has this address, or wrote this file; a `ValueError` if none answers."""
+    address = scheduler
+    if scheduler.endswith(".json"):
+        try:
+            address = json.loads(Path(scheduler).read_text())["address"]
+        except (OSError, ValueError, KeyError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
+            raise ValueError(
+                f"cluster={scheduler!r}: {reason}; must be written by `dask scheduler --scheduler-file`"
+            ) from None
+    if address.startswith("tls:") and not Security().get_connection_args("client").get("ssl_context"):
+        raise ValueError(
+            f"cluster={scheduler!r}: takes TLS alone, and Dask's configuration here names no certificates; must have "
+            "distributed.comm.tls.ca-file, and client.cert and client.key there"
+        )
+    try:
+        return Client(address, timeout=TIMEOUT, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cluster={scheduler!r}: no Dask scheduler answers there ({error})") from None
+
+
+@functools.cache  # the same for every cell of a sweep
+def check_cluster(scheduler: str) -> None:
+    """Refuse, before anything runs, a cluster that cannot be reached, or has a worker with another version."""
+
+    def version():  # a worker gets this as code, since it may lack the package
+        try:
+            from augdistill_report.work.cluster import VERSION
+        except ImportError as error:
+            return f"no such package ({error})"
+        return VERSION
+
+    with connect(scheduler) as client:
+        for worker, found in client.run(version).items():
+            if found != VERSION:
+                raise UnfitWorker(other_version(worker, found, VERSION))
+
+
+def other_version(worker: str, found: str, wanted: str) -> str:
+    return f"worker {worker} has {found}; must be {wanted}, as where the command runs: install that there"
+
+
+# --- here -------------------------------------------------------------------------------------------------------------
+
+
+class Cluster(Crew):
+    """Submits jobs to a cluster by Dask's own executor. How far they are, and what they lack, its workers tell."""
+
+    def __init__(self, scheduler: str, store: Store):
+        self.scheduler, self.store = scheduler, store
+        self.numbers: dict[concurrent.futures.Future, int] = {}
+        self.told: dict[int, tuple[float, str]] = {}
+        self.asked: queue.SimpleQueue = queue.SimpleQueue()
+        self.names: dict = {}  # of the artefacts that jobs build on
+
+    def __enter__(self):
+        self.client = connect(self.scheduler)
+        self.dashboard = self.client.dashboard_link
+        self.order = {"version": VERSION, "token": self.store.token(), "folder": str(self.store.folder.absolute())}
+        self.order |= {"threads": torch.get_num_threads(), "topic": f"augdistill-{uuid.uuid4().hex}"}
+        self.client.subscribe_topic(self.order["topic"], self.hear)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for future in self.numbers:
+            future.cancel()  # on the cluster, too
+        with contextlib.suppress(Exception):  # of a scheduler that is gone; the exception that matters is on its way
+            self.client.close(timeout=TIMEOUT)
+
+    @property
+    def about(self) -> str:
+        running = sum(number in self.told for number in self.numbers.values())
+        return f"{running} running on {self.dashboard}"
+
+    def submit(self, job):
+        setup = getattr(job, "setup", None)
+        order = self.order | {"number": len(self.numbers), "needs": self.there_of(job.needs())}
+        order["fingerprint"] = setup and setup.load(whiten=False).fingerprint
+        gpu = {"resources": {"GPU": 1}} if setup and setup.device == "cuda" else {}
+        future = self.client.get_executor(pure=False, **gpu).submit(work, order, cloudpickle.dumps((job, own_phis())))
+        self.numbers[future] = order["number"]
+        return future
+
+    def there_of(self, jobs: list) -> list[str]:
+        """The names of those artefacts of the jobs that are in the store."""
+        for job in jobs:
+            if job not in self.names:
+                self.names[job] = self.store.path(job.kind, job.spec()).name
+        return [self.names[job] for job in jobs if (self.store.folder / self.names[job]).is_file()]
+
+    def hear(self, event: tuple) -> None:
+        """What a worker tells, in the client's own thread."""
+        _, said = event
+        if "lacks" in said:
+            self.asked.put(said)
+        else:
+            self.told[said["number"]] = (said["part"], said["note"])
+
+    def state(self, future):
+        if self.client.status != "running":
+            raise self.lost()
+        while not self.asked.empty():
+            self.send(**self.asked.get())
+        return self.told.get(self.numbers[future], (0.0, ""))
+
+    def send(self, worker: str, lacks: list[str]) -> None:
+        """Give a worker what it lacks, a file at a time; one that has died meanwhile needs nothing any more."""
+        for name in lacks:
+            content = (self.store.folder / name).read_bytes()
+            with contextlib.suppress(OSError):  # of a scheduler that is gone: the next look says so
+                self.client.run(receive, self.order["token"], name, content, workers=[worker], on_error="ignore")
+
+    def take(self, future):
+        self.told.pop(self.numbers.pop(future), None)
+        try:
+            result = future.result()
+        except concurrent.futures.CancelledError:
+            raise self.lost() from None
+        if "unfit" in result:
+            raise UnfitWorker(result["unfit"])
+        for name, content in result["files"].items():
+            path = self.store.folder.parent / name
+            if path.parent != self.store.folder:
+                write(path, content)
+            elif not path.is_file():  # a piece that was finished twice has made the same twice
+                with self.store.lock(path):
+                    write(path, content)
+        if result["error"]:
+            raise result["error"]
+
+    def lost(self) -> ClusterLost:
+        return ClusterLost(
+            f"cluster={self.scheduler!r}: its scheduler is gone; what was finished is kept, and the same command goes "
+            "on from there, on this cluster or another"
+        )
+
+
+# --- there ------------------------------------------------------------------------------------------------------------
+
+
+class Cancelled(Exception):
+    """Nobody wants the result any more."""
+
+
+def work(order: dict, packed: bytes) -> dict:
+    """On a worker: run a job. Why the worker is `unfit` for it; or the `files` to be sent back, and the `error`."""
+    worker = get_worker()
+    if order["version"] != VERSION:
+        return {"unfit": other_version(worker.address, VERSION, order["version"])}
+    job, phis = cloudpickle.loads(packed)
+    if reason := unfit(worker, job, order["fingerprint"]):
+        return {"unfit": f"worker {worker.address} on {platform.node()}: {reason}"}
+    store = Store(order["folder"])
+    shared = dask.config.get("augdistill.shared-folder", True) and store.known_by(order["token"])
+    store = store if shared else own_store(worker, order["token"])
+    torch.set_num_threads(order["threads"])
+    error = None
+    with Watch(worker, order, job) as watch:
+        if not shared:
+            watch.wait_for(store, order["needs"])
+        before = set() if shared else seen(store)
+        try:
+            run_with(job, store, phis, watch.tell)
+        except Exception as raised:
+            error = raised
+        watch.check()
+    if shared:
+        return {"files": {}, "error": error}
+    made = {path for path, _ in seen(store) - before} | {store.path(job.kind, job.spec())}
+    root = store.folder.parent
+    return {"files": {str(p.relative_to(root)): p.read_bytes() for p in made if p.is_file()}, "error": error}
+
+
+def unfit(worker: Worker, job, fingerprint: str | None) -> str:
+    """Why a worker must not run a job, if it must not."""
+    if worker.state.nthreads != 1:  # pieces in threads of one process would share what libraries keep global
+        return f"runs {worker.state.nthreads} pieces at a time in one process; start it with --nthreads 1"
+    try:
+        found = job.setup.load(whiten=False).fingerprint if fingerprint else None
+    except (ValueError, OSError, RuntimeError) as error:  # torch's own, of a GPU that is not there
+        return str(error)
+    other = f"its {fingerprint and job.setup.dataset} has fingerprint {found}, must be {fingerprint}"
+    return other if found != fingerprint else ""
+
+
+def own_store(worker: Worker, token: str) -> Store:
+    """Where a worker keeps what belongs to a store that it does not see: Dask removes it with the worker."""
+    return Store(Path(worker.local_directory) / "augdistill" / token / "artefacts")
+
+
+def receive(token: str, name: str, content: bytes, dask_worker: Worker) -> None:
+    write(own_store(dask_worker, token).folder / name, content)
+
+
+def seen(store: Store) -> set[tuple[Path, int]]:
+    """Every file of a run's folder, with its time, but those that are hidden or of a training under way."""
+    inside = [p for p in store.folder.parent.rglob("[!.]*") if p.is_file() and p.parent.suffix != ".training"]
+    return {(path, path.stat().st_mtime_ns) for path in inside}
+
+
+class Watch:
+    """While a job runs on a worker: tells the client how far it is, and ends it when nobody waits for it any more."""
+
+    def __init__(self, worker: Worker, order: dict, job: Task):
+        self.worker, self.order, self.job, self.key = worker, order, job, worker.get_current_task()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+
+    def __enter__(self):
+        self.tell(0.0, "")
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    @property
+    def cancelled(self) -> bool:
+        """Cancelled by its client, or by the client's end; or the worker itself is closing."""
+        task = self.worker.state.tasks.get(self.key)
+        closing = self.worker.status in (Status.closing, Status.closed, Status.failed)
+        return closing or task is None or task.state == "cancelled"
+
+    def look(self) -> None:
+        while not self.over.wait(REFRESH):
+            if self.cancelled:
+                self.job.cancel()
+                return
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise Cancelled
+
+    def tell(self, part: float, note: str) -> None:
+        self.check()
+        said = {"number": self.order["number"], "part": part, "note": note}
+        self.worker.log_event(self.order["topic"], said)
+
+    def wait_for(self, store: Store, names: list[str]) -> None:
+        """Ask the client for what this worker lacks, and wait until it is there."""
+        lacks = [name for name in names if not (store.folder / name).is_file()]
+        if lacks:
+            self.worker.log_event(self.order["topic"], {"worker": self.worker.address, "lacks": lacks})
+        while not all((store.folder / name).is_file() for name in lacks):
+            self.check()
+            time.sleep(0.05)

@@ -1,0 +1,116 @@
+"""The job that trains a phi on a subset."""
+
+import dataclasses
+import math
+import warnings
+
+from augdistill_core import DistillConfig, Distilled, Phi, distill, diverged, make_phi
+from augdistill_report.data.augmentations import augmentation, without_flips
+from augdistill_report.files.checkpoints import Checkpoint
+from augdistill_report.files.store import Store
+from augdistill_report.work.experts import load_trajectories, own_experts
+from augdistill_report.work.jobs import Job, Subset, Tick
+from augdistill_report.work.provenance import phi_modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(Job):
+    """A phi trained on a subset. `stored_phi` gives it back as `Distilled`; `stored_moments` as it was at times."""
+
+    phi: str
+    subset: Subset
+    config: DistillConfig
+    phi_source: str = ""  # of a phi that a user registered: what it says is part of what the result depends on
+
+    kind = "distilled"
+
+    def modules(self):
+        return [*super().modules(), *phi_modules(self.phi)]
+
+    @property
+    def cost(self):
+        c = self.config
+        images = c.episode * len(self.data.classes) or self.subset.about(self.data)
+        return c.iterations * c.draws * c.syn_steps * min(images, c.batch_syn or images)
+
+    def needs(self):
+        return own_experts(self.setup)
+
+    def fresh_phi(self):
+        base = self.data.train.take(self.subset.index(self.data)).images
+        return without_flips(make_phi(self.phi, base, len(self.data.classes), self.setup.seed), self.setup.dataset)
+
+    def checkpoint(self, store: Store) -> Checkpoint:
+        """How far it came when it was stopped: the same for every budget of minutes."""
+        spec = self.spec()
+        return Checkpoint(store, spec | {"config": spec["config"] | {"minutes": None}})
+
+    def work(self, store, tick):
+        checkpoint = self.checkpoint(store)
+        with checkpoint.held():
+            found, budget = checkpoint.read(), 60 * self.config.minutes or math.inf
+            if found and found["run"]["seconds"] > budget:  # of a run with more minutes: neither used nor replaced
+                found = checkpoint = None
+            return self.from_checkpoint(store, tick, found or {"run": None, "moments": {}}, checkpoint)
+
+    def from_checkpoint(self, store: Store, tick: Tick, found: dict, checkpoint: Checkpoint | None) -> tuple:
+        """The work from what was `found`; how far it comes goes to the checkpoint, where there is one."""
+        train = self.data.train
+        base = train.take(self.subset.index(self.data))
+        real = (train.images, train.labels) if self.config.objective == "real_loss" else None
+        phi, moments = self.fresh_phi(), found["moments"]
+
+        def on_iteration(record):
+            iteration = record["iteration"]
+            tick(iteration + 1, self.config.iterations, record["state"] and f"{self.phi}: {record['state']}")
+            if kept(iteration):
+                moments.update({f"{iteration}/{name}": t.clone() for name, t in phi.state_dict().items()})
+
+        def on_step(state):
+            if checkpoint:
+                checkpoint.offer(lambda: {"run": state(), "moments": moments})
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a divergence is a result here: it is stored and shown
+            result = distill(
+                phi,
+                base.images,
+                base.labels,
+                load_trajectories(self.setup, store),
+                self.config,
+                seed=self.setup.seed,
+                augment=augmentation(self.setup.augment, self.data),
+                real=real,
+                on_iteration=on_iteration,
+                on_step=on_step,
+                resume=found["run"],
+            )
+        if checkpoint and result.stopped and not diverged(result.stopped):
+            checkpoint.write()  # with more minutes it goes on from there
+        meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
+        return moments | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
+
+    def tidy(self, store):
+        checkpoint = self.checkpoint(store)
+        if checkpoint.there:
+            stopped = store.load(self.kind, self.spec())[1]["stopped"]
+            if not stopped or diverged(stopped):  # else more minutes may go on from it
+                checkpoint.remove()
+
+    def stored_phi(self, store: Store) -> Distilled:
+        return Distilled(self.stored_moments(store)["last"], **self.stored(store)[1])
+
+    def stored_moments(self, store: Store) -> dict[str, Phi]:
+        """phi before iterations "0", "1", "2", "4", "8" ..., and "last": what the run returned."""
+        tensors, meta = self.stored(store)
+        names = [str(r["iteration"]) for r in meta["history"] if kept(r["iteration"])] + ["last"]
+        phis = {moment: self.fresh_phi() for moment in names}
+        for moment, phi in phis.items():
+            start = f"{moment}/"
+            phi.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
+        return phis
+
+
+def kept(iteration: int) -> bool:
+    """Whether phi is kept as it was before this iteration: 0, 1, 2, 4, 8 ..., dense where things go wrong."""
+    return iteration & (iteration - 1) == 0

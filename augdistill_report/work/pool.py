@@ -1,0 +1,158 @@
+"""Many independent pieces of work over the cores, with progress, through one seam: a `concurrent.futures.Executor`.
+
+Every process uses the same number of threads, and a job's draws follow from its own seeds, so the results are the same
+bits however many processes there are.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from loky import get_reusable_executor
+
+from augdistill_core import Config, knob
+from augdistill_report.files.store import Store, write
+from augdistill_report.work.crew import Crew, own_phis, run_with
+from augdistill_report.work.progress import REFRESH
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Who shares the work: so many processes on this machine, or (its scheduler's address or file) a Dask cluster."""
+
+    processes: int = 1
+    cluster: str = ""
+
+    def crew(self, store: Store) -> "Crew":
+        if self.cluster:
+            from augdistill_report.work.cluster import Cluster  # late: it needs an extra
+
+            return Cluster(self.cluster, store)
+        return Processes(self.processes, store)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkConfig(Config):
+    """Who shares the work."""
+
+    workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
+    notebooks_at_once: int = knob(0, "of a report, sharing the workers; 0 = one, or all on a cluster", low=0)
+    cluster: str = knob("", "a Dask cluster that shares it instead: its scheduler's address, or its scheduler.json")
+
+    @property
+    def pool(self) -> Pool:
+        workers = self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
+        return Pool(max(workers // max(self.notebooks_at_once, 1), 1), self.cluster)
+
+
+class Processes(Crew):
+    """Processes on this machine, by loky. How far a job is stands in a file that its worker writes."""
+
+    def __init__(self, processes: int, store: Store):
+        self.processes, self.store, self.files = processes, store, {}
+
+    def __enter__(self):
+        # the workers stay for the next call: starting one costs seconds
+        start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(),))
+        self.executor = get_reusable_executor(self.processes, timeout=120, **start)
+        self.open = contextlib.ExitStack()
+        self.folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
+        # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
+        self.open.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="A worker was restarted")
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None:
+            self.executor.shutdown(wait=True, kill_workers=True)
+        self.open.close()
+
+    def submit(self, job):
+        file = self.folder / str(len(self.files))
+        future = self.executor.submit(_run, job, self.store, own_phis(), file)
+        self.files[future] = file
+        return future
+
+    def state(self, future):
+        try:
+            return tuple(json.loads(self.files[future].read_text()))
+        except (OSError, ValueError):
+            return 0.0, ""
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the workers
+
+
+def _run(job, store: Store, phis: dict, progress: Path) -> None:
+    """One job in a process of this machine."""
+
+    def tell(part, note):
+        with contextlib.suppress(OSError):
+            write(progress, json.dumps([part, note]))
+
+    run_with(job, store, phis, tell)
+
+
+def run_jobs(
+    jobs: list, store: Store, pool: Pool, show: Callable[[float, float, str], None], failures: dict | None = None
+) -> None:
+    """Run the jobs that the store lacks, shared by a pool; `show(done, total, note)` in jobs, parts of one included.
+
+    Each counts by its share of all their `cost`, so that what is left tells how long it will take. An exception in a
+    job ends the others, unless there are `failures` to put it in (by job); Ctrl-C does in any case. What was finished
+    is in the store.
+    """
+    missing = {store.path(job.kind, job.spec()): job for job in jobs}
+    missing = [job for path, job in missing.items() if not path.is_file()]
+    if not missing:
+        return
+    count, whole = len(missing), sum(job.cost for job in missing)
+    weight = {job: count * job.cost / whole if whole else 1.0 for job in missing}  # count, together
+    finished = 0.0
+    show(0, count, "")
+    if not pool.cluster and (pool.processes == 1 or count == 1):
+        for number, job in enumerate(missing, 1):
+            with _kept(job, failures):
+                at = finished, weight[job]
+                job.run(store, lambda done, total, note="", at=at: show(at[0] + at[1] * done / total, count, note))
+            finished += weight[job]
+            show(finished if number < count else count, count, "")
+        return
+    missing.sort(key=lambda job: -job.cost)  # else the longest may start last, and run alone
+    with pool.crew(store) as crew:
+        job_of = {crew.submit(job): job for job in missing}
+        waiting = set(job_of)
+        while waiting:
+            done, waiting = concurrent.futures.wait(
+                waiting, timeout=REFRESH, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                job = job_of.pop(future)  # forgotten, as its result may be large
+                with _kept(job, failures):
+                    crew.take(future)
+                finished += weight[job]
+            states = {future: crew.state(future) for future in waiting}
+            notes = dict.fromkeys(note for note in (crew.about, *(note for _, note in states.values())) if note)
+            parts = sum(part * weight[job_of[future]] for future, (part, _) in states.items())
+            show(finished + parts if waiting else count, count, "; ".join(notes))
+
+
+@contextlib.contextmanager
+def _kept(job, failures: dict | None):
+    """Put an exception of `job` into `failures`, if there are any to put it in; a dead worker ends everything."""
+    try:
+        yield
+    except Exception as error:
+        if failures is None or isinstance(error, concurrent.futures.BrokenExecutor):
+            raise
+        failures[job] = error

@@ -1,0 +1,110 @@
+"""What a phi and a student do, measured without learning anything."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_core import (
+    DistillConfig,
+    Trajectories,
+    augmented,
+    draw_base,
+    draw_batches,
+    draw_segment,
+    draw_steps,
+    make_phi,
+    matching_loss,
+    rms,
+    seeded,
+    unroll,
+)
+from augdistill_report.data.datasets import Split
+from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.experts import load_trajectories, own_experts
+from augdistill_report.work.jobs import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Job):
+    """The matching loss of a distilled phi on segments of its own, beside the identity's at the same alpha.
+
+    Of phi at one `moment` of its training (`stored_moments`), with the alpha that was learned by then, or another; a
+    policy with other `ranges` than it learned (`Policy.hold`), if there are any.
+    """
+
+    distilled: Distillation
+    moment: str = "last"
+    alpha: float | None = None
+    segments: int = 8
+    ranges: tuple[tuple[str, float], ...] = ()
+
+    kind = "probe"
+
+    def spec(self):
+        return super().spec() | {"distilled": self.distilled.spec()}
+
+    def needs(self):
+        return [self.distilled, *own_experts(self.setup)]
+
+    def work(self, store, tick):
+        distilled = self.distilled
+        base, alpha = self.data.train.take(distilled.subset.index(self.data)), self.alpha
+        if alpha is None:
+            meta = distilled.stored(store)[1]
+            alpha = meta["alpha"] if self.moment == "last" else meta["history"][int(self.moment)]["alpha"]
+        phi = distilled.stored_moments(store)[self.moment]
+        if self.ranges:
+            phi.hold(dict(self.ranges))
+        arguments = (phi, alpha, base, load_trajectories(self.setup, store), distilled.config)
+        return {}, probe(*arguments, self.segments, self.setup.seed)
+
+
+@torch.no_grad()
+def student_path(student: nn.Module, start: Tensor, phi, train: Split, alpha: float, steps: int, seed: int) -> Tensor:
+    """`[steps + 1, P]`: where a student goes from `start` in plain SGD steps of size `alpha` on all of phi(train)."""
+    x, index, noise, way = train.images, torch.arange(len(train)), seeded(seed, "path"), [start]
+    for _ in range(steps):
+        images = augmented(phi, x, train.labels, index, noise)
+        way.append(unroll(student, way[-1], [images], [train.labels], alpha))
+    return torch.stack(way)
+
+
+@torch.no_grad()
+def phi_images(phi, split: Split, seed: int) -> Tensor:
+    """One draw of phi(x) for all images of a split that is phi's base set, `[n, C, H, W]`, without a gradient."""
+    return augmented(phi, split.images, split.labels, torch.arange(len(split)), seeded(seed, "picture"))
+
+
+@torch.no_grad()
+def probe(
+    phi, alpha: float, train: Split, experts: Trajectories, config: DistillConfig, segments: int, seed: int
+) -> dict[str, list[float]]:
+    """What a student makes of phi(train) on `segments` random segments of the experts' ways, without learning anything.
+
+    A list a measure, a value a segment: `loss` (the matching loss), `identity` (the same without phi at the same
+    alpha), `variance` (the part of `loss` that is noise, of phi and of the batches, as two independent draws tell:
+    E||end - E end||^2 in units of the distance), `change` (how far phi(x) is from x) and `spread` (how far two draws
+    are apart), both in sizes of x.
+    """
+    config = dataclasses.replace(config, objective="trajectory")
+    generator, identity = seeded(seed, "probe"), make_phi("identity", train.images, 1, 0)
+    names = ("loss", "identity", "variance", "change", "spread")
+    found = {name: [] for name in names}
+    for segment in range(segments):
+        _, start, target = draw_segment(experts, config, generator)
+        base = draw_base(train.labels, config.episode, generator)
+        first, second = (draw_steps(base, config, generator) for _ in range(2))
+        x, ends, draws = train.images[base], [], []
+        for one, batches in ((phi, first), (phi, second), (identity, first)):
+            own = seeded(seed, "probe", segment, len(ends))
+            draws.append(augmented(one, x, train.labels[base], base, own))
+            fed, _ = draw_batches(one, None, train.images, train.labels, base, batches, config, "graph", own)
+            ends.append(unroll(experts.student, start, fed, [train.labels[b] for b in batches], alpha))
+        plain = [float(matching_loss(end, target, start)) for end in ends]
+        both = float(matching_loss(torch.stack(ends[:2]), target, start))
+        loss, size = (plain[0] + plain[1]) / 2, rms(x) or 1.0
+        values = (loss, plain[2], loss - both, rms(draws[0] - x) / size, rms(draws[0] - draws[1]) / size)
+        for name, value in zip(names, values, strict=True):
+            found[name].append(value)
+    return found

@@ -1,0 +1,145 @@
+"""What a number depends on beside its settings: the source of the code, versions, the machine, the commit.
+
+A stored result depends on the source of the modules that its own work imports, found from the imports themselves, one
+after the other (`imported`). Comments, docstrings and layout are left out, so editing them makes nothing anew.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from augdistill_core import builders, is_ours, origin
+from augdistill_report.files.store import digest
+from augdistill_report.places import ROOT
+
+PACKAGES = ("augdistill_core.py", "augdistill_method", "augdistill_report")
+CODE = [*PACKAGES, "notebooks", "pyproject.toml"]
+
+
+def read_sources(root: Path) -> dict[str, str]:
+    """The source of every module of ours below `root`, by its dotted name."""
+    files = [file for package in PACKAGES for file in [root / package, *sorted((root / package).rglob("*.py"))]]
+    names = {file: file.relative_to(root).with_suffix("").parts for file in files if file.suffix == ".py"}
+    return {".".join(p for p in parts if p != "__init__"): file.read_text("utf-8") for file, parts in names.items()}
+
+
+class Sources:
+    """The modules of ours, as they were when this was made: what each imports, and digests of what they say."""
+
+    def __init__(self, root: Path):
+        self.text = read_sources(root)
+        self.digest = functools.cache(self._digest)
+        self.tree = functools.cache(self._tree)
+        self.imported = functools.cache(self._imported)
+
+    def _tree(self, module: str) -> ast.Module:
+        """A module without what does not run: docstrings, and imports for type checkers."""
+        tree = ast.parse(self.text[module])
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if not isinstance(body, list):
+                continue
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                body[0].value.value = ""
+            body[:] = [n for n in body if not (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))]
+        return tree
+
+    def defined_in(self, module: str, name: str) -> str:
+        """The module that a name of a module comes from, where that only hands it on (as `augdistill_core` does)."""
+        for node in self.tree(module).body:
+            if isinstance(node, ast.ImportFrom) and node.module in self.text:
+                for alias in node.names:
+                    if name == (alias.asname or alias.name):
+                        inside = f"{node.module}.{alias.name}"
+                        return inside if inside in self.text else self.defined_in(node.module, alias.name)
+        return module
+
+    def imports(self, module: str) -> set[str]:
+        """The modules of ours that a module imports itself, at its top or later."""
+        found = set()
+        for node in ast.walk(self.tree(module)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names if alias.name in self.text}
+            elif isinstance(node, ast.ImportFrom) and node.module in self.text:
+                for alias in node.names:
+                    inside = f"{node.module}.{alias.name}"
+                    found.add(inside if inside in self.text else self.defined_in(node.module, alias.name))
+        return found - {module}
+
+    def _imported(self, module: str) -> frozenset[str]:
+        """The module itself, and all of ours that it imports, directly or not."""
+        found, left = set(), [module]
+        while left:
+            if (name := left.pop()) not in found:
+                found.add(name)
+                left += self.imports(name)
+        return frozenset(found)
+
+    def _digest(self, *modules: str) -> str:
+        """A digest of the source of all that these modules import (of everything, without any), and of torch."""
+        names = sorted(frozenset().union(*map(self.imported, modules)) if modules else self.text)
+        content = {name: hashlib.sha256(ast.dump(self.tree(name)).encode()).hexdigest() for name in names}
+        return digest({"torch": torch.__version__, "modules": content})
+
+
+SOURCES = Sources(ROOT)  # read at once: of the code that this process has imported
+
+
+# --- phis -------------------------------------------------------------------------------------------------------------
+
+
+def phi_modules(phi: str) -> list[str]:
+    """The modules of ours in which a phi (or each phi of a chain) is defined."""
+    return sorted({origin(build)[0] for build in builders(phi) if is_ours(build)})
+
+
+def own_source(phi: str) -> str:
+    """The source of what a user registered for this phi, whole files; "" for those of the zoo."""
+    return "".join(source_of(build) for build in builders(phi) if not is_ours(build))
+
+
+def source_of(build) -> str:
+    module = origin(build)[0]
+    try:
+        if module != "__main__" and (file := getattr(sys.modules.get(module), "__file__", None)):
+            return Path(file).read_text(encoding="utf-8")
+        return inspect.getsource(build)
+    except (OSError, TypeError):
+        return repr(build)  # holds an address: found again in this process only, never mistaken for another
+
+
+# --- versions and the commit ------------------------------------------------------------------------------------------
+
+
+def versions(device: str) -> dict:
+    cuda = device == "cuda"
+    on = torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": on}
+
+
+def git(*arguments: str) -> str:
+    """What git says of this clone; "" without git or outside a clone."""
+    try:
+        out = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return out.stdout.strip()
+
+
+def environment(device: str) -> dict:
+    """What a number depends on beside its settings: versions, the machine, and the last commit that touched code."""
+    return {
+        **versions(device),
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "commit": git("log", "-1", "--format=%H", "--", *CODE),
+        "uncommitted": bool(git("status", "--porcelain", "--", *CODE)),
+    }

@@ -1,0 +1,319 @@
+"""Scoring a method: fresh students, trained on what it makes of a subset, judged on images that nobody trained on."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_core import (
+    Added,
+    Applied,
+    Config,
+    Stored,
+    Trajectories,
+    augmented,
+    initial_parameters,
+    knob,
+    logits_of,
+    minibatches,
+    seeded,
+    sgd,
+    unflatten,
+)
+from augdistill_report.data.augmentations import AUGMENTATIONS, augmentation
+from augdistill_report.data.datasets import Split
+from augdistill_report.data.instaaug import InstaAug
+from augdistill_report.files.store import Store
+from augdistill_report.work.experts import load_trajectories, own_experts
+from augdistill_report.work.jobs import Job, Subset, Tick
+from augdistill_report.work.setup import Setup, public_name
+from augdistill_report.work.students import STUDENTS, accuracy_of
+
+if TYPE_CHECKING:  # handed in: what it was made with is part of its own digest
+    from augdistill_report.work.distillation import Distillation
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Config):
+    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT).
+
+    MTT's protocol is eval_epochs 1000, eval_batch 256, eval_lr 0 and eval_augment dsa; DC-Bench's the same with
+    eval_lr .01. (Both codes train one epoch more, and drop the step size, and the momentum with it, two epochs later.)
+    """
+
+    eval_students: int = knob(5, "fresh students, each with a seed of its own", low=2)
+    eval_steps: int = knob(300, "SGD steps of each", low=2)
+    eval_epochs: int = knob(0, "their passes over the images instead; 0 = as many steps as eval_steps", low=0)
+    eval_batch: int = knob(64, "images a step (all, if there are fewer)", low=1)
+    eval_lr: float = knob(0.02, "SGD step size; 0 = the alpha that phi learned (plain images: alpha)", low=0)
+    eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
+    eval_decay: float = knob(5e-4, "weight decay", low=0)
+    eval_patience: int = knob(
+        0,
+        "how often eval_steps more may fail to improve the validation accuracy before the step size falls, and again "
+        "before training ends, with the best student; 0 = eval_steps (or eval_epochs) are all",
+        low=0,
+    )
+    eval_student: str = knob("convnet", "which students: the experts' own, or others", choices=("convnet", *STUDENTS))
+    eval_augment: str = knob("none", "augmentation after phi in every step", choices=(*AUGMENTATIONS, "instaaug"))
+    eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
+    eval_augment_probability: float = knob(
+        1.0, "part of the images that it is applied to, drawn in every step, unless it is instaaug", low=0, high=1
+    )
+    eval_reward: float = knob(1.0, "times its rewards for wide ranges, where it is instaaug", low=0)
+    eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
+    phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
+    phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
+
+    def steps(self, images: int) -> int:
+        """How many steps a student takes on so many images."""
+        return self.eval_epochs * -(-images // self.eval_batch) or self.eval_steps
+
+
+CONTROLS = {"stored": Stored, "added": Added}  # a part of what phi does, by the name that an `Evaluation` has for it
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Job):
+    """Fresh students trained on a subset, through a distilled phi or (None) plainly, and their validation accuracy.
+
+    `only` "stored": through nothing but what phi makes of a blank image (`Stored`); "added": through what it adds to
+    each image, without the image (`Added`). What the students are worth on the test split, only a `Score` says.
+    """
+
+    subset: Subset
+    config: EvalConfig
+    distilled: "Distillation | None" = None
+    only: str = ""
+
+    kind = "students"
+
+    @property
+    def cost(self):
+        c, images = self.config, round(self.subset.about(self.data))
+        return c.eval_students * c.steps(images) * min(images, c.eval_batch)
+
+    def __post_init__(self):
+        if self.only not in (("", *CONTROLS) if self.distilled else ("",)):
+            controls = " or ".join(map(repr, CONTROLS))
+            raise ValueError(f"only={self.only!r}: must be empty, or {controls} beside a distilled phi")
+        if not (self.config.eval_lr or self.distilled):
+            raise ValueError("eval_lr=0.0: must be above 0 for plain images, which have learned no step size")
+        if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
+            ours, its = (", ".join(map(str, images_of(s))) for s in (self.setup, self.distilled.setup))
+            raise ValueError(f"phi {self.distilled.phi!r} was trained on {its}: not for {ours} (dataset, size, zca)")
+
+    def spec(self):
+        return super().spec() | {"distilled": self.distilled and self.distilled.spec()}
+
+    def needs(self):
+        teachers = own_experts(self.setup) if self.config.eval_labels == "soft" else []
+        return [self.distilled, *teachers] if self.distilled else teachers
+
+    def student(self):
+        build = STUDENTS.get(self.config.eval_student)
+        if build is None:
+            return super().student()
+        return build(self.data.shape[0], len(self.data.classes), self.setup.size).to(self.setup.device)
+
+    def phi(self, store: Store) -> Applied | None:
+        """The distilled phi as students meet it: so strongly, so often, or but a part of what it does."""
+        if self.distilled is None:
+            return None
+        phi = self.distilled.stored_phi(store).phi
+        phi = CONTROLS[self.only](phi) if self.only else phi
+        return Applied(phi, self.config.phi_strength, self.config.phi_probability)
+
+    def augment(self) -> Applied | None:
+        """The augmentation after phi as students meet it; None where there is none, or one that learns with them."""
+        c = self.config
+        known = None if c.eval_augment == "instaaug" else augmentation(c.eval_augment, self.data, c.eval_magnitude)
+        return known and Applied(known, probability=c.eval_augment_probability)
+
+    def work(self, store, tick):
+        models, found = self.trained(store, tick)
+        states = {f"{k}/{name}": t for k, model in enumerate(models) for name, t in model.state_dict().items()}
+        return states, {"validation": found}
+
+    def trained(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
+        """The students, and the validation accuracy of each."""
+        data, config = self.data, self.config
+        if not config.eval_lr:  # a raw alpha that ran below zero teaches nothing: then students stay as they are
+            config = dataclasses.replace(config, eval_lr=max(self.distilled.stored_phi(store).alpha, 0.0))
+        train, validation = data.train.take(self.subset.index(data)), data.validation.made()
+        arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
+        soft, total = config.eval_labels == "soft", config.eval_students
+        teacher = teacher_of(load_trajectories(self.setup, store)) if soft else None
+        learns = config.eval_augment == "instaaug"
+        learner = functools.partial(InstaAug, reward=config.eval_reward) if learns else None
+        options = dict(augment=self.augment(), learner=learner, teacher=teacher)
+        return evaluate(*arguments, **options, on_student=lambda done: tick(done, total))
+
+    def students(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
+        """The same; those that a choice has stored, or trained now and not stored (they may be large)."""
+        if not store.has(self.kind, self.spec()):
+            return self.trained(store, tick)
+        tensors, meta = self.stored(store)
+        models = [self.student().eval() for _ in meta["validation"]]
+        for k, model in enumerate(models):
+            start = f"{k}/"
+            model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+        return models, meta["validation"]
+
+
+def images_of(setup: Setup) -> tuple:
+    """What images a phi takes in this world."""
+    return public_name(setup.dataset), setup.size, setup.zca
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Job):
+    """The last scoring: what an evaluation's students are worth on the test split, which nothing else opens."""
+
+    evaluation: Evaluation
+
+    kind = "accuracy"
+
+    @property
+    def cost(self):
+        return self.evaluation.cost
+
+    def spec(self):
+        return super().spec() | {"evaluation": self.evaluation.spec()}
+
+    def needs(self):
+        return [self.evaluation, *self.evaluation.needs()]
+
+    def work(self, store, tick):
+        models, validation = self.evaluation.students(store, tick)
+        test = self.data.test.opened().made()
+        return {}, {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
+
+
+def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
+    """What the experts, as they ended, say of images `[B, C, H, W]`: their mean probabilities `[B, classes]`."""
+    student, ends = (
+        experts.student,
+        [unflatten(experts.student, way[experts.snapshots - 1]) for way in experts.trajectories],
+    )
+    return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
+
+
+MAX_LOOKS = 20  # times eval_steps that a student with patience takes at most
+
+
+class Patience:
+    """Ends a training that stops improving: the step size falls to a tenth, and then it is over; the best is kept."""
+
+    def __init__(self, patience: int):
+        self.patience, self.factor, self.best, self.state, self.failed, self.looks = patience, 1.0, -1.0, {}, 0, 0
+
+    def is_over(self, model: nn.Module, accuracy: float) -> bool:
+        """Whether training is over, now that the model has reached this accuracy."""
+        self.looks += 1
+        if accuracy > self.best:
+            self.best, self.failed = accuracy, 0
+            self.state = {name: t.clone() for name, t in model.state_dict().items()}
+        else:
+            self.failed += 1
+        if self.failed == self.patience and self.factor == 1:
+            self.factor, self.failed = 0.1, 0
+        return self.failed == self.patience or self.looks == MAX_LOOKS
+
+
+def train_student(
+    student: nn.Module,
+    phi,
+    images: Tensor,
+    labels: Tensor,
+    config: EvalConfig,
+    *seed,
+    augment=None,
+    teacher=None,
+    validation: Split | None = None,
+) -> nn.Module:
+    """One fresh student, trained on augment(phi(images)), both drawn afresh in every step; in its evaluation mode.
+
+    `phi` None trains on the images themselves. The step size falls to a tenth halfway, or as `config.eval_patience`
+    says, by accuracy on the `validation` split. One `seed` (path) gives the same initialisation, batches and
+    augmentations for every phi, so that methods are compared in pairs. With a `teacher` the labels are what it says of
+    each image that is fed (Qin et al. 2024). An augmentation that learns (`InstaAug`) learns along. A phi or an
+    augmentation that changes the shape or returns what is not finite is a `ValueError` that names it.
+    """
+    generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
+    start = initial_parameters(student, generator).to(images)
+    learns = isinstance(augment, InstaAug)
+
+    def through(method, x: Tensor, i: Tensor, own: torch.Generator) -> Tensor:
+        x = augmented(method, x, labels[i], i, own)
+        if not x.isfinite().all():
+            raise ValueError(f"{name_of(method)} returns values that are not finite")
+        return x
+
+    def batches():
+        for i in minibatches(len(images), config.eval_batch, generator):
+            with torch.no_grad():
+                fed = through(phi, images[i], i, noise)
+            with torch.set_grad_enabled(learns):
+                fed = through(augment, fed, i, shaking)
+            yield fed, teacher(fed.detach()) if teacher else labels[i]
+            if learns:
+                augment.learn()
+
+    count, patience = config.steps(len(images)), Patience(config.eval_patience)
+
+    def rate(step: int) -> float:
+        if config.eval_patience:
+            return config.eval_lr * patience.factor
+        return config.eval_lr * (0.1 if step >= count // 2 else 1.0)
+
+    steps = sgd(student, start, batches(), rate, config.eval_momentum, config.eval_decay)
+    if not config.eval_patience:
+        *_, (model, _) = itertools.islice(steps, count)
+        return model.eval()
+    for step, (model, _) in enumerate(steps, 1):
+        if step % count == 0:
+            over = patience.is_over(model, accuracy_of(model.eval(), validation))
+            model.train()
+            if over:
+                break
+    model.load_state_dict(patience.state)
+    return model.eval()
+
+
+def name_of(method) -> str:
+    """What a phi or an augmentation is called in a message."""
+    return type(getattr(method, "phi", method)).__name__
+
+
+def evaluate(
+    student: nn.Module,
+    phi,
+    train: Split,
+    validation: Split,
+    config: EvalConfig,
+    seed: int,
+    *,
+    augment=None,
+    learner=None,
+    teacher=None,
+    on_student=None,
+) -> tuple[list[nn.Module], list[float]]:
+    """`config.eval_students` students trained on phi(train), and the accuracy of each on the validation split.
+
+    `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data,
+    and so is the `teacher` for `config.eval_labels`. In its place `learner(images, seed)` builds an augmentation that
+    learns, one for each student.
+    """
+    images, labels, models = train.images, train.labels, []
+    for k in range(config.eval_students):
+        own = learner(images, k) if learner else augment
+        arguments = (student, phi, images, labels, config, seed, "student", k)
+        models.append(train_student(*arguments, augment=own, teacher=teacher, validation=validation))
+        if on_student is not None:
+            on_student(k + 1)
+    return models, [accuracy_of(model, validation) for model in models]

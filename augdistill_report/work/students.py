@@ -1,0 +1,58 @@
+"""Students of other architectures, to ask whether what phi learned carries over: `STUDENTS` names them.
+
+They are trained and scored only (`eval_student`); experts and unrolls keep the ConvNet.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_core import flatten, logits_of, unflatten
+from augdistill_report.data.datasets import Split
+
+
+@torch.no_grad()
+def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
+    """The fraction of `split` that `student` with parameters `theta` `[P]` classifies right."""
+    pieces = unflatten(student, theta)
+    right = 0
+    for part in split.batches(512):
+        logits = logits_of(student, pieces, part.images)
+        right += int((logits.argmax(1) == part.labels).sum())
+    return right / len(split)
+
+
+def accuracy_of(model: nn.Module, split: Split) -> float:
+    """The `accuracy` of a model with its own parameters."""
+    return accuracy(model, flatten(model.parameters()).detach(), split)
+
+
+def mlp(channels: int, classes: int, size: int) -> nn.Module:
+    """Two hidden layers of 128, as in MTT's official code."""
+    widths = channels * size * size, 128, 128
+    hidden = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, classes))
+
+
+def lenet(channels: int, classes: int, size: int) -> nn.Module:
+    """LeNet-5 with ReLU and max pooling; both convolutions padded, so that it takes small images."""
+    features = [nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    features += [nn.Conv2d(6, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    head = [nn.Linear(16 * (size // 4) ** 2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)]
+    return nn.Sequential(*features, nn.Flatten(), *head)
+
+
+def resnet18(channels: int, classes: int, size: int) -> nn.Module:
+    """torchvision's ResNet-18 with the stem for small images: one 3x3 convolution, stride 1, no pooling."""
+    from torchvision.models import resnet18 as build
+
+    model = build(num_classes=classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+# by name: builders of (channels, classes, size)
+STUDENTS: dict[str, Callable[[int, int, int], nn.Module]] = {f.__name__: f for f in (mlp, lenet, resnet18)}

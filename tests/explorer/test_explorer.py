@@ -1,0 +1,549 @@
+"""The explorer without a browser: what it finds and shows, what training in the background comes to, bad input."""
+
+import gc
+import io
+import itertools
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ipywidgets import Widget
+from PIL import Image
+
+from augdistill_core import PHIS, DistillConfig, Phi, augmented, register_phi, seeded
+from augdistill_report import load_phi, open_run
+from augdistill_report.explorer.page import Page
+from augdistill_report.explorer.state import Explorer, Noised, View, choice_titles, frames
+from augdistill_report.explorer.training import Background, Stopped, Training
+from augdistill_report.places import NOTEBOOKS
+from augdistill_report.settings import MENDED, REPORT_NETWORK, STUDENT_REPORT
+from augdistill_report.show.image_grids import difference_image, film, image_grid, png
+from augdistill_report.work.probes import phi_images
+
+
+def run_in(folder: Path, name: str = "smoke", **changes):
+    return open_run("06_phi_explorer", {"preset": "smoke", "out": str(folder / name), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that holds trained phis: that of notebook 03, some by other settings, and the pixels of notebook 02."""
+    run = run_in(tmp_path_factory.mktemp("runs"))
+    rows = {"unet": run.distillation(run.settings.phi, run.base)}
+    rows["other"] = run.distillation(run.settings.phi, run.base, phi_lr=0.5)
+    rows["other alpha"] = run.distillation(run.settings.phi, run.base, alpha=0.5)
+    rows["pixels"] = run.distillation("pixels", run.base, run.settings.pixel_config)
+    rows["report"] = run.distillation(REPORT_NETWORK, run.base, **STUDENT_REPORT)
+    run.distill(rows)
+    run.save("mine", rows["unet"])
+    return run, rows
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The same run in a folder of its own, to be damaged."""
+    shutil.copytree(finished[0].folder, tmp_path / "smoke")
+    return run_in(tmp_path)
+
+
+@pytest.fixture
+def opened():
+    """Open a page; at the end no callback may have failed but as the test says in `page.errors`, and nothing runs."""
+    pages = []
+
+    def open_page(run):
+        pages.append(Page(run))
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
+        assert not page.background.busy
+        assert page.errors == []
+
+
+def told(page, *errors: str) -> None:
+    """The errors that the page showed, in their order; they are taken as read."""
+    import re
+
+    assert len(page.errors) == len(errors), page.errors
+    for error, pattern in zip(page.errors, errors, strict=True):
+        assert re.search(pattern, str(error)), error
+    page.errors.clear()
+
+
+def wait(page, seconds: float = 60.0) -> str:
+    deadline = time.monotonic() + seconds
+    while page.background.busy:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return page.status.value
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_shows_every_pixel_where_it_belongs(rng_untouched):
+    rng = np.random.default_rng(0)
+    grey, colour = (torch.from_numpy(rng.random((n, c, 5, 4), dtype=np.float32)) for n, c in ((3, 1), (2, 3)))
+    with rng_untouched():
+        sheet = np.array(image_grid({"a": grey, "b": colour}, ["x", "y", "z"], cell=8))
+    for images, line in ((grey, 0), (colour, 1)):
+        for place, image in enumerate(images):
+            expected = (image.expand(3, 5, 4).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            tall = expected.repeat(2, 0).repeat(2, 1)
+            found = sheet[24 + 16 * line :, -3 * 14 + 14 * place :][:10, :8]
+            assert np.array_equal(found, tall)
+    assert (sheet[24 + 16 :, -14:] == 255).all()  # a shorter row leaves paper
+
+
+@pytest.mark.parametrize("size", [1, 32, 200])
+def test_sheets_of_any_size_hold_a_picture(size):
+    images = torch.rand(2, 1, size, size, generator=seeded(0))
+    images[0, 0, 0, 0] = torch.nan
+    sheet = image_grid({"": images, "no images": images[:0]}, ["a very long name of a class", ""])
+    assert Image.open(io.BytesIO(png(sheet))).size == sheet.size
+    assert png(sheet) == png(sheet)
+
+
+def test_no_difference_is_grey():
+    assert torch.equal(difference_image(torch.tensor([0.0, -1.0, 1.0, -3.0])), torch.tensor([0.5, 0.0, 1.0, 0.0]))
+
+
+def test_a_film_plays_its_frames_in_order():
+    shades = [Image.new("RGB", (30, 20), (k, 255 - k, 40)) for k in (0, 90, 200)]
+    played = Image.open(io.BytesIO(film(shades, seconds=0.1)))
+    assert played.n_frames == 3 and played.info["loop"] == 0
+    for k, frame in enumerate(shades):
+        played.seek(k)
+        assert np.abs(np.array(played.convert("RGB"), int) - np.array(frame, int)).max() < 8
+        assert played.info["duration"] == (100 if k < 2 else 600)
+    with pytest.raises(ValueError, match="all of one size"):
+        film([shades[0], Image.new("RGB", (31, 20))])
+    with pytest.raises(ValueError, match="needs frames"):
+        film([])
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_opens_with_what_notebook_03_trained(finished):
+    run, rows = finished
+    explorer = Explorer(run)
+    assert explorer.choice.name.startswith("unet_noise, Adam 0.001, 1 a class, 4 iterations")
+    assert list(explorer.moments) == ["0", "1", "2", "last"] and explorer.problems == []
+    look, base = explorer.look(View(count=10)), run.train(run.base)
+    assert look.columns == [f"{c} ●" for c in run.data.classes]
+    assert torch.equal(look.rows["x"], run.data.pixels(base.images))
+    phi, pixels = (rows[name].stored_phi(run.store).phi for name in ("unet", "pixels"))
+    given = base.images[list(range(10)) + [0] * 6], torch.cat([base.labels, base.labels[:1].expand(6)])
+    expected = augmented(phi, *given, torch.arange(16), seeded(0, "explorer"))[:10]
+    assert torch.equal(look.rows["phi(x)"], run.data.pixels(expected))
+    assert torch.equal(look.rows["pixels (MTT)"], run.data.pixels(pixels.pixels))
+    size = (expected - base.images).square().mean().sqrt() / base.images.square().mean().sqrt()
+    assert look.change == pytest.approx(size.item())
+
+
+def test_every_slider_does_what_it_says(finished):
+    run, _ = finished
+    explorer = Explorer(run)
+    explorer.choose(explorer.choices["untrained distnet2"])
+    whole = explorer.look(View())
+    assert explorer.look(View(strength=0)).change == 0
+    assert explorer.look(View(strength=0.5)).change == pytest.approx(whole.change / 2)
+    assert torch.equal(explorer.look(View()).rows["phi(x)"], whole.rows["phi(x)"])
+    assert not torch.equal(explorer.look(View(seed=1)).rows["phi(x)"], whole.rows["phi(x)"])
+    still = [explorer.look(View(noise=0, seed=seed)).rows["phi(x)"] for seed in (0, 1)]
+    assert torch.equal(*still)
+    for count, label in itertools.product((1, 7, 20), (-1, 0, 9)):
+        look = explorer.look(View(count=count, label=label, image=20))
+        assert len(look.columns) == count and len(look.draws[f"image {count}"]) == 6
+        index = explorer.index(View(count=count, label=label))
+        assert len(set(index.tolist())) == count
+        assert label < 0 or set(run.data.train.labels[index].tolist()) == {label}
+    assert set(explorer.index(View(count=10)).tolist()) == set(run.base.index(run.data).tolist())
+    with pytest.raises(ValueError, match="label=10: must be a class of digits, at most 9"):
+        explorer.look(View(label=10))
+    for key, value in {"strength": 1.6, "noise": -0.1, "count": 21, "image": 0, "label": -2}.items():
+        with pytest.raises(ValueError, match=f"{key}={value}"):
+            View(**{key: value})
+
+
+@pytest.mark.parametrize("name", PHIS)
+def test_any_phi_of_the_zoo_can_be_turned(finished, name, rng_untouched):
+    run, _ = finished
+    explorer = Explorer(run)
+    explorer.choose(explorer.choices[f"untrained {name}"])
+    with rng_untouched():
+        look = explorer.look(View(strength=0.7, noise=1.5, count=20))
+        explorer.prepare(View())
+    bound = explorer.moments["0"].bound
+    assert len(look.columns) == (10 if bound else 20)
+    assert all(images.min() >= 0 and images.max() <= 1 for images in look.rows.values())
+
+
+def test_noise_is_measured_from_the_mean_of_draws():
+    class Shifted(Phi):
+        stochastic = True
+
+        def forward(self, images, *, generator, **_):
+            return images + torch.randn(len(images), 1, 1, 1, generator=generator)
+
+    x, given = torch.zeros(4, 1, 3, 3), {"labels": torch.zeros(4).long(), "index": torch.arange(4)}
+    draws = [Shifted()(x, generator=seeded(k, "mean"), **given) for k in range(4)]
+    mean, draw = torch.stack(draws).mean(0), Shifted()(x, generator=seeded(5), **given)
+    for noise in (0, 0.3, 1, 2):
+        out = Noised(Shifted(), noise)(x, generator=seeded(5), **given)
+        assert torch.allclose(out, mean + noise * (draw - mean), atol=1e-6)
+
+
+def test_what_is_there_twice_is_told_apart(finished):
+    run, rows = finished
+    named = choice_titles([rows["unet"], rows["other alpha"], rows["other"]])
+    assert named[0] == "unet_noise, Adam 0.001, 1 a class, 4 iterations, alpha 0.02"
+    assert named[1] == "unet_noise, Adam 0.001, 1 a class, 4 iterations, alpha 0.5"
+    assert named[2] == "unet_noise, Adam 0.5, 1 a class, 4 iterations"
+    assert set(named) < set(Explorer(run).choices)
+
+
+def test_a_film_of_the_stored_way_ends_with_what_was_learned(finished):
+    run, rows = finished
+    ways = {name: rows[name].stored_moments(run.store) for name in ("unet", "report")}
+    pictures = frames(run, ways)
+    assert len(pictures) == len(ways["unet"]) and len({picture.size for picture in pictures}) == 1
+    base = run.train(run.base)
+    last = {"x": run.data.pixels(base.images)}
+    last |= {name: run.data.pixels(phi_images(way["last"], base, 0)) for name, way in ways.items()}
+    assert png(pictures[-1]) == png(image_grid(last, run.titles(base), 56, title="iteration last"))
+
+
+# --- what is found, and what is not -----------------------------------------------------------------------------------
+
+
+def test_no_runs_yet_offers_to_train(tmp_path, opened):
+    page = opened(run_in(tmp_path))
+    assert "No phi has been trained on this data yet" in page.status.value and "Train it here" in page.status.value
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_runs_beside_this_one_are_found_and_other_data_are_not(copy, tmp_path, opened):
+    page = opened(run_in(tmp_path, "beside"))
+    assert any(name.startswith("unet_noise, Adam 0.001") for name in page.phi.options)
+    assert "file mine" in page.phi.options
+    bigger = opened(run_in(tmp_path, "bigger", size=16))
+    assert not any(choice.trained for choice in bigger.explorer.choices.values())
+    assert "mine.safetensors: phi of digits, 1x8x8, not of these (digits, 1x16x16)" in bigger.status.value
+    assert "5 results of other data, or of another version of the code" in bigger.status.value
+
+
+def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
+    stored = sorted((copy.folder / "artefacts").glob("distilled-*.safetensors"))
+    job = copy.distillation(copy.settings.phi, copy.base)
+    (other,) = {p for p in stored if "0.5" in json.dumps(job_spec(p)["config"]["phi_lr"])}
+    content = bytearray(other.read_bytes())
+    content[-3] ^= 255  # a tensor: told when it is read
+    other.write_bytes(content)
+    broken = copy.store.path("distilled", copy.distillation(REPORT_NETWORK, copy.base, **STUDENT_REPORT).spec())
+    broken.write_bytes(broken.read_bytes()[:100])
+    (copy.folder / "phis" / "pickle.safetensors").write_bytes(b"PK\x03\x04 a pickle")
+    page = opened(copy)
+    for name in (broken.name, "pickle.safetensors"):
+        assert f"{name} is damaged" in page.status.value
+    before = page.phi.value
+    assert before.startswith(f"{job.phi}, Adam 0.001")
+    grid, (name,) = page.grid.value, [name for name in page.phi.options if "Adam 0.5" in name]
+    page.phi.value = name
+    assert 'role="alert"' in page.status.value and f"{other} is damaged" in page.status.value
+    told(page, "contents are not those that were written")
+    assert page.phi.value == before and page.grid.value == grid
+    page.seed.value = 3
+    assert page.grid.value != grid and "Error" not in page.status.value
+
+
+def job_spec(path: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["spec"])
+
+
+def test_damaged_pixels_leave_their_row_out(copy, opened):
+    job = copy.distillation("pixels", copy.base, copy.settings.pixel_config)
+    path = copy.store.path(job.kind, job.spec())
+    path.write_bytes(path.read_bytes()[:-5])
+    page = opened(copy)
+    assert "pixels (MTT)" not in page.explorer.look(page.view).rows
+    assert path.name in page.status.value
+
+
+def test_data_that_are_not_here_are_a_line_and_the_old_ones_stay(finished, opened, monkeypatch, tmp_path):
+    monkeypatch.delenv("AUGDISTILL_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    page = opened(finished[0])
+    page.data.value = "cifar100"
+    told(page, "dataset='cifar100': not found.*augdistill data fetch cifar100")
+    assert page.data.value == "smoke" and page.explorer.run is finished[0]
+    page.data.value = "digits"  # of another size, beside it
+    assert page.explorer.data.shape == (1, 16, 16) and page.steps.value == 15
+    assert len(page.label.options) == 11 and "No phi has been trained" in page.status.value
+    assert not (finished[0].folder.parent / "digits").exists()  # looking leaves nothing
+
+
+def test_a_phi_of_ones_own_is_there_too(tmp_path, opened):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from augdistill_core import Phi, register_phi\n"
+        "@register_phi('darker')\n"
+        "class Darker(Phi):\n"
+        "    def __init__(self, images, classes):\n"
+        "        super().__init__()\n"
+        "    def forward(self, images, **_):\n"
+        "        return images - 1\n"
+    )
+    page = opened(run_in(tmp_path, phis=str(own), phi="darker"))
+    assert page.phi.value == "untrained darker" and "darker" in page.network.options
+    assert "changes images by" in page.caption.value
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def nothing(*_):
+    pass
+
+
+@pytest.mark.parametrize("phi", ["unet_noise", "distnet2"])
+def test_training_by_pieces_comes_to_the_same_bits(tmp_path, phi):
+    run = run_in(tmp_path)
+    training = Training(run, phi, run.settings.select(DistillConfig, iterations=1))
+    told_to_stop = iter([False] * 4 + [True] * 9)
+
+    def check():
+        if next(told_to_stop):
+            raise Stopped
+
+    def thread(iterations, check):
+        background = Background()
+        errors = []
+        background.start(lambda: training.more(iterations, check, nothing), errors.append)
+        background.thread.join()
+        return errors
+
+    run.experts()
+    assert thread(2, nothing) == [None]
+    assert thread(50, check) == [None]
+    done = len(training.history)
+    assert done == 7 and list(training.moments()) == ["0", "1", "2", "4", "now"]
+    job = training.store()
+    other = run_in(tmp_path, "other")
+    expected = other.distillation(phi, other.base, iterations=done)
+    assert job == expected  # so notebook 03 finds it
+    found, made = job.stored(run.store), expected.stored(other.store)
+    assert found[1] == made[1] and training.alpha == made[1]["alpha"]
+    assert found[0].keys() == made[0].keys() and all(torch.equal(t, made[0][k]) for k, t in found[0].items())
+    now, last = training.moments()["now"], job.stored_moments(run.store)["last"]
+    assert all(torch.equal(a, b) for a, b in zip(now.parameters(), last.parameters(), strict=True))
+
+
+def test_the_report_s_setting_dies_and_the_mended_one_learns(tmp_path, opened):
+    page = opened(run_in(tmp_path))
+    page.iterations.value = 30
+    page.report.click()
+    assert (page.network.value, page.optimizer.value, page.step.value, page.mode.value) == (
+        REPORT_NETWORK,
+        "SGD",
+        1000,
+        "raw",
+    )
+    page.train.click()
+    status = wait(page)
+    assert 'role="alert"' in status and "distnet2, SGD 1000 diverged at iteration" in status
+    (died,) = page.here()
+    job = died.store()
+    assert job.stored(page.run.store)[1]["stopped"] == died.stopped and job.config.iterations == 30
+    page.train.click()
+    wait(page)
+    told(page, "diverged.*start anew with other settings")
+    page.strength.value = 0.5  # the page lives on
+    assert "Error" not in page.status.value
+    page.mended.click()
+    page.train.click()
+    assert "distnet2, Adam 0.01 has 30 iterations behind it" in wait(page)
+    _, learns = page.here()
+    losses = [record["loss"] for record in learns.history]
+    assert sum(losses[-10:]) < sum(losses[:10]) and page.curves.layout.display == ""
+    page.report.click()  # and back: the same training is found again
+    page.mended.click()
+    page.iterations.value = 1
+    page.train.click()
+    wait(page)
+    assert len(page.here()) == 2 and len(learns.history) == 31
+
+
+def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, opened):
+    page = opened(run_in(tmp_path))
+    page.network.value, page.iterations.value = "unet_noise", 3
+    page.train.click()
+    wait(page)
+    page.strength.value = 0.5
+    page.evaluate.click()
+    assert "evaluated" in wait(page)
+    run = page.run
+    job = page.here()[0].store()
+    for row, (distilled, changes) in {
+        "plain images": (None, {}),
+        "identity": (None, {}),
+        "trained here": (job, {"phi_strength": 0.5}),
+    }.items():
+        score = run.evaluation(run.base, distilled, **changes).stored(run.store)[1]["validation"]
+        text = f"{100 * np.mean(score):.1f} ± {100 * np.std(score, ddof=1):.1f} % (n = 2)"
+        assert text in page.scores.value.split(row)[1].split("</tr>")[0]
+    page.name.value = "my phi"
+    page.save.click()
+    path = run.folder / "phis" / "my_phi.safetensors"
+    assert f"saved, for strength 0.5: {path}" in page.status.value
+    assert load_phi(path).about["strength"] == 0.5 and "file my_phi" in page.phi.options
+    changes = page.status.value.split("with ")[1].split("</div>")[0].replace("-p ", "").split()
+    given = dict(zip(changes[::2], changes[1::2], strict=True))
+    settings = run_in(tmp_path, "other", **given)
+    assert run.store.has(job.kind, settings.distillation(settings.settings.phi, settings.base).spec())
+    page.save.click()
+    told(page, "my_phi.safetensors is there already; choose another")
+    page.name.value = " "
+    page.save.click()
+    told(page, "name: is empty")
+    page.phi.value = "untrained unet"
+    page.name.value = "other"
+    page.save.click()
+    told(page, "untrained unet: has not been trained here")
+
+
+def test_students_take_the_step_size_that_phi_learned_where_they_are_to(tmp_path, opened):
+    page = opened(run_in(tmp_path, eval_lr=0.0, alpha=0.05))
+    page.iterations.value = 3
+    page.train.click()
+    wait(page)
+    page.evaluate.click()
+    assert "evaluated" in wait(page)
+    run, job = page.run, page.here()[0].store()
+    score = run.evaluation(run.base, job).stored(run.store)[1]["validation"]
+    assert (
+        f"{100 * np.mean(score):.1f} ± {100 * np.std(score, ddof=1):.1f} %"
+        in page.scores.value.split("trained here")[1]
+    )
+    page.save.click()
+    page.phi.value = "file mine"
+    page.evaluate.click()
+    told(page, "mine.safetensors: does not say which step size it learned")
+
+
+def test_one_thing_at_a_time_and_it_can_be_stopped(tmp_path, opened):
+    page = opened(run_in(tmp_path))
+    page.iterations.value = 500
+    page.train.click()
+    assert page.train.disabled and page.evaluate.disabled and page.save.disabled and not page.stop.disabled
+    deadline = time.monotonic() + 60
+    while not (page.here() and page.here()[0].history):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    page.start_training()
+    told(page, "something is under way")
+    seen = page.grid.value
+    page.strength.value = 0  # a slider works meanwhile
+    assert page.grid.value != seen
+    page.stop.click()
+    assert "iterations behind it" in wait(page)
+    assert 0 < len(page.here()[0].history) < 500
+    assert page.stop.disabled and not page.train.disabled
+    page.evaluate.click()
+    page.stop.click()
+    assert "stopped" in wait(page) or "evaluated" in page.status.value
+
+
+def test_impossible_settings_are_lines(tmp_path, opened):
+    page = opened(run_in(tmp_path))
+    page.target.value = 10
+    page.train.click()
+    told(page, "M = 10: the experts have 4 snapshots")
+    page.target.value = 4  # the start is then always the first snapshot
+    page.iterations.value = 1
+    page.train.click()
+    assert "1 iterations behind it" in wait(page)
+    page.take_mended()
+    page.network.value = "distnet2"
+    page.step.value = 1e-5
+    assert page.errors == []
+
+
+def test_an_error_that_nobody_expected_is_a_line_too(tmp_path, opened, monkeypatch):
+    page = opened(run_in(tmp_path))
+
+    @register_phi("broken")
+    class Broken(Phi):
+        def __init__(self, images, classes):
+            super().__init__()
+
+        def forward(self, images, **_):
+            raise ZeroDivisionError("a phi with an error")
+
+    page.look_again()
+    before = page.grid.value
+    page.phi.value = "untrained broken"
+    assert "unexpected ZeroDivisionError: a phi with an error" in page.status.value
+    told(page, "a phi with an error")
+    assert page.grid.value == before
+    page.phi.value = "untrained unet"
+    assert "Error" not in page.status.value
+    monkeypatch.setattr(Training, "more", lambda *_: {}["nothing"])
+    page.train.click()
+    assert "unexpected KeyError" in wait(page)
+    told(page, "nothing")
+
+
+def test_closing_while_it_trains_ends_the_thread(tmp_path):
+    page = Page(run_in(tmp_path))
+    page.iterations.value = 500
+    page.train.click()
+    page.close()
+    assert not page.background.busy and page.errors == []
+
+
+def test_hundreds_of_changes_leave_nothing_behind(finished, opened):
+    from matplotlib.figure import Figure
+
+    page = opened(finished[0])
+    widgets, figures = models(), count_of(Figure)
+    for change in range(60):
+        page.strength.value = 0.05 * (change % 30)
+        page.label.value = change % 10
+    assert models() == widgets and count_of(Figure) == figures
+    assert count_of(Image.Image) < 10
+
+
+def models() -> int:
+    """How many widgets there are in this process."""
+    return len(Widget.get_manager_state()["state"])
+
+
+def count_of(kind: type) -> int:
+    gc.collect()
+    return sum(type(o) is kind for o in gc.get_objects())
+
+
+def test_the_page_says_where_it_is_live_when_it_is_not(finished, opened):
+    shown = opened(finished[0])._repr_mimebundle_()
+    assert "make app" in shown["text/html"] and "application/vnd.jupyter.widget-view+json" in shown
+
+
+def test_the_settings_are_those_of_notebook_03():
+    source = json.loads((NOTEBOOKS / "03_phi_distillation.ipynb").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in source["cells"])
+    (line,) = (line for line in code.splitlines() if line.startswith("report = dict("))
+    scope: dict = {}
+    exec(line, scope)
+    assert scope["report"] | {"phi_lr": 1000.0} == STUDENT_REPORT
+    assert f'run.distillation("{REPORT_NETWORK}", run.base, phi_lr={MENDED["phi_lr"]})' in code

@@ -1,0 +1,88 @@
+"""What several test files share."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from augdistill_report.places import ROOT
+
+SWEEPS = ROOT / "notebooks" / "sweeps"
+TINY = {"iterations": 3, "eval_students": 2}
+
+
+def make_folder(root: Path, classes=("cat", "dog"), count=10, mode="RGB", size=(12, 12), suffix="png") -> Path:
+    rng = np.random.default_rng(0)
+    for c in classes:
+        (root / c).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(root / c / f"{i:02}.{suffix}")
+    return root
+
+
+def processes_of(mark: Path) -> list[str]:
+    """The processes (but those of Python's resource trackers) whose environment says that they are of this test."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"OF_THIS_TEST={mark}".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return [command for command in found if command and "resource_tracker" not in command]
+
+
+def grid_file(folder: Path, **content) -> Path:
+    """A grid over `one_phi.ipynb`, which is copied beside it."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(SWEEPS / "one_phi.ipynb", folder)
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"notebook": "one_phi.ipynb", "preset": "smoke", "set": TINY} | content))
+    return path
+
+
+CUT = """
+import torch
+from augdistill_core import Phi, register_phi
+
+
+@register_phi("cut")
+class Cut(Phi):
+    def __init__(self, images, classes):
+        super().__init__()
+        self.size = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images, **_):
+        return (self.size * images).detach()
+
+
+@register_phi("deadly")
+def deadly(images, classes):
+    import os
+
+    if "JPY_PARENT_PID" in os.environ:  # in the cell's own kernel, not where the sweep is checked
+        os.kill(os.getpid(), 9)
+    return Cut(images, classes)
+"""
+
+
+SLEEPY = (
+    CUT
+    + """
+
+@register_phi("sleepy")
+class Sleepy(Cut):
+    def forward(self, images, **_):
+        import time
+
+        time.sleep(600)
+"""
+)
+
+
+def found(sweep: Path) -> list[dict]:
+    return json.loads((sweep / "mine.json").read_text())["cells"]

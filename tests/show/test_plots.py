@@ -1,0 +1,21 @@
+"""Pictures can be read."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from augdistill_report.show import plots
+from augdistill_report.work.statistics import Accuracy
+
+
+def brightness(colour) -> float:
+    """The relative luminance of sRGB by WCAG 2.2, in [0, 1]."""
+    rgb = np.array(to_rgb(colour))
+    return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722))
+
+
+@pytest.mark.parametrize("name", [*plots.COLOURS, "a method of one's own", "another"])
+def test_a_number_stands_out_against_its_bar(name):
+    axis = plots.bars({name: Accuracy([0.9, 0.8], [0.9, 0.8])}).axes[0]
+    inside, behind = brightness(axis.texts[0].get_color()), brightness(axis.patches[0].get_facecolor())
+    assert (max(inside, behind) + 0.05) / (min(inside, behind) + 0.05) >= 4.5

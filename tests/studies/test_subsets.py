@@ -1,0 +1,445 @@
+"""Notebook 05's protocol: what is learned, chosen and scored, by whom the test split is opened, what the tables say."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augdistill_core import ConvNet, Phi, flatten, initial_parameters, logits_of, seeded, unflatten
+from augdistill_report import open_run
+from augdistill_report.commands import publish as gallery
+from augdistill_report.commands.preflight import preflight
+from augdistill_report.data.datasets import Sealed, load
+from augdistill_report.settings import Settings, resolve
+from augdistill_report.show import plots
+from augdistill_report.studies import drift, subsets
+from augdistill_report.work import scoring, students
+from augdistill_report.work.experts import load_trajectories
+from augdistill_report.work.jobs import Subset
+from augdistill_report.work.scoring import MAX_LOOKS, EvalConfig, Evaluation, Patience, Score, train_student
+from augdistill_report.work.setup import Setup
+from augdistill_report.work.statistics import Accuracy, brief, markdown_table
+from augdistill_report.work.students import STUDENTS, accuracy, accuracy_of
+
+
+class Opened(list):
+    """Which code opened the test split, in turn."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run of the smoke preset with two parts of one size: choices, scores, and when the test split was opened."""
+    changes = dict(preset="smoke", out=str(tmp_path_factory.mktemp("run")), fractions="0.1", subset_repeats=2)
+    run, opened, real = open_run("05_subset_evaluation", changes), Opened(), Sealed.opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sealed, "opened", lambda split: opened.append("opened") or real(split))
+        run.distill({(name, t.number): j for t in subsets.trials(run.settings) for name, j in t.learned(0.1).items()})
+        chosen = subsets.choose(run, [0.1])
+        before = len(opened)
+        jobs = subsets.evaluations(run, chosen)
+        scores = run.evaluate(jobs)
+    return dict(run=run, chosen=chosen, jobs=jobs, scores=scores, before=before, opened=len(opened))
+
+
+# --- the test split ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_last_scoring_opens_the_test_split(world):
+    assert world["before"] == 0  # not what learns, and not what chooses
+    different = {job.spec()["config"]["eval_augment"] + str(job.spec()) for job in world["jobs"].values()}
+    assert world["opened"] == len(different)  # and each score once
+
+
+def test_a_method_that_looks_at_a_test_image_fails(world):
+    data, settings = world["run"].data, world["run"].settings
+    student = settings.student(data)
+    looks = {
+        "images": lambda: data.test.images,
+        "a part": lambda: data.test.take(slice(0, 3)).images,
+        "batches": lambda: next(data.test.batches(8)).images,
+        "made": data.test.made,
+        "whitened or moved": lambda: data.to("cpu").test.images,
+        "accuracy": lambda: accuracy(student, initial_parameters(student, 0), data.test),
+    }
+    for look in looks.values():
+        with pytest.raises(ValueError, match="the test split is sealed: methods and choices see train and validation"):
+            look()
+
+    def peeks(images, **_):
+        return images + 0 * data.test.images[: len(images)]
+
+    with pytest.raises(ValueError, match="sealed"):
+        train_student(student, None, *both(data), EvalConfig(eval_steps=2), 0, augment=peeks)
+    assert torch.equal(data.test.opened().raw, data.test.raw) and len(data.test.opened()) == len(data.test)
+
+
+def both(data, count=20):
+    part = data.train.take(slice(0, count))
+    return part.images, part.labels
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_the_same_protocol(world):
+    run, jobs = world["run"], world["jobs"]
+    rows = subsets.methods(run.settings, 0.1)
+    assert {name for name, _, _ in jobs} == {*rows, "all the data"}
+    free = {"eval_augment", "eval_labels", "eval_magnitude", "eval_reward", "eval_lr"}
+    free |= {"eval_augment_probability", "phi_strength", "phi_probability"}
+    same = [{k: v for k, v in job.config.to_dict().items() if k not in free} for job in jobs.values()]
+    assert all(config == same[0] for config in same) and same[0]["eval_steps"] == run.settings.subset_eval_steps
+    for (name, _, k), job in jobs.items():
+        assert job.config.eval_augment == rows.get(name, subsets.Method()).augment
+        if name != "all the data":
+            assert job.subset == Subset(run.settings.seed + k, fraction=0.1)
+            assert not job.distilled or job.distilled.subset == job.subset  # it learned on that very part
+    assert [k for name, _, k in jobs if name == "all the data"] == [0]
+    identity, plain = ([world["scores"][name, 0.1, k].test for k in (0, 1)] for name in ("identity", "plain images"))
+    assert identity == plain
+
+
+def test_parts_are_nested_and_stratified():
+    data, settings = load("digits", 8), resolve("smoke", {"subset_repeats": 3})
+    for trial in subsets.trials(settings):
+        parts = [set(trial.subset(f).index(data).tolist()) for f in (0.01, 0.1, 0.5)]
+        assert parts[0] < parts[1] < parts[2]
+        counts = torch.bincount(data.train.labels[trial.subset(0.1).index(data)])
+        assert counts.min() >= counts.max() - 1 and len(counts) == 10
+    first, second, _ = (t.subset(0.1).index(data).tolist() for t in subsets.trials(settings))
+    assert first != second
+
+
+RANDAUGMENT_S_OWN = ("eval_magnitude", "eval_augment_probability")
+
+
+def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world):
+    run, first = world["run"], subsets.trials(world["run"].settings)[0]
+    for name, method in subsets.methods(run.settings, 0.1).items():
+        options = method.options(run.settings)
+        if name == subsets.both(run.settings):
+            own = world["chosen"]["RandAugment", 0.1]
+            options = [o for o in options if all(o[key] == own[key] for key in RANDAUGMENT_S_OWN)]
+        jobs = [first.scored(method, 0.1, option) for option in options]
+        means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs]
+        assert world["chosen"][name, 0.1] == options[means.index(max(means))]
+    ways = [(magnitude, often) for magnitude in (2, 9) for often in (1.0, 0.5)]
+    options = subsets.Method(augment="randaugment").options(run.settings)
+    assert [tuple(o[key] for key in RANDAUGMENT_S_OWN) for o in options] == ways
+    by_hand = subsets.Method(augment="dsa").options(run.settings)
+    assert [o["eval_augment_probability"] for o in by_hand] == [1.0, 0.5]  # a phi has that choice, too
+    for learns_or_none in ("instaaug", "none"):
+        options = subsets.Method(augment=learns_or_none).options(run.settings)
+        assert not any("eval_augment_probability" in option for option in options)
+    rates = Settings(subset_lrs="0.01, 0.1")
+    assert [o["eval_lr"] for o in subsets.Method().options(rates)] == [0.01, 0.1]
+    for wrong in ("", "0.1, x", "0", "-1", "inf"):
+        with pytest.raises(ValueError, match=r"subset_lrs=.*must be different step sizes above 0"):
+            Settings(subset_lrs=wrong)
+
+
+def test_an_augmentation_is_applied_to_as_many_images_as_asked(world):
+    run, first = world["run"], subsets.trials(world["run"].settings)[0]
+
+    def job(**option):
+        return first.scored(subsets.Method(), 0.1, option)
+
+    never, half, always = (job(eval_augment="crop_flip", eval_augment_probability=p) for p in (0.0, 0.5, 1.0))
+    plain, *others = (j.stored(run.store)[0]["0/features.0.weight"] for j in (job(), half, always))
+    assert torch.equal(never.stored(run.store)[0]["0/features.0.weight"], plain)
+    assert not any(torch.equal(plain, other) for other in others) and not torch.equal(*others)
+    x = run.data.train.images[:200]
+    changed = [j.augment()(x, generator=torch.Generator().manual_seed(0)) != x for j in (half, always)]
+    low, high = (float(c.flatten(1).any(1).float().mean()) for c in changed)
+    assert 0.38 < low / high < 0.62  # 3 deviations about .5; high is not 1: a crop may stay where it is
+    assert job().augment() is None and job(eval_augment="instaaug").augment() is None
+
+
+def test_the_second_budget_is_the_same_but_for_its_end(world):
+    assert subsets.budgets(world["run"].settings) == {}
+    settings = dataclasses.replace(world["run"].settings, subset_patience=2, subset_eval_steps=80)
+    how = subsets.budgets(settings)
+    assert list(how) == ["until it stops"]
+    config = subsets.trials(settings)[0].scored(subsets.Method(), 0.1, {}, **how["until it stops"]).config
+    assert (config.eval_patience, config.eval_steps) == (2, 20)
+
+
+def test_dc_bench_s_budget_is_its_protocol_with_the_row_s_augmentation(world):
+    settings = dataclasses.replace(world["run"].settings, subset_epochs=7)
+    how = subsets.budgets(settings)
+    assert list(how) == ["DC-Bench"]
+    option = dict(eval_augment="dsa", eval_lr=0.5)
+    config = subsets.trials(settings)[0].scored(subsets.Method(augment="dsa"), 0.5, option, **how["DC-Bench"]).config
+    assert (config.eval_batch, config.eval_lr, config.eval_momentum, config.eval_decay) == (256, 0.01, 0.9, 5e-4)
+    assert config.eval_augment == "dsa" and config.steps(600) == 7 * 3  # batches of 256
+
+
+def test_a_table_may_have_some_rows_only(world):
+    def rows(text, fraction=0.1):
+        return list(subsets.methods(dataclasses.replace(world["run"].settings, subset_rows=text), fraction))
+
+    assert rows("") == list(subsets.every_method(world["run"].settings))
+    assert rows("policy, DSA, identity") == ["plain images", "identity", "DSA", "policy"]
+    assert rows("policy, DSA", 0.5) == ["plain images", "DSA"]  # above policy_fraction
+    with pytest.raises(ValueError, match="subset_rows='DSA, dropout': no row is 'dropout'; must be among identity, "):
+        rows("DSA, dropout")
+    settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
+    assert set(subsets.trials(settings)[0].learned(0.1)) == {"policy", "identity"}
+    few = {key: score for key, score in world["scores"].items() if key[0] in ("plain images", "policy", "all the data")}
+    assert "against" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
+
+
+# --- until it stops improving -----------------------------------------------------------------------------------------
+
+
+def test_patience_keeps_the_best_and_ends_after_two_plateaus():
+    model, watch, seen = torch.nn.Linear(1, 1), Patience(2), []
+    for look, value in enumerate([0.1, 0.5, 0.4, 0.5, 0.6, 0.2, 0.6, 0.9]):
+        model.weight.data.fill_(look)
+        seen.append((watch.is_over(model, value), watch.factor))
+        if seen[-1][0]:
+            break
+    # .4 and .5 are no improvement: a tenth of the step; .2 and .6 are none either: the end, before .9
+    assert seen == [(False, 1)] * 3 + [(False, 0.1)] * 3 + [(True, 0.1)]
+    assert watch.best == 0.6 and watch.state["weight"].item() == 4
+    ever = Patience(3)
+    assert [ever.is_over(model, look / 100) for look in range(MAX_LOOKS)] == [False] * (MAX_LOOKS - 1) + [True]
+
+
+def test_a_patient_student_is_the_best_it_was_on_validation(monkeypatch):
+    data = load("digits", 8)
+    student, (images, labels) = ConvNet(1, 10, 8, width=8, depth=2), both(data, 300)
+    seen, real = [], students.accuracy
+
+    def watched(model, theta, split):
+        seen.append((real(model, theta, split), theta))
+        return seen[-1][0]
+
+    monkeypatch.setattr(students, "accuracy", watched)
+    config = EvalConfig(eval_steps=5, eval_patience=1, eval_lr=0.2)
+    model = train_student(student, None, images, labels, config, 3, validation=data.validation)
+    values = [value for value, _ in seen]
+    assert 3 <= len(values) <= MAX_LOOKS and not model.training
+    best = seen[values.index(max(values))][1]
+    assert torch.equal(flatten(model.parameters()), best) and max(values) > values[0]
+    # the same steps as without patience, as long as the step size stands
+    plain = EvalConfig(eval_steps=10, eval_lr=0.2)
+    monkeypatch.setattr(students, "accuracy", real)
+    monkeypatch.setattr(scoring, "MAX_LOOKS", 1)
+    once = train_student(student, None, images, labels, config, 3, validation=data.validation)
+    halfway = train_student(student, None, images, labels, plain, 3)  # its step size falls after 5
+    assert not torch.equal(flatten(once.parameters()), flatten(halfway.parameters()))
+    torch.testing.assert_close(flatten(once.parameters()), seen[0][1])
+
+
+# --- other students ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 16)])
+def test_other_students_take_small_images_and_have_weights_of_their_own(name, channels, size):
+    student = STUDENTS[name](channels, 10, size)
+    x = torch.randn(3, channels, size, size, generator=seeded(0))
+    assert student(x).shape == (3, 10)
+    theta = initial_parameters(student, 1)
+    assert torch.equal(theta, initial_parameters(student, 1)) and not torch.equal(theta, initial_parameters(student, 2))
+    if name == "mlp":  # against the formula
+        pieces = unflatten(student, theta)
+        h = x.flatten(1)
+        for k, (w, b) in enumerate(zip(pieces[::2], pieces[1::2], strict=True)):
+            h = F.linear(F.relu(h) if k else h, w, b)
+        torch.testing.assert_close(logits_of(student, pieces, x), h)
+
+
+def test_a_student_with_batch_norm_is_scored_with_the_statistics_that_it_learned(tmp_path):
+    """Stored and read again, in its evaluation mode: one image's class does not hang on the others beside it."""
+    run = open_run("other", {"preset": "smoke", "out": str(tmp_path)})
+    job = run.evaluation(Subset(0, per_class=1), eval_student="resnet18", eval_steps=3, eval_students=2)
+    assert run.choose({("a", 1): job}) == {"a": 1}  # stores the students
+    models, validation = job.students(run.store, lambda done, total: None)
+    assert not any(model.training for model in models) and int(models[0].bn1.num_batches_tracked) == 3
+    assert validation == [accuracy_of(model, run.data.validation) for model in models]
+    x = run.data.validation.images[:8]
+    torch.testing.assert_close(models[0](x)[:1], models[0](x[:1]), rtol=1e-4, atol=1e-4)
+    found = Score(job.setup, job).stored(run.store)[1]
+    assert found["test"] == [accuracy_of(model, run.data.test.opened()) for model in models]
+    fresh = job.trained(run.store, lambda done, total: None)[0]
+    assert all(map(torch.equal, models[1].state_dict().values(), fresh[1].state_dict().values()))
+
+
+def test_unknown_students_are_refused():
+    with pytest.raises(ValueError, match="subset_students='mlp, vgg': must be among mlp, lenet, resnet18"):
+        Settings(subset_students="mlp, vgg")
+    with pytest.raises(ValueError, match="eval_student='vgg': must be one of convnet, mlp, lenet, resnet18"):
+        EvalConfig(eval_student="vgg")
+
+
+# --- what the tables say ----------------------------------------------------------------------------------------------
+
+
+def made_up():
+    """Two trials of three students: phi is clearly better than plain images, RandAugment is not told apart."""
+    values = {
+        "plain images": [[0.50, 0.52, 0.51], [0.50, 0.50, 0.51]],
+        "RandAugment": [[0.50, 0.62, 0.51], [0.50, 0.49, 0.50]],
+        "unet_noise": [[0.80, 0.82, 0.81], [0.80, 0.80, 0.81]],
+    }
+    return {(n, 0.1, k): Accuracy(v, v) for n, several in values.items() for k, v in enumerate(several)}
+
+
+def test_differences_and_words_are_those_of_the_numbers():
+    here = subsets.at(made_up(), 0.1)
+    mean, half, over = subsets.difference(here, "unet_noise", "plain images")
+    assert (mean, half, over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
+    assert subsets.significantly_better(here, "unet_noise", "plain images") and not subsets.significantly_better(
+        here, "plain images", "unet_noise"
+    )
+    # .0333 and -.0067 on average: Student's t with one degree of freedom is 12.7
+    mean, half, _ = subsets.difference(here, "RandAugment", "plain images")
+    assert mean == pytest.approx(0.04 / 3) and half == pytest.approx(12.706 * 0.02, rel=1e-3)
+    assert subsets.against(here, "RandAugment", "plain images") == (
+        "*RandAugment* against *plain images*: +1.3 ± 25.4 points, not told apart"
+    )
+    assert subsets.against(here, "plain images", "unet_noise").endswith("-30.0 ± 0.0 points, worse")
+    assert subsets.by_method(made_up())["RandAugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
+
+
+def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
+    run, scores = world["run"], world["scores"]
+    cost = subsets.seconds(run, world["jobs"])
+    rows = subsets.subset_table(scores, world["chosen"], cost, 0.1)
+    pooled = subsets.by_method(scores)
+    assert [row["10 % of the data"] for row in rows] == list(subsets.methods(run.settings, 0.1))
+    for row in rows:
+        name = row["10 % of the data"]
+        assert row["test accuracy"] == str(pooled[name][0.1])
+        if name != "plain images":
+            found = subsets.gained(scores, name, 0.1)
+            assert row["gain in points"] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
+            assert found["over"] == "2 repetitions"
+        learning, epoch = cost[name, 0.1]
+        assert epoch > 0 and (learning > 0) == bool(subsets.methods(run.settings, 0.1)[name].learned)
+    assert markdown_table(rows).count("\n") == len(rows) + 2
+    words = subsets.verdict(scores, run.settings)
+    best = max((n for n in pooled if n != "all the data"), key=lambda n: pooled[n][0.1].mean)
+    assert f"**10 %**: *{best}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    assert f"All the data, plain, give {pooled['all the data'][1.0]}" in words
+    perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
+    words = subsets.verdict(scores | perfect, run.settings)
+    assert "*identity* is best" in words and "*identity* against" not in words  # it has learned nothing
+    both = subsets.side_by_side(scores, scores, "until it stops")
+    assert both[0]["10 %"] == "; ".join(2 * [str(pooled["plain images"][0.1])]) and both[-1]["100 %"]
+
+
+def test_readme_s_table_leaves_out_second_budgets_and_other_students():
+    score = {"mean": 0.5, "std": 0.1, "n": 3, "values": [0.4, 0.5, 0.6]}
+    numbers = {
+        f"{prefix}plain images, {part}%": score for prefix in ("", "until it stops: ", "mlp: ") for part in (1, 10)
+    }
+    results = {
+        "03_phi_distillation": {"numbers": {}},
+        "05_subset_evaluation": {"numbers": numbers},
+        "07_unseen_images": {"numbers": {"few: plain images": score}},
+    }
+    lines = [line for line in gallery.result_tables(results).splitlines() if "plain images" in line]
+    assert lines == [
+        "| plain images | 50.0 ± 10.0 % (n = 3) | 50.0 ± 10.0 % (n = 3) |",
+        "| plain images | 50.0 ± 10.0 % (n = 3) |",
+    ]
+
+
+def test_pictures_show_each_method_on_the_same_images(world):
+    run = world["run"]
+    images, titles = subsets.pictures(run, 0.1, world["chosen"])
+    unchanged = {"plain images", "identity", subsets.SOFT}
+    assert titles == list("01234567") and set(images) == {"x", *subsets.methods(run.settings, 0.1)} - unchanged
+    assert all(shown.shape == (8, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
+    assert not any(torch.equal(images[name], images["x"]) for name in images if name != "x")
+    insta = subsets.insta(subsets.trials(run.settings)[0], 0.1, {"eval_augment": "instaaug"})
+    assert not torch.equal(
+        insta.ends(run.data.train.images[:2]), insta.limit * torch.sigmoid(insta.start.expand(2, -1, 2))
+    )
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_method_that_changes_the_shape_or_returns_nan_is_named():
+    data = load("digits", 8)
+    student, (images, labels) = ConvNet(1, 10, 8, width=4, depth=1), both(data)
+
+    class Halving(Phi):
+        def forward(self, images, **_):
+            return images[..., ::2]
+
+    class Broken(Phi):
+        def forward(self, images, **_):
+            return images / 0 * 0
+
+    config = EvalConfig(eval_steps=2)
+    for method, message in (
+        (Halving(), "Halving turned .* must keep it"),
+        (Broken(), "Broken returns values that are not finite"),
+    ):
+        for options in (dict(phi=method), dict(phi=None, augment=method)):
+            with pytest.raises(ValueError, match=message):
+                train_student(student, images=images, labels=labels, config=config, **options)
+
+
+def test_a_phi_that_was_trained_for_another_data_set_is_refused():
+    setup = Setup(size=8)
+    world = subsets.trials(resolve("smoke"))[0]
+    job = world.learned(0.1)["unet_noise"]
+    for changes, ours in (
+        (dict(dataset="fashion", size=8), "fashion, 8, False"),
+        (dict(size=16), "digits, 16, False"),
+        (dict(size=8, zca=True), "digits, 8, True"),
+    ):
+        with pytest.raises(ValueError, match=f"phi 'unet_noise' was trained on digits, 8, False: not for {ours}"):
+            Evaluation(dataclasses.replace(setup, **changes), job.subset, EvalConfig(), job)
+    Evaluation(dataclasses.replace(setup, experts=3), job.subset, EvalConfig(), job)  # the images are the same
+
+
+@pytest.mark.parametrize("fractions", ["0", "-0.1", "1.5", "nan", "0.1, 2", "a", ""])
+def test_impossible_fractions_are_refused(fractions):
+    with pytest.raises(ValueError, match=rf"fractions={fractions!r}: must be different numbers in \(0, 1\]"):
+        Settings(fractions=fractions)
+
+
+def test_a_fraction_that_leaves_a_class_empty_is_refused():
+    with pytest.raises(ValueError, match=r"fractions='0.1, 0.002': fraction=0.002: leaves class 0 of digits empty"):
+        preflight(resolve("smoke", {"fractions": "0.1, 0.002"}))
+
+
+# --- what there is to match -------------------------------------------------------------------------------------------
+
+
+def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
+    run, chosen = world["run"], world["chosen"]
+    found = subsets.drifts(run, 0.1, chosen)
+    experts = load_trajectories(subsets.trials(run.settings)[0].setup(run.settings.taught_augment), run.store)
+    every = -(-len(run.data.train) // run.settings.expert_batch)  # a snapshot an epoch
+    assert list(found) == [0, every * ((experts.snapshots - 2) // 2), every * (experts.snapshots - 2)]
+    rows = ["plain images", "the experts' augmentation", "RandAugment", *subsets.FOLLOWERS]
+    for by_name in found.values():
+        assert list(by_name) == [drift.NOISE, *rows]
+        assert all(error is not None for _, error in by_name.values())
+    table = subsets.drift_table(found, 0.1)
+    assert [row["10 %"] for row in table] == [drift.NOISE, *rows]
+    value, error = found[0]["plain images"]
+    assert table[1]["from step 0"] == f"{value:.2f} ± {error:.2f}"
+
+
+def test_one_part_is_a_picture_of_its_own():
+    scores = {name: Accuracy([0.5, 0.52, 0.54], [0.5] * 3) for name in ("plain images", "policy")}
+    (axis,) = plots.accuracy_dots(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
+    assert [t.get_text() for t in axis.get_yticklabels()] == [f"{name}   52.0 ± 2.0 %" for name in scores]
+    assert 0.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 20 and axis.get_xlim()[0] > 40  # near to one another
+
+
+def test_a_number_that_goes_on_for_pages_is_cut():
+    assert brief({"loss": 0.5}) == "loss 0.5"
+    text = brief([{"row": "a", "value": k} for k in range(500)])
+    assert text.startswith("row a, value 0, row a, value 1, ") and text.endswith("... (all of it is in the file)")
+    assert len(text) < 440

@@ -1,0 +1,259 @@
+"""The paper's baseline: the recipe's numbers as presets, and students that are scored by its protocols.
+
+The numbers are held against the authors' own commands, the protocols against a plain torch loop.
+"""
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from augdistill_core import DistillConfig, flatten, initial_parameters, seeded, unflatten
+from augdistill_report.commands.cli import main
+from augdistill_report.commands.preflight import preflight
+from augdistill_report.data.augmentations import DSA
+from augdistill_report.data.datasets import load
+from augdistill_report.places import PRESETS
+from augdistill_report.run import Run, open_run
+from augdistill_report.settings import resolve
+from augdistill_report.work.jobs import Subset
+from augdistill_report.work.scoring import EvalConfig, Evaluation, train_student
+from augdistill_report.work.setup import Setup
+from augdistill_report.work.students import accuracy, accuracy_of
+
+RECIPES = ("cifar10", "cifar100", "mnist", "fashion")
+COUNTS = (1, 10, 50)
+COMMANDS = {  # how the author of MTT says to run it, as DC-Bench lists it
+    ("cifar10", 1): "--syn_steps=50 --expert_epochs=2 --max_start_epoch=2 --lr_img=100 --lr_lr=1e-07 --lr_teacher=0.01 "
+    "--zca",
+    ("cifar10", 10): "--syn_steps=30 --expert_epochs=2 --max_start_epoch=20 --lr_img=100 --lr_lr=1e-05 "
+    "--lr_teacher=0.001 --zca",
+    ("cifar10", 50): "--syn_steps=30 --expert_epochs=2 --max_start_epoch=40 --lr_img=1000 --lr_lr=1e-05 "
+    "--lr_teacher=0.001",
+    ("cifar100", 1): "--syn_steps=20 --expert_epochs=3 --max_start_epoch=20 --lr_img=1000 --lr_lr=1e-05 "
+    "--lr_teacher=0.01 --zca",
+    ("cifar100", 10): "--syn_steps=20 --expert_epochs=2 --max_start_epoch=20 --lr_img=1000 --lr_lr=1e-05 "
+    "--lr_teacher=0.01",
+    ("cifar100", 50): "--syn_steps=80 --expert_epochs=2 --max_start_epoch=40 --lr_img=1000 --lr_lr=1e-05 "
+    "--lr_teacher=0.01 --batch_syn=125 --zca",
+}
+FLAGS = {"lr_img": "pixel_lr", "lr_lr": "pixel_alpha_lr", "lr_teacher": "alpha"}  # others have our name
+
+
+# --- the recipe's numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset, count", COMMANDS)
+def test_the_numbers_are_those_of_the_author_s_commands(preset, count):
+    settings = resolve(preset, {"images_per_class": count})
+    given = dict(flag.removeprefix("--").partition("=")[::2] for flag in COMMANDS[preset, count].split())
+    expected = {"zca": "zca" in given, "batch_syn": int(given.pop("batch_syn", 0))}
+    given.pop("zca", None)
+    expected |= {FLAGS.get(flag, flag): float(value) for flag, value in given.items()}
+    assert len(expected) == 8
+    assert {key: getattr(settings, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("preset", RECIPES)
+def test_what_all_recipes_share(preset, count):
+    s = resolve(preset, {"images_per_class": str(count)})
+    assert (s.dataset, s.images_per_class, s.width, s.depth) == (preset, count, 128, 3)
+    assert (s.experts, s.epochs, s.expert_lr, s.expert_batch, s.expert_momentum) == (100, 50, 0.01, 256, 0)
+    assert (s.expert_augment, s.augment, s.eval_augment) == ("dsa", "dsa", "dsa")
+    pixels = s.pixel_config
+    assert (pixels.iterations, pixels.phi_optimizer, pixels.phi_lr, pixels.phi_momentum) == (
+        5000,
+        "SGD",
+        s.pixel_lr,
+        0.5,
+    )
+    assert (pixels.alpha_mode, pixels.alpha_optimizer, pixels.alpha_momentum) == ("raw", "SGD", 0.5)
+    assert (pixels.alpha, pixels.alpha_lr) == (s.alpha, s.pixel_alpha_lr)
+    assert (s.eval_students, s.eval_epochs, s.eval_batch, s.eval_lr) == (5, 1000, 256, 0)
+    assert (s.eval_momentum, s.eval_decay) == (0.9, 5e-4)
+    if preset in ("mnist", "fashion"):  # for which nobody has published one
+        cifar = resolve("cifar10", {"images_per_class": count})
+        assert dataclasses.replace(s, dataset="cifar10", size=32) == cifar
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("preset", RECIPES)
+def test_they_fit_the_real_data(preset, count):
+    place = Path(os.environ.get("AUGDISTILL_DATA", "/nowhere"))
+    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "mnist": "MNIST"}
+    if not (place / folder.get(preset, "FashionMNIST")).is_dir():
+        pytest.skip(f"AUGDISTILL_DATA names no folder that holds {preset}")
+    preflight(resolve(preset, {"images_per_class": count, "data": str(place)}))
+
+
+def written(path: Path, **values) -> str:
+    path.write_text(yaml.safe_dump({"dataset": "digits", "size": 8, "width": 4} | values))
+    return str(path)
+
+
+def test_a_preset_chooses_by_images_per_class(tmp_path):
+    parts = {1: {"syn_steps": 5, "zca": True}, 10: {"syn_steps": 7}}
+    mine = written(tmp_path / "mine.yaml", syn_steps=3, images_per_class=10, with_images_per_class=parts)
+    assert (resolve(mine).syn_steps, resolve(mine).zca, resolve(mine).width) == (7, False, 4)
+    assert [resolve(mine, {"images_per_class": c}).syn_steps for c in ("1", 1, "10")] == [5, 5, 7]
+    assert (
+        resolve(mine, {"images_per_class": 1, "syn_steps": 9, "zca": "false"}).syn_steps == 9
+    )  # what is asked for wins
+    run = open_run("02_baseline_mtt", {"preset": mine, "out": str(tmp_path / "run"), "images_per_class": 1})
+    assert (run.settings.syn_steps, run.settings.zca, len(run.train(run.base))) == (5, True, 10)
+
+
+@pytest.mark.parametrize(
+    "parts, says",
+    [
+        ({1: {"syn_stepz": 5}}, "with_images_per_class: 1: unknown key 'syn_stepz'"),
+        ({10: {"syn_steps": 0}}, "with_images_per_class: 10: syn_steps=0: must be at least 1"),
+        ({0: {}}, "with_images_per_class: 0: images_per_class=0: must be at least 1"),
+        ({"ten": {}}, "with_images_per_class={'ten': {}}: must hold settings by number, as `10: {key: value}`"),
+        ({1: [5]}, "must hold settings by number"),
+        ([1], "must hold settings by number"),
+    ],
+)
+def test_what_is_wrong_in_it_is_named(parts, says, tmp_path):
+    mine = written(tmp_path / "mine.yaml", with_images_per_class=parts)
+    with pytest.raises(ValueError) as error:
+        resolve(mine, {"images_per_class": 1})
+    assert str(error.value).startswith(mine) and says in str(error.value)
+
+
+def test_a_number_that_is_not_in_it_is_refused():
+    with pytest.raises(
+        ValueError, match="images_per_class=5: preset 'cifar10' is a recipe for 1, 10, 50 images a class"
+    ):
+        resolve("cifar10", {"images_per_class": "5"})
+    assert resolve("cifar10-small", {"images_per_class": 5}).images_per_class == 5  # no recipe: any number
+
+
+@pytest.mark.parametrize("preset, dataset", [("cifar10", "cifar100"), ("cifar100", "cifar10"), ("cifar10", "mnist")])
+def test_a_recipe_is_for_its_own_data_set(preset, dataset, capsys, tmp_path):
+    arguments = ["report", "--preset", preset, "--set", f"dataset={dataset}", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2 and not (tmp_path / "run").exists()
+    assert f"dataset='{dataset}': preset '{preset}' is a recipe for {preset}" in capsys.readouterr().err
+
+
+def test_a_grid_takes_a_recipe_as_it_is(tmp_path, capsys):
+    """For one number of images a class, but not for several, each of which has other settings."""
+    parts = {1: {"iterations": 2}, 2: {"iterations": 3}}
+    small = dict(experts=2, epochs=4, syn_steps=3, expert_epochs=1, max_start_epoch=2, eval_steps=2, eval_students=2)
+    mine = written(tmp_path / "mine.yaml", **small, depth=2, phi="identity", workers=1, with_images_per_class=parts)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("notebook: one_phi.ipynb\naxes: {images_per_class: [1, 2]}\n")
+    (tmp_path / "one_phi.ipynb").write_bytes((PRESETS.parent / "sweeps" / "one_phi.ipynb").read_bytes())
+    arguments = ["sweep", str(grid), "--preset", mine, "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    assert "varies images_per_class, for each of which" in capsys.readouterr().err
+    grid.write_text("notebook: one_phi.ipynb\naxes: {seed: [0]}\n")
+    assert main([*arguments, "--set", "images_per_class=2"]) == 0
+    (path,) = (tmp_path / "run").glob("sweeps/grid/cells/*/config.json")
+    settings = yaml.safe_load(path.read_text())["settings"]
+    assert (settings["images_per_class"], settings["iterations"]) == (2, 3)
+
+
+# --- its protocols ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", 8)
+
+
+def test_students_train_as_in_a_plain_loop(digits):
+    """MTT's: SGD with momentum and decay on batches of augmented images, for epochs, a tenth of the step halfway."""
+    student, train = Setup(size=8, width=8).student(digits), digits.train.take(slice(0, 25))
+    config = EvalConfig(eval_epochs=5, eval_steps=99, eval_batch=10, eval_lr=0.3, eval_momentum=0.9, eval_decay=0.05)
+    dsa = DSA()
+    found = train_student(student, None, train.images, train.labels, config, 7, "student", 0, augment=dsa)
+
+    draw, shake = seeded(7, "student", 0), seeded(7, "student", 0, "augment")
+    model = Setup(size=8, width=8).student(digits)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), unflatten(model, initial_parameters(model, draw)), strict=True):
+            p.copy_(value)
+    optimizer, steps = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=0.05), itertools.count()
+    for _ in range(5):
+        order = torch.randperm(25, generator=draw)
+        for batch in (order[:10], order[10:20], order[20:]):
+            if next(steps) == 7:  # of 15
+                optimizer.param_groups[0]["lr"] = 0.03
+            optimizer.zero_grad()
+            F.cross_entropy(model(dsa(train.images[batch], generator=shake)), train.labels[batch]).backward()
+            optimizer.step()
+    expected = flatten(model.parameters()).detach()
+    assert next(steps) == 15
+    torch.testing.assert_close(flatten(found.parameters()).detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("epochs, images, steps", [(0, 10, 300), (1000, 10, 1000), (1000, 256, 1000), (10, 257, 20)])
+def test_epochs_count_their_batches(epochs, images, steps):
+    assert EvalConfig(eval_epochs=epochs, eval_batch=256).steps(images) == steps
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    changes = {"eval_lr": 0, "eval_epochs": 3, "alpha": 0.07, "alpha_lr": 0.2, "phi": "identity"}
+    return Run("mine", resolve("smoke", changes), tmp_path_factory.mktemp("run"))
+
+
+def test_a_student_s_step_size_is_the_one_that_was_learned(run):
+    """And for plain images the one that it was learned from; with a step size of one's own (DC-Bench's) that."""
+    job = run.distillation("identity", run.base)
+    alpha = job.stored_phi(run.store).alpha
+    assert abs(alpha - 0.07) > 0.005
+    rows = {
+        "learned": run.evaluation(run.base, job),
+        "plain": run.evaluation(run.base),
+        "fixed": run.evaluation(run.base, job, eval_lr=0.01),
+    }
+    assert [row.config.eval_lr for row in rows.values()] == [0, 0.07, 0.01]
+    scores, images = run.evaluate(rows), run.train(run.base)
+    for name, lr in {"learned": alpha, "plain": 0.07, "fixed": 0.01}.items():
+        config = dataclasses.replace(rows[name].config, eval_lr=lr)
+        for k in range(2):
+            model = train_student(run.student, None, images.images, images.labels, config, 0, "student", k)
+            assert scores[name].test[k] == accuracy_of(model, run.data.test.opened())
+    with pytest.raises(ValueError, match=r"eval_lr=0.0: must be above 0 for plain images"):
+        Evaluation(run.settings.select(Setup), run.base, EvalConfig(eval_lr=0))
+
+
+def test_an_alpha_below_zero_teaches_nothing(run):
+    config = DistillConfig(iterations=1, syn_steps=2, expert_epochs=1, max_start_epoch=1, alpha_mode="raw", alpha=5.0)
+    config = dataclasses.replace(config, alpha_optimizer="SGD", alpha_lr=1e3)
+    job = run.distillation("identity", run.base, config)
+    alpha = job.stored_phi(run.store).alpha
+    (score,) = run.evaluate({"phi": run.evaluation(run.base, job)}).values()
+    assert alpha < 0
+    fresh = [initial_parameters(run.student, seeded(0, "student", k)) for k in range(2)]
+    assert score.test == [accuracy(run.student, theta, run.data.test.opened()) for theta in fresh]
+
+
+def test_fractions_and_unseen_images_are_scored_by_steps(run):
+    """Their students take subset_eval_steps, whatever eval_epochs says: a thousand epochs of a set would never end."""
+    from augdistill_report.studies.unseen import Repetition
+
+    world = Repetition(run.settings)
+    job = world.evaluation(Subset(0, fraction=0.5))
+    assert job.config.steps(700) == run.settings.subset_eval_steps and job.config.eval_lr == 0.07
+
+
+def test_notebook_02_shows_both_protocols(tmp_path, monkeypatch):
+    """Where the preset leaves the step size to what was learned; on whitened images, which its pictures undo."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = ("zca=true", "augment=dsa", "eval_lr=0", "eval_epochs=3", "eval_augment=dsa")
+    arguments = [word for change in changes for word in ("--set", change)]
+    assert main(["report", "--preset", "smoke", "--only", "02", "--out", str(tmp_path / "run"), *arguments]) == 0
+    numbers = yaml.safe_load((tmp_path / "run" / "results" / "02_baseline_mtt.json").read_text())["numbers"]
+    images = ("real images", "pixels (MTT)", "pixels (2018 loss)")
+    scored = [name for name, value in numbers.items() if isinstance(value, dict) and "std" in value]
+    assert scored == [f"{name}{how}" for name in images for how in ("", ", step size .01")]
+    assert list((tmp_path / "cache" / "augdistill" / "zca").glob("zca-*.safetensors"))
