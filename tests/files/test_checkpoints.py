@@ -617,7 +617,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=2m none '{disk}'"
     script = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    script += f"import test_survival; test_survival.on_a_full_disk(Path({str(disk)!r}))"
+    script += f"import test_checkpoints; test_checkpoints.on_a_full_disk(Path({str(disk)!r}))"
 
     def apart(command: str) -> subprocess.CompletedProcess:
         apart = ["unshare", "--map-root-user", "--mount", "sh", "-c", command, sys.executable, script]
