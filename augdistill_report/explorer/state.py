@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from augdistill_core import PHIS, Applied, Config, DistillConfig, Distilled, Phi, augmented, knob, make_phi, rms, seeded
-from augdistill_report.files.phi_files import by, load_phi
+from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.store import Store, opened
 from augdistill_report.places import PRESETS
 from augdistill_report.run import Run
@@ -24,6 +24,7 @@ from augdistill_report.settings import resolve
 from augdistill_report.show.image_grids import difference_image, image_grid
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
+from augdistill_report.work.phi_layer import by
 from augdistill_report.work.probes import phi_images
 from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import Evaluation
