@@ -364,7 +364,7 @@ def test_the_report_s_setting_dies_and_the_mended_one_learns(tmp_path, opened):
     assert 'role="alert"' in status and "distnet2, SGD 1000 diverged at iteration" in status
     (died,) = page.here()
     job = died.store()
-    assert job.stored(page.run.store)[1]["stopped"] == died.stopped and job.config.iterations == 30
+    assert job.stored(page.run.store)[1]["stopped"]["reason"] == died.stopped and job.config.iterations == 30
     page.train.click()
     wait(page)
     told(page, "diverged.*start anew with other settings")

@@ -88,7 +88,7 @@ def test_the_file_says_what_made_it_and_not_where(run, jobs, saved):
     assert about["data"]["name"] == "digits" and about["data"]["fingerprint"] == run.data.fingerprint
     assert about["subset"] == {"seed": 0, "per_class": 1, "fraction": None, "skip": 0.0}
     assert about["config"] == job.config.to_dict() and about["setup"] == job.setup.to_dict()
-    assert about["own_source"] == "" and about["stopped"] == ""
+    assert about["own_source"] == "" and about["stopped"] is None
     augment = load_phi(saved["unet_noise+policy"])
     assert re.search(rf"unet_noise\+policy, 1x8x8, trained on digits \({run.data.fingerprint}\)", repr(augment))
     assert not any(p.requires_grad for p in augment.parameters())
