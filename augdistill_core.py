@@ -48,6 +48,7 @@ from augdistill_method.phi import (
     Applied,
     Phi,
     Stored,
+    Wrapper,
     augmented,
     builders,
     check_phi,
@@ -346,10 +347,11 @@ def divergence(
 def diverged(stopped: Stop | dict | None) -> bool:
     """Whether a run was stopped by what it did (`divergence`), and not by its `minutes`.
 
-    `stopped` is that of `Distilled`, or the same as a stored result has it: `{"kind": ..., "reason": ...}` or None.
+    `stopped` is that of `Distilled`, or as a stored result has it: `{"kind": ..., "reason": ...}`, empty without a stop.
     """
-    stopped = Stop(**stopped) if isinstance(stopped, dict) else stopped
-    return bool(stopped) and stopped.kind != "minutes"
+    if not stopped:
+        return False
+    return (stopped["kind"] if isinstance(stopped, dict) else stopped.kind) != "minutes"
 
 
 @torch.no_grad()

@@ -30,9 +30,7 @@ class DistillState:
         self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
         # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
         self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
-        self.good = [
-            p.detach().clone() for p in self.learned
-        ]  # the last that could learn: a finite loss, alpha above 0
+        self.good = [p.detach().clone() for p in self.learned]  # the last with a finite loss, and alpha > 0
         self.history: list[dict] = []
         self.memory = memory  # of the unroll: another rounds differently
         self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()

@@ -243,7 +243,7 @@ def verdicts(cells: list[dict]) -> list[dict]:
     ran = [n for name in gain if name.startswith("report: ") for n in found(name) if n["alpha_mode"] == "raw"]
     if ran:
         low = {"alpha at zero", "alpha below zero"}
-        fell = sum(bool(low & {*n["states"]}) or (n["stopped"] or {}).get("kind") == "alpha" for n in ran)
+        fell = sum(bool(low & {*n["states"]}) or n["stopped"].get("kind") == "alpha" for n in ran)
         rows.append(
             {
                 "claim": "a learned alpha runs to zero, and below",

@@ -87,7 +87,7 @@ class Distillation(Job):
             )
         if checkpoint and result.stopped and not diverged(result.stopped):
             checkpoint.write()  # with more minutes it goes on from there
-        stopped = result.stopped and dataclasses.asdict(result.stopped)
+        stopped = dataclasses.asdict(result.stopped) if result.stopped else {}
         meta = {"alpha": result.alpha, "history": result.history, "stopped": stopped}
         return moments | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
 
@@ -100,7 +100,7 @@ class Distillation(Job):
 
     def stored_phi(self, store: Store) -> Distilled:
         meta = self.stored(store)[1]
-        stopped = meta["stopped"] and Stop(**meta["stopped"])
+        stopped = Stop(**meta["stopped"]) if meta["stopped"] else None
         return Distilled(self.stored_moments(store)["last"], meta["alpha"], meta["history"], stopped)
 
     def stored_moments(self, store: Store) -> dict[str, Phi]:

@@ -191,6 +191,7 @@ def test_phi_is_kept_as_it_was_along_the_way(tmp_path):
 
 
 def cell(row: str, seed: int, gain: float, stopped: dict | None = None, **more) -> dict:
+    stopped = stopped or {}
     numbers = {"gain": {"mean": gain, "std": 0.0, "n": 2, "values": [gain] * 2}, "stopped": stopped, "states": {}}
     settings = {"alpha_mode": "raw" if row.startswith("report: ") else "log"}
     return {"row": row, "point": {"seed": seed}, "settings": settings, "numbers": numbers | more}
