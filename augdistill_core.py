@@ -347,7 +347,7 @@ def divergence(
 def diverged(stopped: Stop | dict | None) -> bool:
     """Whether a run was stopped by what it did (`divergence`), and not by its `minutes`.
 
-    `stopped` is that of `Distilled`, or as a stored result has it: `{"kind": ..., "reason": ...}`, empty without a stop.
+    `stopped` is that of `Distilled`, or as a stored result has it: `{"kind": ..., "reason": ...}`, {} without a stop.
     """
     if not stopped:
         return False

@@ -27,7 +27,7 @@ from augdistill_report.places import NOTEBOOKS
 from augdistill_report.settings import Settings
 from augdistill_report.work.jobs import Task
 from augdistill_report.work.pool import Pool, run_jobs
-from augdistill_report.work.statistics import level, mark, over_seeds, summary
+from augdistill_report.work.statistics import level, over_seeds, stop_mark, summary
 
 KEYS = ("notebook", "preset", "set", "rows", "axes", "short", "picture")
 
@@ -173,7 +173,7 @@ def sweep_table(cells: list[dict]) -> str:
         values = [[level(n[key]) for n in numbers if level(n.get(key)) is not None] for key in columns]
         why = "; ".join(dict.fromkeys(one_line(cell["error"]) for cell in group if "error" in cell))
         stops = Counter(n["stopped"]["kind"] for n in numbers if n.get("stopped"))
-        marked = name + mark(", ".join(f"{kind} in {count} of {len(numbers)}" for kind, count in stops.items()))
+        marked = name + stop_mark(", ".join(f"{kind} in {count} of {len(numbers)}" for kind, count in stops.items()))
         lines.append(f"| {marked} | " + " | ".join([*map(averaged, values), str(len(numbers)), why]) + " |")
     return "\n".join(lines) + "\n"
 

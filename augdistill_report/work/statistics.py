@@ -37,7 +37,7 @@ class Accuracy:
         return summary(self.test)["std"]
 
     def __str__(self):
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %{mark(self.stopped)}"
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %{stop_mark(self.stopped)}"
 
     def numbers(self) -> dict:
         """The `summary` of the test accuracies, and `stopped`, if it did."""
@@ -48,9 +48,17 @@ class Accuracy:
         return summary([a - b for a, b in zip(self.test, other.test, strict=True)])
 
 
-def mark(stopped: str) -> str:
-    """What follows a number in a table or a picture if the run behind it stopped early."""
-    return f" (stopped: {stopped})" if stopped else ""
+def stop_mark(stopped) -> str:
+    """What follows a row's name or number if its run stopped early (a `Stop`, or its kind); "" if it did not."""
+    return f" (stopped: {getattr(stopped, 'kind', stopped)})" if stopped else ""
+
+
+def outcomes(results: dict) -> list[dict]:
+    """Rows for `markdown_table`: a `Distilled` each, with its loss (means over tenths), alpha, why it stopped."""
+    return [
+        {"": name, "loss, first to last tenth": tenths(r.history), "alpha": r.alpha, "stopped": str(r.stopped or "")}
+        for name, r in results.items()
+    ]
 
 
 def shown(value) -> str:
@@ -58,7 +66,7 @@ def shown(value) -> str:
     if value is None or value != value:
         return "not finite"
     if isinstance(value, dict) and "mean" in value:
-        stopped = mark(value.get("stopped", ""))
+        stopped = stop_mark(value.get("stopped"))
         return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']}){stopped}"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(shown, value)) + ")"
