@@ -35,7 +35,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.provenance import SOURCES, environment, own_source
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
-from augdistill_report.work.statistics import Accuracy, brief, summary, text_table
+from augdistill_report.work.statistics import Accuracy, brief, text_table
 
 
 def configuration(settings: Settings) -> str:
@@ -172,7 +172,7 @@ class Run:
 
     def number(self, name: str, value) -> None:
         """Put what the notebook shows into its results: a number, plain JSON values, or an `Accuracy`."""
-        self.numbers[name] = summary(value.test) if isinstance(value, Accuracy) else value
+        self.numbers[name] = value.numbers() if isinstance(value, Accuracy) else value
 
     def save(self, name: str, job: Distillation, strength: float = 1.0, probability: float = 1.0) -> Path:
         """Write the phi that `job` trained to phis/<name>.safetensors, for `load_phi` and `augdistill apply`."""

@@ -19,12 +19,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from toys import STUDENTS, assert_near, built, mlp, toy
 
 from augdistill_core import (
+    LOST,
     ConvNet,
     DistillConfig,
     ExpertConfig,
     Phi,
     Trajectories,
     distill,
+    diverged,
     flatten,
     initial_parameters,
     make_phi,
@@ -193,7 +195,7 @@ def test_pixels_and_alpha_are_those_of_algorithm_1_by_hand(build, changes):
     assert_near(phi.pixels.detach(), x, x - images, rel=1e-9)
     assert result.alpha - ALPHA == pytest.approx(alpha - ALPHA, rel=1e-9) and alpha != ALPHA
     assert [h["loss"] for h in result.history] == pytest.approx(losses, rel=1e-10)
-    assert phi.pixels.dtype == torch.float64 and result.phi is phi and result.stopped == ""
+    assert phi.pixels.dtype == torch.float64 and result.phi is phi and result.stopped is None
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_the_gradient_is_that_of_finite_differences(changes, augment):
         with torch.no_grad():
             before = parameters_to_vector(phi.parameters())
             vector_to_parameters(before + shift, phi.parameters())
-            settings = config(iterations=1, alpha=alpha, phi_lr=lr, alpha_lr=lr, **changes)
+            settings = config(iterations=1, alpha=alpha, phi_lr=lr, alpha_lr=lr / 4096, **changes)  # alpha stays > 0
         options = dict(seed=0, augment=shake if augment else None, real=toy(9, seed=2))
         result = distill(phi, images, labels, experts, settings, **options)
         return result, before - parameters_to_vector(phi.parameters()).detach()
@@ -235,7 +237,7 @@ def test_the_gradient_is_that_of_finite_differences(changes, augment):
     assert stepped.history[0]["grad_norm"] == pytest.approx(slope.norm().item(), rel=1e-9) and slope.norm() > 1e-4
     h = 2**-13
     up, down = (run(alpha=ALPHA + sign * h)[0].history[0]["loss"] for sign in (1, -1))
-    assert (up - down) / (2 * h) == pytest.approx(ALPHA - stepped.alpha, rel=1e-4)
+    assert (up - down) / (2 * h) == pytest.approx(4096 * (ALPHA - stepped.alpha), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["raw", "log", "fixed"])
@@ -406,7 +408,7 @@ def test_an_episode_is_so_many_images_of_each_class_drawn_afresh(experts, noise)
 def test_batches_smaller_than_the_base_set_go_through_it(experts, batch, sizes):
     images, labels = toy(6)
     spy = Spy(pixels(images))
-    distill(spy, images, labels, experts, config(iterations=1, syn_steps=6, batch_syn=batch), seed=0)
+    distill(spy, images, labels, experts, config(iterations=1, syn_steps=6, batch_syn=batch, alpha_lr=0), seed=0)
     indices = [index for _, _, index, _ in spy.seen]
     assert [len(i) for i in indices] == sizes
     steps = 6 // sizes.count(sizes[0]) if batch == 4 else 1
@@ -424,7 +426,8 @@ def test_fixed_alpha_stays_and_the_logarithm_keeps_it_positive(experts):
 
     assert alphas("fixed") == [1.0] * 5
     with pytest.warns(UserWarning, match="alpha below zero"):
-        raw = alphas("raw")
+        *raw, end = alphas("raw")
+    assert end > 0  # one that ran below zero is not what comes out
     log = alphas("log")
     assert raw[0] == log[0] == 1 and min(raw) < 0 < min(log) and len(set(log)) == 5
 
@@ -449,15 +452,16 @@ def test_divergence_warns_and_leaves_the_last_phi_that_worked(experts, phi_lr):
         start = flatten(phi.parameters())
         if iterations == 0:
             return None, start, start
-        settings = config(iterations=iterations, syn_steps=5, phi_lr=phi_lr)
+        settings = config(iterations=iterations, syn_steps=5, phi_lr=phi_lr, alpha_lr=1e-6)
         return distill(phi, images, labels, single, settings, seed=0), flatten(phi.parameters()), start
 
     with pytest.warns(UserWarning) as caught:
         result, theta, start = run(50)
     last = result.history[-1]
     states = {record["state"] for record in result.history} - {""}
-    assert len(caught) == 1 + len(states) and str(caught[-1].message) == result.stopped
-    assert f"iteration {last['iteration']}:" in result.stopped and last["iteration"] == len(result.history) - 1 < 49
+    assert len(caught) == 1 + len(states) and str(caught[-1].message) == str(result.stopped)
+    assert f"iteration {last['iteration']}:" in result.stopped.reason
+    assert last["iteration"] == len(result.history) - 1 < 49
     finite = [torch.tensor([h["loss"], h["grad_norm"]]).isfinite().all() for h in result.history]
     bad = [h for h, fine in zip(result.history, finite, strict=True) if not fine or h["scale"] > 100]
     assert bad == [last]
@@ -500,6 +504,47 @@ def test_a_student_that_climbs_is_named(experts):
         result = distill(make_phi("identity", images, 3, 0), images, labels, experts, settings, seed=0)
     assert [record["alpha"] < 0 for record in result.history] == [s == "alpha below zero" for s in states_of(result)]
     assert "alpha below zero" in states_of(result)
+
+
+BELOW_ZERO = {  # runs in which alpha, from .5, leaves the positive numbers: how they end
+    "in the last step": (dict(iterations=1, alpha_lr=0.1), "alpha"),
+    "twice, at last in the last step": (dict(iterations=4, alpha_lr=0.05), "alpha"),
+    "then the run diverges": (dict(iterations=20, alpha_lr=0.2), "diverged"),
+    "and its minutes end": (dict(iterations=3, alpha_lr=0.2, minutes=1e-9), "alpha"),
+    "to zero, though learned in its logarithm": (dict(iterations=2, alpha_mode="log", alpha_lr=1e4), "alpha"),
+}
+
+
+@pytest.mark.parametrize("case", BELOW_ZERO)
+def test_what_comes_out_is_the_last_state_that_could_learn(experts, case):
+    """No result has an alpha that is not above zero, and each that had to step back for it names why."""
+    images, labels = toy(6)
+    changes, kind = BELOW_ZERO[case]
+    settings = config(alpha=0.5, phi_lr=0.01, **changes)
+    phi, before = pixels(images), []
+
+    def on_iteration(record):
+        before.append((record["alpha"], abs(record["loss"]) <= LOST, phi.pixels.detach().clone()))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = distill(phi, images, labels, experts, settings, seed=0, on_iteration=on_iteration)
+    assert result.stopped.kind == kind and diverged(result.stopped)
+    assert diverged(dataclasses.asdict(result.stopped)) and not diverged(None) and not diverged({})
+    assert f"alpha_lr={settings.alpha_lr:g})" in result.stopped.reason
+    good = [k for k, (alpha, bounded, _) in enumerate(before) if alpha > 0 and bounded]
+    assert good and result.alpha == before[good[-1]][0] > 0
+    assert torch.equal(phi.pixels, before[good[-1]][2])
+
+
+def test_an_alpha_that_comes_back_from_below_zero_stops_nothing(experts):
+    """As in MTT's code: the student report's own setting does so on CIFAR-10."""
+    images, labels = toy(6)
+    settings = config(iterations=20, alpha=0.5, alpha_lr=0.05, alpha_momentum=0.5)
+    with pytest.warns(UserWarning, match="alpha below zero"):
+        result = distill(make_phi("identity", images, 3, 0), images, labels, experts, settings, seed=0)
+    assert "alpha below zero" in states_of(result) and result.alpha > 0
+    assert result.stopped is None and len(result.history) == 20
 
 
 def test_an_exploded_phi_is_named_before_it_is_stopped(experts):
@@ -735,7 +780,7 @@ def test_the_last_step_is_looked_at_too(experts):
     with pytest.warns(UserWarning, match="diverged in the last step"):
         phi = gain_phi()
         result = distill(phi, images, labels, experts, config(iterations=1, phi_optimizer="SGD", phi_lr=1e12), seed=0)
-    assert "phi_lr=1e+12" in result.stopped and phi.gain == 1 and len(result.history) == 1
+    assert "phi_lr=1e+12" in result.stopped.reason and phi.gain == 1 and len(result.history) == 1
 
 
 @pytest.mark.parametrize("kind", ["LBFGS", "SparseAdam", "Muon", "Optimizer", "lr_scheduler"])

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from augdistill_core import Config, knob, seeded
 from augdistill_report.data.datasets import DATASETS, IMAGE_SUFFIXES, image_files, load, read_image
-from augdistill_report.files.phi_files import Augment, by, load_phi, trained_on
+from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.store import as_json, checksum, digest, write
 from augdistill_report.run import picture
 from augdistill_report.settings import Settings
 from augdistill_report.show.image_grids import image_grid
+from augdistill_report.work.phi_layer import Augment, by, trained_on
 from augdistill_report.work.progress import Line
 from augdistill_report.work.setup import public_name
 

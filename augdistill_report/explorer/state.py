@@ -15,8 +15,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from augdistill_core import PHIS, Applied, Config, DistillConfig, Distilled, Phi, augmented, knob, make_phi, rms, seeded
-from augdistill_report.files.phi_files import by, load_phi
+from augdistill_core import (
+    PHIS,
+    Applied,
+    Config,
+    DistillConfig,
+    Distilled,
+    Phi,
+    Wrapper,
+    augmented,
+    knob,
+    make_phi,
+    rms,
+    seeded,
+)
+from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.store import Store, opened
 from augdistill_report.places import PRESETS
 from augdistill_report.run import Run
@@ -24,6 +37,7 @@ from augdistill_report.settings import resolve
 from augdistill_report.show.image_grids import difference_image, image_grid
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
+from augdistill_report.work.phi_layer import by
 from augdistill_report.work.probes import phi_images
 from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import Evaluation
@@ -47,17 +61,15 @@ class View(Config):
     draws: int = knob(6, "how many times", low=1, high=MAX_IMAGES)
 
 
-class Noised(Phi):
+class Noised(Wrapper):
     """A phi whose draws are nearer to their mean, or further from it: mean + noise (phi(x) - mean).
 
     The mean is that of `MEAN_OF` draws, kept for as long as the images are the same tensor.
     """
 
     def __init__(self, phi: Phi, noise: float = 1.0):
-        super().__init__()
+        super().__init__(phi)
         self.phi, self.noise, self.of, self.mean = phi, noise, None, None
-        for claim in ("stochastic", "conditional", "positional", "bound", "starts_as_identity"):
-            setattr(self, claim, getattr(phi, claim, False))
 
     def forward(self, images, *, generator, **given):
         draw = self.phi(images, generator=generator, **given)

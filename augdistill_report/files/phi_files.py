@@ -10,115 +10,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
-from augdistill_core import PHIS, Applied, Config, Phi, augmented, knob, make_phi, seeded
+from augdistill_core import PHIS, Phi, augmented, make_phi, seeded
 from augdistill_report.data.augmentations import without_flips
-from augdistill_report.data.datasets import mixed
 from augdistill_report.files.store import Store, checksum, digest, read_tensors, separate, write
 from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.phi_layer import Augment, Use
 from augdistill_report.work.provenance import own_source
 from augdistill_report.work.setup import public_name
 
 KIND, FORMAT = "augdistill phi", 1
 
 WHITENING = ("data/mean", "data/whiten", "data/colour")  # tensors beside those of a phi that saw whitened images
-
-SLACK = 0.25  # how far pixels may leave [0, 1] and still be taken for pixels (a bicubic resize overshoots)
-
-
-@dataclasses.dataclass(frozen=True)
-class Use(Config):
-    """How a phi is used."""
-
-    strength: float = knob(1.0, "lambda: images become x + lambda (phi(x) - x)", low=0)
-    probability: float = knob(1.0, "part of the images that phi is applied to", low=0, high=1)
-
-
-def by(shape) -> str:
-    return "x".join(map(str, shape))
-
-
-class Augment(nn.Module):
-    """A trained phi on pixels: one line of a torchvision pipeline, or a layer.
-
-    `about` is what its file says: the phi's name, what it was trained on and how. Random like torchvision's own: from
-    torch's global generator, which DataLoader seeds in each worker, unless a `generator` is passed. A phi that was
-    trained on whitened images brings the `whitening` along (the mean image, and the two matrices `[d, d]`).
-    """
-
-    def __init__(self, phi: Phi, about: dict, use: Use, whitening: list[Tensor] | None = None):
-        super().__init__()
-        self.applied = Applied(phi, use.strength, use.probability).requires_grad_(False)
-        self.about = about
-        data = about["data"]
-        mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
-        for name, value in zip(("mean", "whiten", "colour"), whitening or (mean, None, None), strict=True):
-            self.register_buffer(name, value)
-        self.register_buffer("std", std)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, *, labels=None, generator: torch.Generator | None = None) -> Tensor:
-        """`[C, H, W]` or `[B, C, H, W]` in [0, 1], augmented: the same shape and type, in [0, 1].
-
-        `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads them. A `ValueError`
-        says what does not fit.
-        """
-        self.check(images)
-        batch = images.as_subclass(Tensor).reshape(-1, *images.shape[-3:])
-        if not len(batch):
-            return images
-        labels = self.checked(labels, len(batch))
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        x = (batch.to(self.mean) - self.mean) / self.std
-        x = x if self.whiten is None else mixed(x, self.whiten)
-        x = augmented(self.applied, x, labels, torch.arange(len(x), device=x.device), generator)
-        x = x if self.colour is None else mixed(x, self.colour)
-        return (x * self.std + self.mean).clamp(0, 1).to(images).reshape(images.shape)
-
-    def check(self, images) -> None:
-        """A `ValueError` unless phi can take these."""
-        name, shape = self.about["phi"], tuple(self.about["shape"])
-        if self.applied.bound:
-            raise ValueError(f"phi {name!r} is bound to the base images that it was trained on: it takes no others")
-        if not isinstance(images, Tensor):
-            raise ValueError(f"phi {name!r} takes tensors, not {type(images).__name__}: put v2.ToImage() before it")
-        if not images.is_floating_point():
-            kind = str(images.dtype).removeprefix("torch.")
-            right = "ToTensor() or v2.ToDtype(torch.float32, scale=True)"
-            raise ValueError(f"phi {name!r} takes floats in [0, 1], not {kind}: put {right} before it")
-        if images.ndim not in (3, 4) or images.shape[-3:] != shape:
-            data = self.about["data"]["name"]
-            raise ValueError(f"phi {name!r} was trained on {by(shape)} images ({data}): not for {by(images.shape)}")
-        if images.numel():
-            low, high = (v.item() for v in images.aminmax())
-            if low < -SLACK or high > 1 + SLACK:
-                raise ValueError(
-                    f"phi {name!r} takes pixels in [0, 1], not in [{low:.3g}, {high:.3g}]: scale them before it, "
-                    "normalise them after it"
-                )
-
-    def checked(self, labels, images: int) -> Tensor:
-        """Labels of so many images: zeros for a phi that does not read them."""
-        if labels is None and self.applied.conditional:
-            raise ValueError(f"phi {self.about['phi']!r} reads the labels: pass labels= with the images")
-        labels = torch.as_tensor(0 if labels is None else labels, device=self.mean.device)
-        count = len(self.about["classes"])
-        if labels.numel() not in (1, images) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"labels: must be {images} whole numbers, one an image")
-        if self.applied.conditional and not 0 <= int(labels.min()) <= int(labels.max()) < count:
-            raise ValueError(
-                f"labels: must be in [0, {count - 1}], the positions of {', '.join(self.about['classes'])}"
-            )
-        return labels.to(torch.int64).view(-1).expand(images)
-
-    def extra_repr(self) -> str:
-        return f"{self.about['phi']}, {by(self.about['shape'])}, trained on {trained_on(self.about)}"
-
-
-def trained_on(about: dict) -> str:
-    return f"{about['data']['name']} ({about['data']['fingerprint']})"
 
 
 def save_phi(
@@ -146,7 +50,7 @@ def save_phi(
         "subset": dataclasses.asdict(job.subset),
         "setup": job.setup.public(),
         "config": job.config.to_dict(),
-        "stopped": distilled.stopped,
+        "stopped": dataclasses.asdict(distilled.stopped) if distilled.stopped else {},
         "source": job.spec()["source"],
         "torch": torch.__version__,
         **use.to_dict(),

@@ -15,6 +15,7 @@ A grid file says which notebook, and how its settings (those of `Settings`) vary
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from augdistill_report.places import NOTEBOOKS
 from augdistill_report.settings import Settings
 from augdistill_report.work.jobs import Task
 from augdistill_report.work.pool import Pool, run_jobs
-from augdistill_report.work.statistics import level, over_seeds, summary
+from augdistill_report.work.statistics import level, over_seeds, stop_mark, summary
 
 KEYS = ("notebook", "preset", "set", "rows", "axes", "short", "picture")
 
@@ -171,7 +172,9 @@ def sweep_table(cells: list[dict]) -> str:
         numbers = [cell["numbers"] for cell in group if "numbers" in cell]
         values = [[level(n[key]) for n in numbers if level(n.get(key)) is not None] for key in columns]
         why = "; ".join(dict.fromkeys(one_line(cell["error"]) for cell in group if "error" in cell))
-        lines.append(f"| {name} | " + " | ".join([*map(averaged, values), str(len(numbers)), why]) + " |")
+        stops = Counter(n["stopped"]["kind"] for n in numbers if n.get("stopped"))
+        marked = name + stop_mark(", ".join(f"{kind} in {count} of {len(numbers)}" for kind, count in stops.items()))
+        lines.append(f"| {marked} | " + " | ".join([*map(averaged, values), str(len(numbers)), why]) + " |")
     return "\n".join(lines) + "\n"
 
 

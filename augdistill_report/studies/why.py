@@ -112,6 +112,8 @@ def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[str, list
     return found, rows
 
 
+ENDED = {"diverged": "diverged", "alpha": "ended with alpha below zero", "minutes": "ran out of minutes"}  # by `Stop`
+
 # --- what a study shows: `cells` are what a sweep found (`as_found`) --------------------------------------------------
 
 
@@ -129,7 +131,7 @@ def losses(cells: list[dict]) -> list[dict]:
         if not numbers:
             continue
         states = Counter(state for n in numbers for state in n["states"])
-        stops = Counter("diverged" if diverged(n["stopped"]) else "ran out of minutes" for n in numbers if n["stopped"])
+        stops = Counter(ENDED[n["stopped"]["kind"]] for n in numbers if n["stopped"])
         befell = [f"{stop} in {count} of {len(numbers)}" for stop, count in stops.items()]
         befell += [f"{state} in {count} of {len(numbers)}" for state, count in states.items()]
         row = {"": name}
@@ -240,7 +242,8 @@ def verdicts(cells: list[dict]) -> list[dict]:
     judge("nor with alpha fixed at .01, .1 or 1", fixed, lambda: "true" if all(map(stands, fixed)) else "not seen")
     ran = [n for name in gain if name.startswith("report: ") for n in found(name) if n["alpha_mode"] == "raw"]
     if ran:
-        fell = sum(bool({"alpha at zero", "alpha below zero"} & set(n["states"])) for n in ran)
+        low = {"alpha at zero", "alpha below zero"}
+        fell = sum(bool(low & {*n["states"]}) or n["stopped"].get("kind") == "alpha" for n in ran)
         rows.append(
             {
                 "claim": "a learned alpha runs to zero, and below",

@@ -19,10 +19,14 @@ def tenths(history: list[dict]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing."""
+    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing.
+
+    `stopped` is the kind of `Stop` that ended the training of their phi early, "" for none: the text shows it.
+    """
 
     test: list[float]
     validation: list[float]
+    stopped: str = ""
 
     @property
     def mean(self) -> float:
@@ -33,11 +37,28 @@ class Accuracy:
         return summary(self.test)["std"]
 
     def __str__(self):
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %{stop_mark(self.stopped)}"
+
+    def numbers(self) -> dict:
+        """The `summary` of the test accuracies, and `stopped`, if it did."""
+        return summary(self.test) | ({"stopped": self.stopped} if self.stopped else {})
 
     def __sub__(self, other: "Accuracy") -> dict:
         """The `summary` of the differences, student by student: each pair shares initialisation and batches."""
         return summary([a - b for a, b in zip(self.test, other.test, strict=True)])
+
+
+def stop_mark(stopped) -> str:
+    """What follows a row's name or number if its run stopped early (a `Stop`, or its kind); "" if it did not."""
+    return f" (stopped: {getattr(stopped, 'kind', stopped)})" if stopped else ""
+
+
+def outcomes(results: dict) -> list[dict]:
+    """Rows for `markdown_table`: a `Distilled` each, with its loss (means over tenths), alpha, why it stopped."""
+    return [
+        {"": name, "loss, first to last tenth": tenths(r.history), "alpha": r.alpha, "stopped": str(r.stopped or "")}
+        for name, r in results.items()
+    ]
 
 
 def shown(value) -> str:
@@ -45,7 +66,8 @@ def shown(value) -> str:
     if value is None or value != value:
         return "not finite"
     if isinstance(value, dict) and "mean" in value:
-        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']})"
+        stopped = stop_mark(value.get("stopped"))
+        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']}){stopped}"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(shown, value)) + ")"
     if isinstance(value, list):
@@ -104,7 +126,11 @@ def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
     for (method, _), score in scores.items():
         methods.setdefault(method, []).append(score)
     return {
-        method: Accuracy([v for s in several for v in s.test], [v for s in several for v in s.validation])
+        method: Accuracy(
+            [v for s in several for v in s.test],
+            [v for s in several for v in s.validation],
+            ", ".join(sorted({s.stopped for s in several} - {""})),
+        )
         for method, several in methods.items()
     }
 

@@ -190,7 +190,8 @@ def test_phi_is_kept_as_it_was_along_the_way(tmp_path):
 # --- conclusions ------------------------------------------------------------------------------------------------------
 
 
-def cell(row: str, seed: int, gain: float, stopped: str = "", **more) -> dict:
+def cell(row: str, seed: int, gain: float, stopped: dict | None = None, **more) -> dict:
+    stopped = stopped or {}
     numbers = {"gain": {"mean": gain, "std": 0.0, "n": 2, "values": [gain] * 2}, "stopped": stopped, "states": {}}
     settings = {"alpha_mode": "raw" if row.startswith("report: ") else "log"}
     return {"row": row, "point": {"seed": seed}, "settings": settings, "numbers": numbers | more}
@@ -199,6 +200,8 @@ def cell(row: str, seed: int, gain: float, stopped: str = "", **more) -> dict:
 def cells_of(gains: dict[str, list[float]]) -> list[dict]:
     return [cell(row, k, gain) for row, values in gains.items() for k, gain in enumerate(values)]
 
+
+DIVERGED = {"kind": "diverged", "reason": "diverged at iteration 3: loss nan"}
 
 STUCK, LEARNT = [0.0, 0.001, -0.002], [0.05, 0.2, 0.011]
 MEASURED = {
@@ -263,7 +266,7 @@ def test_losses_say_what_befell_a_row():
         "change of x": 0.2,
         "noise in the loss": 0,
     }
-    cells = [cell("a", k, 0.1, stopped, **more) for k, stopped in enumerate(["", "diverged at iteration 3", ""])]
+    cells = [cell("a", k, 0.1, stopped, **more) for k, stopped in enumerate([None, DIVERGED, None])]
     cells[0]["numbers"]["states"] = {"alpha at zero": 7}
     (row,) = study.losses([*cells, {"row": "b", "point": {"seed": 0}, "error": "no"}])
     assert row["matching loss"] == 0.5 and row["what befell it"] == "diverged in 1 of 3; alpha at zero in 1 of 3"
@@ -274,7 +277,7 @@ def test_a_heat_map_draws_whatever_a_sweep_finds():
     for cells in (
         [*cells_of({"x: a": [0.1, -0.2], "y: b": [0.3]}), failed],
         cells_of({"a": [0.1], "b": [0.2]}),
-        [cell("a", 0, float("nan"), "diverged"), cell("a", 1, 0.1)],
+        [cell("a", 0, float("nan"), DIVERGED), cell("a", 1, 0.1)],
         [failed],
     ):
         assert picture(plots.heat_map(cells, "gain")).startswith(b"\x89PNG")
@@ -282,10 +285,10 @@ def test_a_heat_map_draws_whatever_a_sweep_finds():
 
 
 def test_a_run_out_of_minutes_is_no_divergence():
-    out = "minutes=5 ran out at iteration 3 of 9"
+    out = {"kind": "minutes", "reason": "minutes=5 ran out at iteration 3 of 9"}
     measured = {"alpha": 0.1, "change of x": 0.0, "noise in the loss": 0.0, "matching loss": 1.0}
     measured["identity at the same alpha"] = 1.0
-    stops = ["", out, "diverged at iteration 2: phi(x)", out]
+    stops = [None, out, DIVERGED, out]
     cells = [cell("report: SGD 1000", k, 0.0, stop, **measured) for k, stop in enumerate(stops)]
     (row,) = study.losses(cells)
     assert row["what befell it"] == "ran out of minutes in 2 of 4; diverged in 1 of 4"
