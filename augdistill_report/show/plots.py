@@ -43,7 +43,7 @@ COLOURS = {  # of names in notebooks 01 to 04 and 07; the methods of 05 have the
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Style:
     """How a picture shows a name: its label, and its colour, marker and line as matplotlib has them."""
 
     label: str
@@ -53,7 +53,7 @@ class Look:
 
 
 def look(name: str | tuple, rows: dict | None = None):
-    """How a name is shown: as its row says, where `rows` (objects like a `Look`) have one, else by `COLOURS`.
+    """How a name is shown: as its row says, where `rows` (objects like a `Style`) have one, else by `COLOURS`.
 
     A name with a variant, `(name, variant, ...)`, has the colour of the name. A name that nobody knows has a colour
     that follows from its letters.
@@ -61,8 +61,8 @@ def look(name: str | tuple, rows: dict | None = None):
     first, *variant = (name,) if isinstance(name, str) else name
     found = (rows or {}).get(first)
     if found is None:
-        found = Look(first, COLOURS.get(first) or PALETTE[zlib.crc32(first.encode()) % len(PALETTE)])
-    return Look(", ".join([found.label, *map(str, variant)]), found.colour, found.marker, found.line)
+        found = Style(first, COLOURS.get(first) or PALETTE[zlib.crc32(first.encode()) % len(PALETTE)])
+    return Style(", ".join([found.label, *map(str, variant)]), found.colour, found.marker, found.line)
 
 
 def pale(colour: str) -> np.ndarray:

@@ -155,7 +155,7 @@ def as_results(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
     }
 
 
-def gains(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
+def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
     """What each method adds to no augmentation, by method and fraction: mean, half of its 95 % interval, over what."""
     found: dict[str, dict[str, dict]] = {}
     for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id not in (NONE, FULL.id)):

@@ -161,7 +161,7 @@ def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Differ
     values, of = ([float(np.mean(v)) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
     n, half = len(values), None
     if n > 1:
-        half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
+        half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
     return Difference(float(np.mean(values)), half, f"{n} {of if n > 1 else of.removesuffix('s')}")
 
 
