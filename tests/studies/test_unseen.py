@@ -53,7 +53,7 @@ def test_no_phi_of_episodes_is_scored_on_an_image_that_it_met():
 
 
 def test_repetitions_have_seeds_of_their_own():
-    settings = resolve("smoke", {"repeats": 3, "seed": 5, "taught_augment": "dsa"})
+    settings = resolve("smoke", {"unseen_repeats": 3, "seed": 5, "taught_augment": "dsa"})
     worlds = unseen.repetitions(settings)
     assert [world.settings.seed for world in worlds] == [5, 6, 7]
     assert {job.setup.seed for world in worlds for job in world.ranges().values()} == {5, 6, 7}
