@@ -35,7 +35,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.provenance import SOURCES, environment, own_source
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
-from augdistill_report.work.statistics import Accuracy, brief, text_table
+from augdistill_report.work.statistics import Accuracy, brief, markdown_table
 
 
 def configuration(settings: Settings) -> str:
@@ -222,8 +222,8 @@ class Run:
         }
         write(self.folder / "results" / f"{self.notebook}.json", as_json(results))
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
-        rows = [[name, brief(value)] for name, value in self.numbers.items()]
-        return Markdown(text_table([f"results/{self.notebook}.json", ""], rows))
+        rows = [{f"results/{self.notebook}.json": name, "": brief(value)} for name, value in self.numbers.items()]
+        return Markdown(markdown_table(rows))
 
 
 def picture(figure) -> bytes:

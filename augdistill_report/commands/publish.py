@@ -15,7 +15,7 @@ from augdistill_report.settings import Settings, preset_path
 from augdistill_report.show.page import finished
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.why import gain_points, values
-from augdistill_report.work.statistics import shown
+from augdistill_report.work.statistics import markdown_table, over_seeds, row_label, shown
 
 
 def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
@@ -76,16 +76,18 @@ STUDY = "why_phi_failed"
 def study_table(gallery: Path) -> str:
     """README's table of the study: what phi adds to the accuracy, by row (those of its short form) and data set."""
     found = {path.parent.name: json.loads(path.read_text()) for path in sorted(gallery.glob(f"*/{STUDY}.json"))}
-    if not found:
-        return ""
     sets = sorted(found, key=lambda name: (name != "digits", name != "fashion-small", name))
-    lines = ["| gain over the real images | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
-    for row in read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short:
-        gains = [values(found[name]["cells"], row, "gain") for name in sets]
-        ran = [any(cell["row"] == row for cell in found[name]["cells"]) for name in sets]
-        shown = [gain_points(g) if g else "refused" if r else "not run" for g, r in zip(gains, ran, strict=True)]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+
+    def gain(cells: list[dict], row: tuple[str, str]) -> str:
+        gains = values(cells, row, "gain")
+        return gain_points(gains) if gains else "refused" if row in over_seeds(cells) else "not run"
+
+    rows = read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short
+    table = [
+        {"gain over the real images": row_label(row)} | {name: gain(found[name]["cells"], row) for name in sets}
+        for row in rows
+    ]
+    return markdown_table(table).rstrip() if found else ""
 
 
 def fill_study(text: str, gallery: Path) -> str:
@@ -97,19 +99,21 @@ def fill_study(text: str, gallery: Path) -> str:
 def result_tables(results: dict[str, dict]) -> str:
     """README's tables from a published run: methods on the base images, by fraction of the data, on unseen images."""
     base = scores(results["03_phi_distillation"])
-    lines = ["| trained on a few real images, each through | test accuracy |", "|---|---|"]
-    lines += [f"| {name} | {score} |" for name, score in base.items()]
-    parts = {tuple(name.rsplit(", ", 1)): score for name, score in scores(results["05_subset_evaluation"]).items()}
-    # neither gains, nor other budgets and students ("mlp: unet")
-    parts = {key: score for key, score in parts.items() if not key[0].startswith("gain") and ": " not in key[0]}
-    fractions = sorted({part for _, part in parts}, key=lambda part: float(part.rstrip("%")))
-    lines += ["", "| part of the data | " + " | ".join(fractions) + " |", "|---" * (len(fractions) + 1) + "|"]
-    for name in dict.fromkeys(name for name, _ in parts):
-        lines.append(f"| {name} | " + " | ".join(parts.get((name, part), "") for part in fractions) + " |")
-    lines += ["", "| a few images that no phi has seen, each through | test accuracy |", "|---|---|"]
-    found = scores(results["07_unseen_images"])
-    lines += [f"| {name.removeprefix('few: ')} | {score} |" for name, score in found.items()]
-    return "\n".join(lines)
+    subsets, unseen = (results[name]["numbers"] for name in ("05_subset_evaluation", "07_unseen_images"))
+    by_fraction = subsets["test accuracy"]["equal updates"]
+    fractions = sorted({fraction for found in by_fraction.values() for fraction in found}, key=float)
+    tables = [
+        [{"trained on a few real images, each through": name, "test accuracy": score} for name, score in base.items()],
+        [
+            {"subset": subsets["methods"][name]} | {f"{100 * float(f):g} %": found.get(f, "") for f in fractions}
+            for name, found in by_fraction.items()
+        ],
+        [
+            {"a few images that no phi has seen, each through": name, "test accuracy": score}
+            for name, score in unseen["test accuracy"].items()
+        ],
+    ]
+    return "\n".join(map(markdown_table, tables)).rstrip()
 
 
 def scores(result: dict) -> dict[str, str]:
