@@ -18,6 +18,7 @@ from augdistill_report import settings
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands import report as runner
 from augdistill_report.commands.cli import main
+from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.places import ROOT
 from augdistill_report.settings import Settings
 from augdistill_report.studies.grid import panel_and_name
@@ -218,7 +219,7 @@ def test_notebooks_side_by_side(tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     error = capsys.readouterr().err
     assert "01_a: " in error and "02_b: " in error
-    assert {"01_a", "02_b"} == set(json.loads((tmp_path / "out" / "timings.json").read_text()))
+    assert {"01_a", "02_b"} == set(runner.notebook_seconds(tmp_path / "out"))
     assert len(list((tmp_path / "out" / "artefacts").glob("expert-*.safetensors"))) == 2  # made beforehand, for both
 
 
@@ -336,9 +337,9 @@ def test_a_notebook_is_in_order(path):
 def pretend(folder: Path, **environment) -> None:
     """Change what a run's results say of their environment."""
     for path in (folder / "results").iterdir():
-        result = json.loads(path.read_text())
+        result = read_json(path, "results")
         result["environment"] |= environment
-        path.write_text(json.dumps(result))
+        write_json(path, "results", result)
 
 
 def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp_path):
@@ -392,7 +393,7 @@ def in_today_s_form(published: dict[str, dict]) -> dict[str, dict]:
 def test_readme_shows_the_published_numbers(tmp_path):
     """The tables in README are those that the published results give; heads follow with the next publication."""
     readme = (ROOT / "README.md").read_text()
-    published = {n: json.loads((ROOT / "figures" / "digits" / f"{n}.json").read_text()) for n in NAMES}
+    published = {n: read_json(ROOT / "figures" / "digits" / f"{n}.json", "results") for n in NAMES}
 
     def rows(text: str) -> list[str]:
         return [line for line in text.splitlines() if line.startswith("|") and "±" in line]

@@ -20,6 +20,7 @@ from augdistill_core import DistillConfig
 from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.cli import main
+from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store
 from augdistill_report.settings import resolve
 from augdistill_report.studies import why
@@ -113,9 +114,9 @@ def test_a_sweep_is_published_alone_unless_its_code_is_uncommitted(swept, tmp_pa
     shutil.copytree(run / "sweeps", other / "sweeps")
     path = other / "sweeps" / "mine" / "mine.json"
     for uncommitted in (True, False):
-        result = json.loads(path.read_text())
+        result = read_json(path, "sweep")
         result["environment"] |= {"uncommitted": uncommitted, "commit": "0" * 40}
-        path.write_text(json.dumps(result))
+        write_json(path, "sweep", result)
         if uncommitted:
             with pytest.raises(ValueError, match="mine was swept with uncommitted code"):
                 gallery.publish_sweeps("smoke", str(other), tmp_path / "gallery")
