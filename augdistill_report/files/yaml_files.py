@@ -13,6 +13,7 @@ from augdistill_core import in_short
 YAML_BYTES = 50_000  # the largest file of the report has 6,000
 YAML_VALUES = 5_000  # keys and values, each alias counted as what it stands for
 YAML_DEPTH = 20  # lists and mappings inside each other
+MERGE = "tag:yaml.org,2002:merge"  # the key `<<`
 
 
 def read_yaml(path: Path) -> dict:
@@ -80,4 +81,21 @@ def count_values(node: yaml.Node, counts: dict[yaml.Node, int | None], depth: in
     counts[node] = 1 + sum(count_values(part, counts, depth + 1) for part in parts)
     if counts[node] > YAML_VALUES:
         raise wrong(f"more than {YAML_VALUES} values, its aliases written out")
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if key.tag == MERGE and isinstance(value, yaml.SequenceNode):
+            merged = [name for part in value.value for name in key_names(part)]
+            if len(set(merged)) < len(merged):  # which one counts differs between versions of PyYAML
+                raise wrong("`<<` takes one key from two mappings; say which", key)
     return counts[node]
+
+
+def key_names(node: yaml.Node) -> set[str]:
+    """The keys of a mapping, with those that it merges; of another node none."""
+    found = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if key.tag != MERGE:
+            found.add(str(key.value))
+            continue
+        for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            found |= key_names(part)
+    return found
