@@ -25,9 +25,10 @@ def in_short(value) -> str:
 
 
 def nearest(key, names: Sequence[str]) -> str:
-    """The three names most like a mistyped `key`, most like first, as words for a message."""
-    names = difflib.get_close_matches(str(key)[:50] if isinstance(key, str) else "", names, 3, cutoff=0)
-    return f"the nearest are {', '.join(names)}"
+    """The three names most like a mistyped `key`, the most similar first, as words for a message."""
+    key = key[:50] if isinstance(key, str) else ""
+    like = sorted(names, key=lambda name: (key in name, difflib.SequenceMatcher(None, key, name).ratio()), reverse=True)
+    return f"the nearest are {', '.join(like[:3])}"
 
 
 @dataclasses.dataclass(frozen=True)

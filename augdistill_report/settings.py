@@ -111,7 +111,7 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
 def preset_path(preset: str, beside: Path | None = None) -> Path:
     """The file of a preset: a name in notebooks/presets, or the path of a YAML file, relative to `beside`."""
     if not PRESETS.is_dir():
-        raise ValueError(f"{PRESETS} is missing: install augdistill from its clone, with pip install -e")
+        raise ValueError(f"{PRESETS} is missing: install augdistill again")
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     own = isinstance(preset, str) and preset.endswith((".yaml", ".yml"))
     path = (beside or Path()) / preset if own else PRESETS / f"{preset}.yaml"
