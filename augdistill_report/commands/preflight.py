@@ -21,7 +21,7 @@ def preflight(settings: Settings) -> None:
     data = settings.load(whiten=False)
     with torch.device("meta"):  # sizes without memory
         student = settings.student(data)
-    check_memory(settings, sum(p.numel() for p in student.parameters()))
+    check_memory(settings, sum(p.numel() for p in student.parameters()), min(settings.expert_batch, len(data.train)))
     trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case
     for key, snapshots in (("max_start_epoch", settings.snapshots()), ("policy_max_start_epoch", trained)):
         last = snapshots - settings.expert_epochs
@@ -49,18 +49,18 @@ def preflight(settings: Settings) -> None:
             raise ValueError(f"{key}_optimizer={kind!r}: {error}") from None
 
 
-def check_memory(settings: Settings, parameters: int) -> None:
+def check_memory(settings: Settings, parameters: int, batch: int) -> None:
     """A `ValueError` if one student of so many parameters cannot be trained in this machine's (or GPU's) memory.
 
     Its parameters, gradient and momentum must fit, and the first feature maps of one batch. A run needs far more, so
     what is refused here is impossible.
     """
-    needed = 4 * (3 * parameters + settings.expert_batch * settings.width * settings.size**2)
+    needed = 4 * (3 * parameters + batch * settings.width * settings.size**2)
     if settings.device == "cuda":
         there = torch.cuda.get_device_properties(0).total_memory
-    elif hasattr(os, "sysconf"):
+    elif hasattr(os, "sysconf") and not settings.cluster:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:  # Windows does not tell
+    else:  # other machines do the work, or Windows, which does not tell
         return
     if needed > there:
         raise ValueError(
