@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # the door: what is not used below is handed on
-from augdistill_method.config import Config, knob
+from augdistill_method.config import Config, in_short, knob, nearest
 from augdistill_method.experts import (
     ExpertConfig,
     TrainingState,

@@ -1,13 +1,34 @@
 """Configuration as frozen bags of plain literals that refuse what is wrong by name: used by the core and the report."""
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
+
+LONGEST = 4096  # characters of a text
+SHORT = reprlib.Repr()  # of values in messages: a hostile one may be large, or nest without end
+SHORT.maxstring = SHORT.maxother = 200
 
 
 def knob(default, help: str, *, low=None, high=None, choices: Sequence | None = None):
     """A field of a `Config`: its default, what it means (with its unit), and the closed range or choices it allows."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+def in_short(value) -> str:
+    """`repr` of a value for a message: one line of some 200 characters at most, whatever the value."""
+    try:
+        return SHORT.repr(value)
+    except Exception:  # an int of 5,000 digits has no repr
+        return f"a {type(value).__name__}"
+
+
+def nearest(key, names: Sequence[str]) -> str:
+    """The three names most like a mistyped `key`, the most similar first, as words for a message."""
+    key = key[:50] if isinstance(key, str) else ""
+    like = sorted(names, key=lambda name: (key in name, difflib.SequenceMatcher(None, key, name).ratio()), reverse=True)
+    return f"the nearest are {', '.join(like[:3])}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Config:
         """`value` as the declared type of `field` ("10" is an int's 10, "1e-3" a float's .001), or a `ValueError`."""
 
         def wrong(right: str):
-            return ValueError(f"{field.name}={value!r}: must be {right} ({field.metadata.get('help', '')})")
+            return ValueError(f"{field.name}={in_short(value)}: must be {right} ({field.metadata.get('help', '')})")
 
         kind = field.type
         try:
@@ -41,6 +62,12 @@ class Config:
             raise wrong(f"{article} {kind.__name__}") from None
         if kind is float and not math.isfinite(result):
             raise wrong("finite")
+        if kind is int and abs(result) >= 2**63:
+            raise wrong("below 2**63")
+        if kind is str and not all(c >= " " and c != "\x7f" and not "\ud800" <= c <= "\udfff" for c in result):
+            raise wrong("one line of text, without control characters")
+        if kind is str and len(result) > LONGEST:
+            raise wrong(f"at most {LONGEST} characters")
         low, high, choices = (field.metadata.get(k) for k in ("low", "high", "choices"))
         if choices is not None and result not in choices:
             raise wrong("one of " + ", ".join(map(str, choices)))
@@ -54,11 +81,16 @@ class Config:
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
+    def refuse_unknown(cls, keys: Iterable) -> None:
+        """A `ValueError` that names the first key that does not exist, and the names that are most like it."""
+        for key in keys:
+            if key not in cls.names():
+                raise ValueError(f"unknown key {in_short(key)}: {nearest(key, cls.names())}")
+
+    @classmethod
     def from_dict(cls, values: dict):
         """The configuration with these values, or a `ValueError` that names the first key that does not exist."""
-        for key in values:
-            if key not in cls.names():
-                raise ValueError(f"unknown key {key!r}: must be one of {', '.join(cls.names())}")
+        cls.refuse_unknown(values)
         return cls(**values)
 
     def select(self, cls, **changes):

@@ -25,7 +25,7 @@ from augdistill_report.files.phi_files import save_phi
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store, digest, write
 from augdistill_report.places import RUNS
-from augdistill_report.settings import Settings, preset_path, resolve
+from augdistill_report.settings import Settings, given_settings, preset_path, resolve
 from augdistill_report.show.image_grids import film, png
 from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
@@ -267,9 +267,7 @@ def open_run(notebook: str, parameters: dict) -> Run:
     each setting that is not None, and `store`, a folder of finished work that several runs share, as those of a sweep
     do. A `ValueError` names a wrong setting, or a folder that is not a run's.
     """
-    names = set(Settings.names())
-    overrides = {k: v for k, v in parameters.items() if k in names and v is not None}
-    settings = resolve(parameters["preset"], overrides)
+    settings = resolve(parameters["preset"], given_settings(parameters))
     folder = run_folder(parameters["preset"], parameters.get("out") or "")
     start_folder(folder, parameters["preset"], settings)
     torch.set_num_threads(settings.threads)

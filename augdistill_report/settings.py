@@ -1,29 +1,33 @@
 """Every setting of a run, in one flat list: presets, papermill's `-p` and `--set` all speak these names.
 
-`Settings` is assembled from what the parts of a run declare: the setup, distillation, scoring, who works, and one leaf
-file a study (`studies/*_config.py`, found in that folder). So each part can be handed just its own
-(`settings.select(DistillConfig)`), and what a stored result depends on is just what it was handed.
+`Settings` is assembled from what each piece of a run declares: the setup, distillation, scoring, the workers, and one
+file for each study (`studies/*_config.py`, found in that folder). So each piece gets only its own settings
+(`settings.select(DistillConfig)`), and a stored result depends only on the settings that made it.
 """
 
+import ast
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import cloudpickle
 import yaml
 
-from augdistill_core import Config, DistillConfig, knob
+from augdistill_core import Config, DistillConfig, in_short, knob
 from augdistill_report import studies
+from augdistill_report.files.yaml_files import read_yaml
 from augdistill_report.places import PRESETS
 from augdistill_report.show.tracking import TRACKERS
 from augdistill_report.work.pool import WorkConfig
 from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.setup import Setup, absolute
 
-RENAMED = {  # settings by their old names
+RENAMED = {  # the new names of settings by their old ones
     "teach": "taught_augment",
     "study_iterations": "why_iterations",
     "study_rows": "why_rows",
@@ -32,8 +36,8 @@ RENAMED = {  # settings by their old names
     "late_start_epoch": "policy_max_start_epoch",
 }
 
-
-# what the student report ran first, and what mends it, as changes of a run's settings; of this network
+# What the student report ran first (its phi, and the settings that it changed), and the settings that repair it. The
+# grid of notebook 04 writes the same in its own words: a test compares them.
 REPORT_NETWORK = "distnet2"
 STUDENT_REPORT = dict(phi_optimizer="SGD", phi_lr=1000.0, phi_momentum=0.5)
 STUDENT_REPORT |= dict(alpha_mode="raw", alpha_optimizer="SGD", alpha_lr=1e-5)
@@ -41,7 +45,7 @@ MENDED = dict(phi_optimizer="Adam", phi_lr=0.01)
 
 
 def study_configs() -> list[type[Config]]:
-    """What the studies declare: the `Config` of each file `studies/*_config.py`."""
+    """The settings of the studies: the `Config` of each file `studies/*_config.py`."""
     found = []
     for file in sorted(Path(studies.__path__[0]).glob("*_config.py")):
         module = importlib.import_module(f"{studies.__name__}.{file.stem}")
@@ -51,12 +55,12 @@ def study_configs() -> list[type[Config]]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
-    """All of it. What notebooks compare beyond these (rows of a table) stands in the notebooks."""
+    """Every setting. What the rows of a notebook's table change beyond these stands in the notebook."""
 
-    images_per_class: int = knob(1, "images a class in the base set of notebooks 02 and 03", low=1)
+    images_per_class: int = knob(1, "images of each class in the base set of notebooks 02 and 03", low=1)
     phi: str = knob("unet_noise", "the phi of notebooks 03 and 05, and of a sweep: any name in PHIS")
-    phis: str = knob("", "Python files that register phis of your own, with commas between")
-    track: str = knob("none", "a tracker that gets curves and pictures too", choices=("none", *TRACKERS))
+    phis: str = knob("", "Python files that register your own phis, separated by commas")
+    track: str = knob("none", "a tracker that also gets the curves and pictures", choices=("none", *TRACKERS))
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,11 +70,11 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
             object.__setattr__(self, "cluster", absolute(self.cluster))
 
     @classmethod
-    def from_dict(cls, values: dict):
-        for key in values:
-            if key in RENAMED:
+    def refuse_unknown(cls, keys: Iterable) -> None:
+        for key in keys:
+            if isinstance(key, str) and key in RENAMED:
                 raise ValueError(f"setting {key!r} is called {RENAMED[key]!r} now: rename it")
-        return super().from_dict(values)
+        super().refuse_unknown(keys)
 
     def public(self) -> dict:
         return super().public() | {"phis": ", ".join(path.name for path in self.phi_files), "cluster": ""}
@@ -80,71 +84,88 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
         return [Path(part.strip()) for part in self.phis.split(",") if part.strip()]
 
     def load_phis(self) -> None:
-        """Run the files that register phis of the user's own; a `ValueError` that names one that cannot be run."""
+        """Run the files that register the user's own phis; a `ValueError` names the one that cannot be run."""
         for path in self.phi_files:
-            if not path.is_file():
-                raise ValueError(f"phis={str(path)!r}: no such file; must be Python files that register phis")
+            if path.suffix != ".py" or not path.is_file():
+                reason = "no such file" if path.suffix == ".py" else "is not a Python file"
+                raise ValueError(f"phis={str(path)!r}: {reason}; must be .py files that register phis")
             name = f"phis_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
             spec = importlib.util.spec_from_file_location(name, path)
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             try:
                 spec.loader.exec_module(module)
-            except Exception as error:
-                raise ValueError(f"phis={str(path)!r}: {type(error).__name__}: {error}") from error
+            except (Exception, SystemExit) as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ValueError(f"phis={str(path)!r}: {reason}") from error
             cloudpickle.register_pickle_by_value(module)  # worker processes cannot import it by that name
 
     def eval_config(self, learned: bool, **changes) -> EvalConfig:
-        """How a phi that has `learned` a step size, or plain images, are scored.
+        """How students are scored on a phi that `learned` a step size, or (not `learned`) without augmentation.
 
-        Where eval_lr leaves the step size to phi, plain images have the one that phi's own starts from.
+        eval_lr=0 leaves the step size to phi. Without augmentation it is then `alpha`, where phi's own started.
         """
         config = self.select(EvalConfig, **changes)
         return config if learned or config.eval_lr else dataclasses.replace(config, eval_lr=self.alpha)
 
 
-def preset_path(preset: str) -> Path:
-    """The file of a preset: a name in notebooks/presets, or the path of a YAML file of one's own."""
+def preset_path(preset: str, beside: Path | None = None) -> Path:
+    """The file of a preset: a name in notebooks/presets, or the path of a YAML file, relative to `beside`."""
     if not PRESETS.is_dir():
-        raise ValueError(f"{PRESETS} is missing: install augdistill from its clone, with pip install -e")
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise ValueError(f"preset={preset!r}: must be one of {names}, or the path of a .yaml file")
+        raise ValueError(f"{PRESETS} is missing: install augdistill again")
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    own = isinstance(preset, str) and preset.endswith((".yaml", ".yml"))
+    path = (beside or Path()) / preset if own else PRESETS / f"{preset}.yaml"
+    if not (os.path.isfile(path) if own else preset in names):
+        raise ValueError(f"preset={in_short(preset)}: must be one of {', '.join(names)}, or the path of a .yaml file")
     return path
 
 
-BY_COUNT = "with_images_per_class"  # the key of a preset under which stands what depends on images_per_class
+BY_COUNT = "with_images_per_class"  # the key of a preset for settings that depend on images_per_class
+LIKE = "like"  # the key of a preset that names another one, from which it takes all that it does not change
 
 
-def read_preset(preset: str) -> tuple[dict, dict[int, dict]]:
-    """What a preset's file holds: the settings, and those that it has for some values of images_per_class only.
+def read_preset(preset: str, heirs: tuple[Path, ...] = ()) -> tuple[dict, dict[int, dict]]:
+    """The settings of a preset: those for every run, and those for some values of images_per_class only.
 
-    A `ValueError` names what is wrong, in any part of it.
+    The settings of the preset that it is `like` are among them, where its file does not change them (for every run, or
+    for that value). `heirs` are the files that led here. A `ValueError` names the file and what is wrong in it.
     """
-    path = preset_path(preset)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"preset={preset!r}: {path} is not YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"preset={preset!r}: {path} must hold `key: value` lines")
-    by_count = values.pop(BY_COUNT, {})
-    counted = isinstance(by_count, dict) and all(type(k) is int and isinstance(v, dict) for k, v in by_count.items())
-    if not counted:
-        raise ValueError(f"{path}: {BY_COUNT}={by_count!r}: must hold settings by number, as `10: {{key: value}}`")
+    path = preset_path(preset, heirs[-1].parent if heirs else None)
+    if path.resolve() in heirs:
+        circle = " -> ".join(heir.name for heir in (*heirs, path))
+        raise ValueError(f"{preset!r} leads back to itself: {circle}")
+    values = read_yaml(path)
+    by_count, parent = values.pop(BY_COUNT, {}), values.pop(LIKE, None)
+    if not isinstance(by_count, dict) or not all(type(k) is int and isinstance(v, dict) for k, v in by_count.items()):
+        right = "must hold settings by number, as `10: {key: value}`"
+        raise ValueError(f"{path}: {BY_COUNT}={in_short(by_count)}: {right}")
     for count, part in {None: {}, **by_count}.items():
         try:
             Settings.from_dict(values | part | ({} if count is None else {"images_per_class": count}))
         except ValueError as error:
             raise ValueError(f"{path}: {'' if count is None else f'{BY_COUNT}: {count}: '}{error}") from None
-    return values, by_count
+    if parent is None:
+        return values, by_count
+    try:
+        theirs, theirs_by_count = read_preset(parent, (*heirs, path.resolve()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {LIKE}: {error}") from None
+    for count, part in theirs_by_count.items():
+        by_count[count] = {k: v for k, v in part.items() if k not in values} | by_count.get(count, {})
+    return theirs | values, by_count
+
+
+def preset_text(preset: str) -> str:
+    """A preset as one YAML file that needs no other, for a machine that has not got the files that it is `like`."""
+    values, by_count = read_preset(preset)
+    return yaml.safe_dump(values | ({BY_COUNT: by_count} if by_count else {}))
 
 
 def resolve(preset: str, overrides: dict | None = None) -> Settings:
     """The settings of a preset with some keys changed; whatever is wrong is refused by name.
 
-    A preset that has other settings for each images_per_class is the recipe of one data set: it gives those of the
-    number that is asked for, and takes no other number and no other data set.
+    A preset with other settings for each images_per_class is the recipe of one data set. It takes only those numbers of
+    images, and only that data set.
     """
     values, by_count = read_preset(preset)
     changes = overrides or {}
@@ -152,7 +173,7 @@ def resolve(preset: str, overrides: dict | None = None) -> Settings:
     if by_count:
         count, dataset = settings.images_per_class, Settings.from_dict(values).dataset
         if count not in by_count:
-            known = ", ".join(map(str, by_count))
+            known = ", ".join(map(str, sorted(by_count)))
             raise ValueError(f"images_per_class={count}: preset {preset!r} is a recipe for {known} images a class")
         if settings.dataset != dataset:
             raise ValueError(
@@ -162,3 +183,52 @@ def resolve(preset: str, overrides: dict | None = None) -> Settings:
         settings = Settings.from_dict(values | by_count[count] | changes)
     settings.load_phis()
     return settings
+
+
+# --- the parameters of a notebook -------------------------------------------------------------------------------------
+
+PARAMETERS = ("preset", "out", "store")  # of a notebook, beside the settings
+
+
+def given_settings(variables: dict) -> dict:
+    """The settings among a notebook's variables (its `globals()`) that are not None.
+
+    A parameter that is no setting is a `ValueError`, since papermill injects a mistyped `-p iteratons 3` without a
+    word. Which variables are parameters, IPython's history says; without one (a script), every plain value is.
+    """
+    if "_ih" in variables:
+        names = assigned_parameters(variables["_ih"])
+    else:
+        plain = str | int | float | list | dict | tuple | None
+        names = [k for k, v in variables.items() if not k.startswith("_") and isinstance(v, plain)]
+    for name in names:
+        if name not in PARAMETERS:
+            try:
+                Settings.refuse_unknown([name])
+            except ValueError as error:
+                raise ValueError(f"{error} (it was given as a parameter of this notebook)") from None
+    return {k: v for k, v in variables.items() if k in Settings.names() and v is not None}
+
+
+def assigned_parameters(cells: list[str]) -> list[str]:
+    """The names that a notebook's parameters cell (the last that sets `preset`) and papermill's after it assign."""
+    found = []
+    for cell in reversed(cells):
+        names = assigned(cell)
+        injected = cell.startswith("# Parameters")  # papermill's first line
+        if injected or "preset" in names:
+            found += names
+        if "preset" in names and not injected:
+            break
+    return found
+
+
+def assigned(cell: str) -> list[str]:
+    """The variables that a cell's own lines assign: `a = 1`, `a: int = 1`."""
+    try:
+        lines = ast.parse(cell).body
+    except SyntaxError:  # it did not run
+        return []
+    targets = [t for line in lines if isinstance(line, ast.Assign) for t in line.targets]
+    targets += [line.target for line in lines if isinstance(line, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -1,11 +1,16 @@
-"""The paper's baseline: the recipe's numbers as presets, and students that are scored by its protocols.
+"""Settings and presets, whatever they hold; and the paper's baseline: its recipe as presets, and its protocols.
 
-The numbers are held against the authors' own commands, the protocols against a plain torch loop.
+The recipe's numbers are compared with the authors' own commands, its protocols with a plain torch loop.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
+import random
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +25,15 @@ from augdistill_report.data.augmentations import DSA
 from augdistill_report.data.datasets import load
 from augdistill_report.places import PRESETS
 from augdistill_report.run import Run, open_run
-from augdistill_report.settings import resolve
+from augdistill_report.settings import (
+    REPORT_NETWORK,
+    STUDENT_REPORT,
+    Settings,
+    preset_text,
+    read_preset,
+    resolve,
+)
+from augdistill_report.studies.grid import read_grid
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import EvalConfig, Evaluation, train_student
 from augdistill_report.work.setup import Setup
@@ -158,6 +171,208 @@ def test_a_grid_takes_a_recipe_as_it_is(tmp_path, capsys):
     (path,) = (tmp_path / "run").glob("sweeps/grid/cells/*/config.json")
     settings = yaml.safe_load(path.read_text())["settings"]
     assert (settings["images_per_class"], settings["iterations"]) == (2, 3)
+
+
+# --- presets that are like others -------------------------------------------------------------------------------------
+
+# Digests of what the settings of each preset were when each was a file of its own (for each number of images a class),
+# where they are not the defaults (and subset_rows by the ids that rows have now).
+BEFORE = {
+    "cifar10-baseline": {None: "8f3fcb4a8321"},
+    "cifar10-long": {None: "952f541608f7"},
+    "cifar10-small": {None: "5405039b37de"},
+    "cifar10-subsets": {None: "60eb5a9f9a49"},
+    "cifar10": {1: "69de3fd62e5e", 10: "b6dd9aee306f", 50: "7dad17f65077"},
+    "cifar100": {1: "db7fadf2c144", 10: "5006fb00d1d3", 50: "9ee22f4bb0a0"},
+    "digits": {None: "fc80121f701a"},
+    "fashion-long": {None: "90f03fea8685"},
+    "fashion-small": {None: "7d8c7c427ca7"},
+    "fashion": {1: "e62f59782306", 10: "c41256a5bfc7", 50: "aaf0c4a279c3"},
+    "mnist-small": {None: "5772e0fed5fb"},
+    "mnist": {1: "5204283b8ebf", 10: "8baa1ec71c3f", 50: "bc3c9f9743f3"},
+    "smoke": {None: "9460b2521443"},
+}
+
+
+def test_every_preset_is_what_it_was():
+    found, defaults = {}, Settings().to_dict()
+    for path in PRESETS.glob("*.yaml"):
+        for count in read_preset(path.stem)[1] or [None]:
+            settings = resolve(path.stem, {"images_per_class": count} if count else {}).to_dict()
+            other = {key: value for key, value in settings.items() if value != defaults[key]}
+            digest = hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:12]
+            found.setdefault(path.stem, {})[count] = digest
+    assert found == BEFORE
+
+
+def test_no_preset_is_a_copy():
+    """A line that changes nothing of what a preset takes over is left out."""
+    for path in PRESETS.glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        if "like" in content:
+            parent = read_preset(content["like"])[0]
+            assert not [key for key, value in content.items() if value == parent.get(key, Settings)]
+
+
+def test_a_preset_takes_over_what_it_does_not_change(tmp_path):
+    (tmp_path / "far").mkdir()
+    parts = {1: {"syn_steps": 5, "zca": True}, 10: {"syn_steps": 7}}
+    base = written(tmp_path / "far" / "base.yaml", syn_steps=3, epochs=9, with_images_per_class=parts)
+    middle, last = tmp_path / "middle.yaml", tmp_path / "far" / "last.yml"
+    middle.write_text("like: far/base.yaml\nepochs: 8\nwith_images_per_class: {10: {width: 6}, 50: {width: 9}}")
+    last.write_text("like: ../middle.yaml\nzca: false\nseed: 2")
+    assert resolve(str(middle), {"images_per_class": 1}) == dataclasses.replace(resolve(base), epochs=8)
+    of = {count: resolve(str(last), {"images_per_class": count}) for count in (1, 10, 50)}
+    assert [(s.epochs, s.seed, s.zca, s.size) for s in of.values()] == [(8, 2, False, 8)] * 3  # its own line wins
+    assert [(s.syn_steps, s.width) for s in of.values()] == [(5, 4), (7, 6), (3, 9)]
+    mine = written(tmp_path / "mine.yaml", like="cifar10", dataset="cifar100")  # a name means one of the report's
+    assert resolve(mine, {"images_per_class": "50"}).max_start_epoch == 40
+    alone = tmp_path / "alone.yaml"  # as a sweep sends it to another machine
+    alone.write_text(preset_text(str(last)))
+    shutil.rmtree(tmp_path / "far")
+    assert all(resolve(str(alone), {"images_per_class": count}) == settings for count, settings in of.items())
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("like: nowhere", "mine.yaml: like: preset='nowhere': must be one of cifar10, "),
+        ("like: nowhere.yaml", "mine.yaml: like: preset='nowhere.yaml': must be one of cifar10, "),
+        ("like: ../sweeps/why_phi_failed", "like: preset='../sweeps/why_phi_failed': must be one of"),
+        ("like: [smoke, digits]", "mine.yaml: like: preset=['smoke', 'digits']: must be one of"),
+        ("like: mine.yaml", "mine.yaml: like: 'mine.yaml' leads back to itself: mine.yaml -> mine.yaml"),
+        ("like: round.yaml", "like: 'mine.yaml' leads back to itself: mine.yaml -> round.yaml -> mine.yaml"),
+        ("like: bad.yaml", "bad.yaml: unknown key 'sed': the nearest are seed, "),
+        ("seed: 1\nwith_images_per_class: {1: {like: smoke}}", "with_images_per_class: 1: unknown key 'like'"),
+    ],
+)
+def test_a_preset_that_cannot_be_like_another_says_why(content, says, tmp_path):
+    (tmp_path / "mine.yaml").write_text(content)
+    (tmp_path / "round.yaml").write_text("like: mine.yaml")
+    (tmp_path / "bad.yaml").write_text("sed: 1")
+    with pytest.raises(ValueError) as error:
+        resolve(str(tmp_path / "mine.yaml"))
+    assert says in str(error.value) and str(error.value).startswith(str(tmp_path / "mine.yaml"))
+
+
+def test_the_student_report_s_setting_is_that_of_the_study():
+    grid = read_grid(PRESETS.parent / "sweeps" / "why_phi_failed.yaml")
+    report = grid.fixed | grid.rows["report: SGD 1000"]
+    assert {key: report[key] for key in STUDENT_REPORT} == STUDENT_REPORT and report["phi"] == REPORT_NETWORK
+    rows = json.dumps(grid.rows, sort_keys=True).encode()  # as when each row was written out
+    assert hashlib.sha256(rows).hexdigest()[:12] == "9644e1ea5a68"
+
+
+# --- settings under attack --------------------------------------------------------------------------------------------
+
+HUGE = {
+    "phis=/etc/passwd": "phis='/etc/passwd': is not a Python file; must be .py files that register phis",
+    "phis=/dev/zero": "phis='/dev/zero': is not a Python file",
+    "width=100000": "width=100000, depth=2: a student of ",
+    "seed=99999999999999999999": "seed='99999999999999999999': must be below 2**63 ",
+    "iterations=" + "9" * 5000: "iterations='999",
+    "threads=100000000": "threads='100000000': must be in [1, 1024]",
+    "data=a\0b": r"data='a\x00b': must be one line of text, without control characters",
+    "data=" + "x" * 100_000: "must be at most 4096 characters",
+    "expert_files=a\nb": r"expert_files='a\nb': must be one line of text",
+    "data=\udcff": r"data='\udcff': must be one line of text",
+    "x" * 100_000 + "=1": "unknown key 'xxx",
+}
+
+
+@pytest.mark.parametrize("change", HUGE, ids=[change[:20].encode("unicode_escape").decode() for change in HUGE])
+def test_hostile_settings_are_refused_in_a_line_within_a_second(change, tmp_path, capsys):
+    load("digits", 8)
+    start = time.process_time()
+    assert main(["report", "--preset", "smoke", "--out", str(tmp_path / "run"), "--set", change]) == 2
+    assert time.process_time() - start < 1
+    error = capsys.readouterr().err
+    assert HUGE[change] in error and error.count("\n") == 1 and len(error) < 600
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_must_fit_the_machine_whole():
+    """By its parameters, or by the feature maps of one batch."""
+    for changes in ({"width": 100_000}, {"depth": 1, "width": 10_000_000}):
+        with pytest.raises(ValueError, match=r"^width=\d+, depth=\d: a student of [\d,]+ parameters needs at least"):
+            preflight(resolve("smoke", changes))
+    preflight(resolve("smoke", {"width": 256, "expert_batch": 10**9}))  # a batch is the whole set at most
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def (", "SyntaxError: "),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("x = '\0'", "null bytes"),
+    ],
+)
+def test_a_file_of_phis_that_cannot_be_run_is_named(source, says, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    assert main(["report", "--preset", "smoke", "--out", str(tmp_path / "run"), "--set", f"phis={path}"]) == 2
+    error = capsys.readouterr().err
+    assert f"phis='{path}': " in error and says in error and error.count("\n") == 1
+
+
+ODD = (None, True, 0, -1, 3, 10**30, 1.5, float("nan"), float("-inf"), 10**400, "", "1e-3", "true", "9" * 5000, "a\0b")
+ODD += ("smoke", "digits", "none", "0.1,2", ",", "folder:", "x" * 5000, [], [1], {}, {"seed": 1}, b"\xff", 1j, "\ud800")
+
+
+def anything(rng: random.Random, depth: int = 0):
+    kind = rng.randrange(8)
+    if kind == 0 and depth < 3:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if kind == 1 and depth < 3:
+        return {a_key(rng): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return rng.choice(ODD)
+
+
+def a_key(rng: random.Random):
+    keys = (*Settings.names(), "like", "set", "rows", "axes", "short", "with_images_per_class", "teach", "sed", "")
+    return rng.choice(keys) if rng.random() < 0.9 else rng.choice((None, 1, 2.5, True, "<<", "a\nb"))
+
+
+def taken(read, argument) -> bool:
+    """Whether `read` takes the argument, rather than refusing it in one line."""
+    try:
+        read(argument)
+        return True
+    except ValueError as error:
+        assert str(error).isprintable() and 0 < len(str(error)) < 5000
+        return False
+
+
+def test_settings_of_any_kind_are_taken_or_refused():
+    """3,000 dictionaries of one to three keys, and every odd value for every key."""
+    rng = random.Random(0)
+    some = [{a_key(rng): anything(rng) for _ in range(rng.randint(1, 3))} for _ in range(3000)]
+    assert 30 < sum(taken(Settings.from_dict, values) for values in some) < 300
+    odd = [{key: value} for key in Settings.names() for value in ODD]
+    assert 200 < sum(taken(Settings.from_dict, values) for values in odd) < len(odd) / 2
+
+
+def test_presets_and_grids_of_any_kind_are_taken_or_refused(tmp_path):
+    """Files of random keys and values, and the report's own with a few random bytes changed."""
+    rng, path = random.Random(1), tmp_path / "mine.yaml"
+    real = [(PRESETS / "cifar10.yaml").read_bytes(), (PRESETS.parent / "sweeps" / "why_phi_failed.yaml").read_bytes()]
+    real.append(yaml.safe_dump({"notebook": "01_expert_trajectories.ipynb", "rows": {"a": {"seed": 1}}}).encode())
+    took = {read_preset: 0, read_grid: 0}
+    for turn in range(300):
+        if turn % 3:
+            content = bytearray(rng.choice(real))
+            for _ in range(rng.randint(0, 3)):
+                start, new = rng.randrange(len(content)), b"\0 *a &a [ { \xff : - <<".split(b" ")
+                content[start : start + rng.randrange(4)] = rng.choice(new)
+        else:
+            values = {a_key(rng): anything(rng) for _ in range(rng.randrange(6))}
+            content = repr(values).replace("'", '"').replace("None", "null").encode("utf-8", "surrogatepass")
+        path.write_bytes(bytes(content))
+        for read in took:
+            took[read] += taken(read, str(path))
+    assert min(took.values()) > 10
 
 
 # --- its protocols ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""What is refused before anything runs."""
+"""Checks settings against each other, the data and this machine, before anything runs."""
+
+import os
 
 import torch
 
@@ -8,7 +10,7 @@ from augdistill_report.show.tracking import check_tracker
 
 
 def preflight(settings: Settings) -> None:
-    """Refuse, before anything runs, settings that are each possible but do not fit together or fit this machine."""
+    """A `ValueError` for settings that are each valid, but do not fit together, the data, or this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
     check_tracker(settings.track)
@@ -17,7 +19,9 @@ def preflight(settings: Settings) -> None:
 
         check_cluster(settings.cluster)
     data = settings.load(whiten=False)
-    student = settings.student(data)
+    with torch.device("meta"):  # sizes without memory
+        student = settings.student(data)
+    check_memory(settings, sum(p.numel() for p in student.parameters()), min(settings.expert_batch, len(data.train)))
     trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case
     for key, snapshots in (("max_start_epoch", settings.snapshots()), ("policy_max_start_epoch", trained)):
         last = snapshots - settings.expert_epochs
@@ -43,3 +47,23 @@ def preflight(settings: Settings) -> None:
             make_optimizer(kind, list(student.parameters()), 0.1, momentum)
         except ValueError as error:
             raise ValueError(f"{key}_optimizer={kind!r}: {error}") from None
+
+
+def check_memory(settings: Settings, parameters: int, batch: int) -> None:
+    """A `ValueError` if one student of so many parameters cannot be trained in this machine's (or GPU's) memory.
+
+    Its parameters, gradient and momentum must fit, and the first feature maps of one batch. A run needs far more, so
+    what is refused here is impossible.
+    """
+    needed = 4 * (3 * parameters + batch * settings.width * settings.size**2)
+    if settings.device == "cuda":
+        there = torch.cuda.get_device_properties(0).total_memory
+    elif hasattr(os, "sysconf") and not settings.cluster:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # other machines do the work, or Windows, which does not tell
+        return
+    if needed > there:
+        raise ValueError(
+            f"width={settings.width}, depth={settings.depth}: a student of {parameters:,} parameters needs at least "
+            f"{needed / 1e9:,.0f} GB to train, and {settings.device} has {there / 1e9:,.0f} GB; use a smaller width"
+        )

@@ -3,6 +3,7 @@
 A cell that fails is a row of the table that says why. A sweep that is stopped goes on where it was.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -15,7 +16,7 @@ from augdistill_report.commands.preflight import preflight
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import TOKEN, Store, write
 from augdistill_report.run import configuration, file_name, folder_config, picture, run_folder, start_folder
-from augdistill_report.settings import Settings, preset_path, read_preset, resolve
+from augdistill_report.settings import Settings, preset_path, preset_text, read_preset, resolve
 from augdistill_report.show.plots import heat_map
 from augdistill_report.studies.grid import Grid, GridPoint, changed, read_grid, run_grid, sweep_table
 from augdistill_report.work.experts import own_experts
@@ -84,11 +85,17 @@ class Cell(Task):
 
 def at_hand(path: Path, text: str, folder: Path) -> Path:
     """The file itself, where it is on this machine; elsewhere a copy in `folder`."""
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return path
+    with contextlib.suppress(ValueError):
+        if path.is_file() and text_of(path) == text:
+            return path
     copy = Path(tempfile.mkdtemp(dir=folder)) / path.name
     write(copy, text)
     return copy
+
+
+def text_of(path: Path) -> str:
+    """What a cell needs of a file: of a preset all settings, those of the presets that it is `like` included."""
+    return preset_text(str(path)) if path.suffix in (".yaml", ".yml") else path.read_text(encoding="utf-8")
 
 
 def sweep(
@@ -152,6 +159,5 @@ def cell_of(choice: GridPoint, grid: Grid, preset: str, base: Settings) -> Cell:
     differ = {k: v for k, v in choice.settings.to_dict().items() if v != getattr(base, k)}
     differ["images_per_class"] = choice.settings.images_per_class  # by which a preset may choose its settings
     shared = {"preset": preset, "workers": 1, "cluster": ""}
-    files = [grid.notebook, preset_path(preset), *choice.settings.phi_files]
-    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    texts = {path: text_of(path) for path in (grid.notebook, preset_path(preset), *choice.settings.phi_files)}
     return Cell(choice, grid.notebook, differ | shared, place, texts, configuration(choice.settings))

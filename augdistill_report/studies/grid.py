@@ -1,11 +1,11 @@
-"""Grids of settings: which choices a sweep goes through, and what was found, as a table.
+"""Grids of settings: which combinations a sweep runs, and the table of their results.
 
-A grid file says which notebook, and how its settings (those of `Settings`) vary:
+A grid file says which notebook runs, and how its settings (those of `Settings`) vary:
 
     notebook: one_phi.ipynb           # beside the grid file, or one of the report's
     preset: digits
-    set: {iterations: 100}            # in every cell
-    rows:                             # choices by name: what each changes; "panel: name" puts it into a panel
+    set: {iterations: 100}            # for every run
+    rows:                             # by name, the settings that each row changes; "panel: name" puts it into a panel
       Adam: {phi_optimizer: Adam, phi_lr: 0.01}
       SGD: {phi_optimizer: SGD, phi_lr: 0.1}
     axes: {seed: [0, 1, 2]}           # every row at every combination of these
@@ -15,13 +15,14 @@ A grid file says which notebook, and how its settings (those of `Settings`) vary
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
+from augdistill_core import in_short, nearest
 from augdistill_report.files.store import Store
+from augdistill_report.files.yaml_files import read_yaml
 from augdistill_report.places import NOTEBOOKS
 from augdistill_report.settings import Settings
 from augdistill_report.work.jobs import Task
@@ -29,11 +30,12 @@ from augdistill_report.work.pool import Pool, run_jobs
 from augdistill_report.work.statistics import level, markdown_table, mean_and_std, over_seeds, row_label, stop_mark
 
 KEYS = ("notebook", "preset", "set", "rows", "axes", "short", "picture")
+WORKERS = {"workers", "notebooks_at_once", "cluster"}  # settings that change no result
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What a grid file says, checked."""
+    """The content of a grid file, checked."""
 
     path: Path
     notebook: Path
@@ -47,17 +49,18 @@ class Grid:
     def choices(
         self, base: Settings, changes: dict | None = None, short: bool = False, only: list[str] | None = None
     ) -> list["GridPoint"]:
-        """Every cell: `base`, then the grid's `set`, then `changes`, then its row, then its point on the axes.
+        """Every run of the grid: `base`, changed by the grid's `set`, then by `changes`, its row and its point.
 
-        `only` names the rows to keep; `short` keeps those that the grid names for that.
+        `only` names the rows to keep; `short` keeps the rows that the grid lists as its short form. A `ValueError`
+        names the row or setting that is wrong.
         """
         for name in only or []:
             if panel_and_name(name) not in self.rows:
-                known = ", ".join(map(row_label, self.rows))
-                raise ValueError(f"row {name!r}: is none of {self.path}; must be among {known}")
+                known = list(map(row_label, self.rows))
+                raise ValueError(f"row {name!r}: is no row of {self.path}; {nearest(name, known)}")
         for key in changes or {}:
             if key in self.axes:
-                raise ValueError(f"{key}: is an axis of {self.path}; change it there")
+                raise ValueError(f"{key}: is an axis of {self.path}; change it in that file")
         changes = self.fixed | (changes or {})
         if self.fixed.get("phis") and changes["phis"] != self.fixed["phis"]:
             changes["phis"] = f"{self.fixed['phis']}, {changes['phis']}"  # the grid's rows need their own
@@ -74,7 +77,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GridPoint:
-    """A cell of a grid: its row (in a panel), its place on the axes, and all its settings."""
+    """One run of a grid: its row (in a panel), its value on each axis, and all its settings."""
 
     panel: str
     row: str
@@ -93,7 +96,7 @@ def panel_and_name(row: str) -> tuple[str, str]:
 
 
 def changed(settings: Settings, changes: dict, where: str) -> Settings:
-    """The settings with some keys changed; a `ValueError` that says `where` the wrong one stands."""
+    """The settings with some keys changed; a `ValueError` says `where` the wrong one was given."""
     try:
         return Settings.from_dict(settings.to_dict() | changes)
     except ValueError as error:
@@ -101,80 +104,85 @@ def changed(settings: Settings, changes: dict, where: str) -> Settings:
 
 
 def read_grid(path: Path | str) -> Grid:
-    """A grid file, or a `ValueError` that names what is wrong in it."""
+    """A grid file, or a `ValueError` of one line that names what is wrong in it."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; must be a grid (notebooks/sweeps/why_phi_failed.yaml is one)")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML ({error})") from None
+    content = read_yaml(path)
 
     def wrong(key, right):
-        return ValueError(f"{path}: {key}={content.get(key)!r}: must be {right}")
+        return ValueError(f"{path}: {key}={in_short(content.get(key))}: must be {right}")
 
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold `key: value` lines, with keys among {', '.join(KEYS)}")
     for key in content:
         if key not in KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}: must be one of {', '.join(KEYS)}")
+            raise ValueError(f"{path}: unknown key {in_short(key)}: must be one of {', '.join(KEYS)}")
     fixed, rows, axes = (content.get(key, {}) for key in ("set", "rows", "axes"))
     if not isinstance(fixed, dict):
         raise wrong("set", "settings, as `key: value`")
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise wrong("rows", "settings by name, as `name: {key: value}`")
+    if len(set(map(str, rows))) < len(rows):
+        raise wrong("rows", "settings by different names")
     if not isinstance(axes, dict) or not all(isinstance(values, list) and values for values in axes.values()):
         raise wrong("axes", "lists of at least one value, as `key: [value, value]`")
     if not rows and not axes:
         raise ValueError(f"{path}: has neither rows nor axes; there is nothing to vary")
-    for key in [*fixed, *axes, *itertools.chain(*rows.values())]:
-        if key not in Settings.names() or key in ("workers", "notebooks_at_once", "cluster"):
-            raise ValueError(f"{path}: unknown setting {key!r}: must be one of {', '.join(Settings.names())}")
+    pieces = [("set", fixed), *((f"row {in_short(name)}", row) for name, row in rows.items())]
+    pieces += [("axes", {key: value}) for key, values in axes.items() for value in values]
+    for where, part in pieces:
+        for key in WORKERS.intersection(part):
+            raise ValueError(f"{path}: {where}: {key}: a grid cannot change who does the work; use --set {key}=...")
+        try:
+            Settings.from_dict(part)
+        except ValueError as error:
+            raise ValueError(f"{path}: {where}: {error}") from None
     for key, values in axes.items():
         if len({str(value) for value in values}) < len(values):
-            raise ValueError(f"{path}: axes: {key}={values}: must be different values")
+            raise ValueError(f"{path}: axes: {key}={in_short(values)}: must be different values")
     rows = {panel_and_name(str(name)): row for name, row in rows.items()} or {("", ""): {}}
-    short = content.get("short", [])
-    for name in short if isinstance(short, list) else [short]:
-        if panel_and_name(str(name)) not in rows:
-            raise ValueError(f"{path}: short: {name!r} is no row; must be among {', '.join(map(row_label, rows))}")
-    short = [panel_and_name(str(name)) for name in short]
+    short, preset, picture = content.get("short", []), content.get("preset", "digits"), content.get("picture", "")
+    if not isinstance(short, list) or not all(isinstance(name, str) for name in short):
+        raise wrong("short", "a list of names of rows")
+    for name in short:
+        if panel_and_name(name) not in rows:
+            raise ValueError(f"{path}: short: {name!r} is no row; {nearest(name, list(map(row_label, rows)))}")
+    short = [panel_and_name(name) for name in short]
+    if not isinstance(preset, str):
+        raise wrong("preset", "the name of a preset, or the path of a .yaml file")
+    if not isinstance(picture, str):
+        raise wrong("picture", "the name of a number that the notebook leaves")
     name = content.get("notebook")
-    places = [folder / str(name) for folder in (path.parent, NOTEBOOKS)]
-    notebook = next((place for place in places if place.is_file() and place.suffix == ".ipynb"), None)
+    places = [str(folder / str(name)) for folder in (path.parent, NOTEBOOKS)]
+    notebook = next((place for place in places if os.path.isfile(place) and place.endswith(".ipynb")), None)
     if notebook is None:
         raise wrong("notebook", "a notebook beside the grid, or one of the report's (01_expert_trajectories.ipynb)")
     if fixed.get("phis"):  # relative to the grid
         fixed = fixed | {"phis": ", ".join(str(path.parent / part.strip()) for part in fixed["phis"].split(","))}
-    return Grid(
-        path, notebook, str(content.get("preset", "digits")), fixed, rows, axes, short, str(content.get("picture", ""))
-    )
+    return Grid(path, Path(notebook), preset, fixed, rows, axes, short, picture)
 
 
 def run_grid(
     tasks: dict[GridPoint, Task], store: Store, pool: Pool, show: Callable, failures: dict | None = None
 ) -> list[dict]:
-    """Make what the cells of a grid lack, a task each, over the cores; what came of each cell, as JSON holds it.
+    """Run the tasks of a grid that are not finished yet, over the cores; the result of each one, as JSON stores it.
 
-    That is its panel, row and point, its settings, and what the task's `found` gives, or an `error`. A task that fails
-    ends no others: its exception is put into `failures`, where they can be counted meanwhile.
+    A result is its panel, row and point, its settings, and what the task's `found` returns, or an `error`. A task that
+    fails does not stop the others: its exception is put into `failures`, which a caller can count meanwhile.
     """
     failures = {} if failures is None else failures
     run_jobs(list(tasks.values()), store, pool, show, failures)
     # by path: tasks of equal settings are made once
     errors = {store.path(task.kind, task.spec()): error for task, error in failures.items()}
     cells = []
-    for choice, task in tasks.items():
+    for point, task in tasks.items():
         error = errors.get(store.path(task.kind, task.spec()))
         reason = error and (getattr(error, "reason", "") or f"{type(error).__name__}: {error}")
-        came = {"error": reason} if error else task.found(store)
-        cell = {"panel": choice.panel, "row": choice.row, "point": choice.point}
-        cells.append(cell | {"settings": choice.settings.public()} | came)
+        result = {"error": reason} if error else task.found(store)
+        cell = {"panel": point.panel, "row": point.row, "point": point.point}
+        cells.append(cell | {"settings": point.settings.public()} | result)
     return cells
 
 
 def sweep_table(cells: list[dict]) -> str:
-    """A Markdown table: a line for every row and point, mean ± deviation over seeds; why, where a cell failed."""
+    """A Markdown table: a line for each row and point, mean ± deviation over seeds, and why a run failed."""
     columns = list(dict.fromkeys(k for c in cells for k, v in c.get("numbers", {}).items() if level(v) is not None))
     rows = []
     for row, group in over_seeds(cells).items():

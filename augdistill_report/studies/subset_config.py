@@ -12,29 +12,29 @@ class SubsetConfig(Config):
     """Which subsets, how phis learn on them, and how students are scored there."""
 
     fractions: str = knob("0.01, 0.1, 0.5", "subsets of the training data in notebook 05: fractions in (0, 1]")
-    subset_batch: int = knob(48, "images a student step when phi learns on a subset", low=1)
-    subset_iterations: int = knob(25, "outer steps when phi, or pixels, learn on a subset", low=1)
-    subset_repeats: int = knob(1, "subsets of each size in notebook 05, each with phis of its own; 3 to quote", low=1)
-    subset_lrs: str = knob("0.02", "step sizes of its students, one of which validation chooses for each method")
-    subset_rows: str = knob("", "rows of its table beside no augmentation, with commas between; empty = every method")
-    subset_patience: int = knob(0, "eval_patience of its second budget; 0 = none", low=0)
-    subset_epochs: int = knob(0, "passes over a subset in its third, DC-Bench's (1000 is theirs); 0 = none", low=0)
-    subset_students: str = knob("", "its students of other architectures, with commas between; those of eval_student")
-    subset_eval_steps: int = knob(100, "SGD steps of a student that is scored in notebooks 05 and 07", low=2)
+    subset_batch: int = knob(48, "images in a student step when phi learns on a subset", low=1)
+    subset_iterations: int = knob(25, "outer steps when phi or pixels learn on a subset", low=1)
+    subset_repeats: int = knob(1, "subsets of each size in notebook 05, with phis of their own", low=1)
+    subset_lrs: str = knob("0.02", "step sizes of the students; the validation split chooses one for each method")
+    subset_rows: str = knob("", "methods compared with no augmentation, separated by commas; empty = every method")
+    subset_patience: int = knob(0, "eval_patience of the second budget of notebook 05; 0 = no second budget", low=0)
+    subset_epochs: int = knob(0, "epochs of the third budget (DC-Bench: 1000); 0 = no third budget", low=0)
+    subset_students: str = knob("", "other architectures of students in notebook 05, separated by commas")
+    subset_eval_steps: int = knob(100, "SGD steps of each scored student in notebooks 05 and 07", low=2)
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.fraction_list, self.lr_list, self.student_list  # each refuses what is not such a list
+        _ = self.fraction_list, self.lr_list, self.student_list  # each refuses a wrong list
 
     def listed(self, key: str, high: float, what: str) -> list[float]:
-        """The different numbers, above 0 and at most `high`, that a setting holds; there must be one."""
+        """The numbers in a setting, all different, above 0 and at most `high`; at least one."""
         try:
             values = [float(part) for part in getattr(self, key).split(",")]
         except ValueError:
             values = []
         fit = all(0 < v <= high and v < math.inf for v in values)
         if not values or not fit or len(set(values)) < len(values):
-            raise ValueError(f"{key}={getattr(self, key)!r}: must be different {what}, with commas between")
+            raise ValueError(f"{key}={getattr(self, key)!r}: must be different {what}, separated by commas")
         return values
 
     @property
@@ -50,8 +50,5 @@ class SubsetConfig(Config):
         names = [part.strip() for part in self.subset_students.split(",") if part.strip()]
         if not set(names) <= set(STUDENTS):
             known = ", ".join(STUDENTS)
-            raise ValueError(f"subset_students={self.subset_students!r}: must be among {known}, with commas between")
+            raise ValueError(f"subset_students={self.subset_students!r}: must be among {known}, separated by commas")
         return names
-
-    def public(self) -> dict:
-        return super().public() | {"phis": ", ".join(path.name for path in self.phi_files), "cluster": ""}

@@ -7,7 +7,7 @@ from augdistill_core import Config, knob
 
 @dataclasses.dataclass(frozen=True)
 class WhyConfig(Config):
-    """How long the study trains, and how much of it is shown."""
+    """How long the study trains its phis, and which of its rows are shown."""
 
-    why_iterations: int = knob(0, "outer steps of the phis in the study of notebook 04; 0 = as its grid says", low=0)
-    why_rows: str = knob("short", "which rows of the study notebook 04 shows", choices=("short", "whole"))
+    why_iterations: int = knob(0, "outer steps of the phis in the study of notebook 04; 0 = as in its grid file", low=0)
+    why_rows: str = knob("short", "the important rows of the study, or all", choices=("short", "whole"))

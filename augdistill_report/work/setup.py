@@ -11,69 +11,70 @@ from augdistill_report.files.expert_files import FLOATS, SETUP_KEYS, ExpertFile,
 
 
 def absolute(path: str) -> str:
-    """A path as one that holds in every folder; "" stays."""
+    """The absolute form of a path, which means the same in every folder; "" stays ""."""
     return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def public_name(dataset: str) -> str:
-    """A data set's name without where a folder of images lay, which may be private."""
+    """A data set's name for publication: of `folder:PATH` only the folder's own name, since the path may be private."""
     kind, colon, path = dataset.partition(":")
     return kind + colon + Path(path).name
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(ExpertConfig):
-    """The world that a result lives in: the data, the student, the experts, the machine."""
+    """What a result was made with: the data, the student, the experts, the machine."""
 
     dataset: str = knob("digits", "which data: any name in DATASETS, or folder:PATH")
-    data: str = knob("", "a folder that holds the data set, looked into first (then AUGDISTILL_DATA, then the cache)")
+    data: str = knob("", "the folder that holds the data set; empty = look in AUGDISTILL_DATA, then in the cache")
     size: int = knob(16, "images are size x size pixels", low=4, high=256)
     zca: bool = knob(False, "images are ZCA-whitened (eps .1, fit on the training split), not standardised")
-    width: int = knob(32, "the student's channels", low=1)
-    depth: int = knob(2, "the student's blocks", low=1)
-    expert_augment: str = knob("none", "augmentation the experts train with", choices=tuple(AUGMENTATIONS))
-    expert_float: str = knob("float32", "how experts' parameters are kept on disk", choices=tuple(FLOATS))
-    experts_at_once: int = knob(0, "so many train at once on a GPU, the rest on others; 0 = all", low=0)
+    width: int = knob(32, "channels of each of the student's convolutions", low=1)
+    depth: int = knob(2, "blocks of the student, each a convolution that ends in 2x2 pooling", low=1)
+    expert_augment: str = knob("none", "augmentation that the experts are trained with", choices=tuple(AUGMENTATIONS))
+    expert_float: str = knob("float32", "the number type of the experts' parameters on disk", choices=tuple(FLOATS))
+    experts_at_once: int = knob(0, "how many experts train together on one GPU; 0 = all", low=0)
     expert_files: str = knob("", "a folder of experts to use instead of training them")
     augment: str = knob("none", "differentiable augmentation after phi in the unroll (MTT's A)", choices=DIFFERENTIABLE)
-    seed: int = knob(0, "everything random follows from it", low=0)
+    seed: int = knob(0, "the seed of everything random", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
-    threads: int = knob(1, "CPU threads in a process (another count rounds differently)", low=1)
+    threads: int = knob(1, "CPU threads of each process (another number rounds differently)", low=1, high=1024)
 
     def __post_init__(self):
         super().__post_init__()
         check_name(self.dataset)
-        # absolute: a notebook, which runs in another folder, must find the same
+        # absolute, since a notebook runs in another folder
         name, colon, path = self.dataset.partition(":")
         object.__setattr__(self, "dataset", name + colon + absolute(path))
         object.__setattr__(self, "data", absolute(self.data))
         object.__setattr__(self, "expert_files", absolute(self.expert_files))
 
     def load(self, whiten: bool = True) -> Dataset:
-        """The data; without `whiten` never whitened, which takes a minute, where only content and sizes count."""
+        """The data set; with `whiten` ZCA-whitened if the setting `zca` says so, which can take a minute."""
         return load_data(self.dataset, self.size, self.data, self.device, self.zca and whiten)
 
     def student(self, data: Dataset) -> ConvNet:
+        """A new student for images `[B, C, size, size]` of `data`."""
         return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
 
     def expert_key(self) -> dict:
-        """What an expert must have been made with to be of use here: the data by content, and the student."""
+        """The settings that an expert's file must share to be used here, with the data set by its content."""
         return {key: getattr(self, key) for key in SETUP_KEYS} | {"dataset": self.load(whiten=False).fingerprint}
 
     def snapshots(self) -> int:
-        """How many snapshots the experts hold after the first."""
+        """The number of snapshots of each expert after its initial one."""
         files = given_experts(self)
         return min(map(len, files)) - 1 if files else snapshots_every(len(self.load(whiten=False).train), self)[1]
 
     def public(self) -> dict:
-        """The settings as results name them: not where data and files lay on this machine, which may be private."""
+        """The settings for publication: without the paths of data and files on this machine, which may be private."""
         places = {"data": "", "dataset": public_name(self.dataset), "expert_files": Path(self.expert_files).name}
         return self.to_dict() | places
 
 
 @functools.lru_cache(maxsize=8)
 def given_experts(setup: Setup) -> list[ExpertFile]:
-    """The experts that `expert_files` names, opened once a process; none if there they are trained here."""
+    """The experts in the folder `expert_files`, opened once in each process; [] if this run trains its own."""
     if not setup.expert_files:
         return []
     return experts_of_setup(setup.expert_files, setup.experts, setup.expert_key(), setup.device)
