@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augdistill_core import seeded
+from augdistill_report.data.folders import IMAGE_SUFFIXES, ImageFolder, read_images, resized, scan_folder
 from augdistill_report.data.sources import PUBLISHED, find, published
 from augdistill_report.data.whitening import PIECE, cached_fit
 
 SPLIT_SEED = 20230  # the split is part of the data set, not of a run: it does not change with the run's seed
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +231,6 @@ def whitened(data: Dataset) -> Dataset:
     return dataclasses.replace(data, **splits, mean=found["mean"], std=one, colour=found["inverse"])
 
 
-def resized(raw: Tensor, size: int) -> Tensor:
-    """uint8 images at `size` x `size`: bilinear, antialiased, rounded to bytes again."""
-    if raw.shape[-2:] == (size, size):
-        return raw
-    options = dict(size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return torch.cat([F.interpolate(part.float(), **options).round().byte() for part in raw.split(4096)])
-
-
 # --- the data sets ----------------------------------------------------------------------------------------------------
 
 
@@ -276,54 +267,68 @@ def load_published(name: str, size: int, data: str = "") -> Dataset:
     return standardised(name, classes, raw, labels, (train, validation, torch.arange(count, len(labels))), str(root))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files under `folder`, in a fixed order; hidden ones, and those in hidden folders, are passed over."""
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in images if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 `[3, size, size]`, squeezed if it is not square; transparency is dropped."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode}; must have 8 bits a channel")
-            upright = ImageOps.exif_transpose(image)
-            if "transparency" in image.info:  # Pillow warns if this goes straight to RGB
-                upright = upright.convert("RGBA")
-            pixels = np.array(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no image that can be read ({error})") from None
-    return resized(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
-
-
 def load_folder(size: int, path: str) -> Dataset:
-    """Images in one sub-folder a class (named by it), resized; 10 % validation and 20 % test of every class.
+    """Images in one sub-folder for each class (named by it), or in split folders that hold those; resized.
 
+    A split without a folder is cut from every class of the training images: 10 % for validation, 20 % for the test.
     Grey images make a grey set; one in colour makes all of them RGB.
     """
-    name, folder = f"folder:{path}", Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"dataset={name!r}: there is no such folder")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) < 2:
-        raise ValueError(f"dataset={name!r}: must hold a sub-folder for each class, at least two; has {classes}")
-    found = [image_files(folder / c) for c in classes]
-    held_out = (0.1, 0.2)
-    for c, paths in zip(classes, found, strict=True):
-        if min(round(f * len(paths)) for f in held_out) < 1:
-            raise ValueError(
-                f"dataset={name!r}: class {c} has {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}); "
-                "must have at least 6, to hold one out for validation and one for the test"
-            )
-    raw = torch.stack([read_image(p, size or 32) for paths in found for p in paths])
+    name = f"folder:{path}"
+    try:
+        found = scan_folder(Path(path).expanduser())
+        if len(found.classes) < 2:
+            has = f"must hold a sub-folder for each class, at least two; has {list(found.classes)}"
+            raise ValueError(f"{has} (skipped: {found.skipped_text()})")
+        check_counts(found)
+        raw = read_images([p for split in found.files.values() for paths in split for p in paths], size or 32)
+    except ValueError as error:
+        raise ValueError(f"dataset={name!r}: {error}") from None
     if (raw == raw[:, :1]).all():
         raw = raw[:, :1]
-    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(paths) for paths in found]))
-    return standardised(name, classes, raw, labels, split_indices(labels, held_out), str(folder))
+    labels = {
+        split: torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(p) for p in paths]))
+        for split, paths in found.files.items()
+    }
+    indices, first = list(split_indices(labels["train"], missing_shares(found))), len(labels["train"])
+    for i, split in enumerate(SPLITS[1:], 1):
+        if split in labels:
+            indices[i] = torch.arange(first, first + len(labels[split]))
+            first += len(labels[split])
+    all_labels = torch.cat(list(labels.values()))
+    return standardised(name, found.classes, raw, all_labels, indices, folder_text(path, found))
+
+
+def missing_shares(found: ImageFolder) -> tuple[float, float]:
+    """The fractions of the training images that become validation and test: 0 for a split with its own folder."""
+    return tuple(0 if split in found.files else share for split, share in zip(SPLITS[1:], (0.1, 0.2), strict=True))
+
+
+def check_counts(found: ImageFolder) -> None:
+    """A `ValueError` names a class that has too few images in a split, or to hold some of them out."""
+    shares = [share for share in missing_shares(found) if share]
+    enough = next(n for n in range(1, 100) if all(round(share * n) for share in shares))
+    for split, by_class in found.files.items():
+        least = enough if split == "train" else 1
+        for c, paths in zip(found.classes, by_class, strict=True):
+            if len(paths) < least:
+                place = f"{found.folders[split]}/{c}" if found.folders else f"class {c}"
+                why = f", to hold one out for each of {len(shares)} other splits" if least > 1 else ""
+                raise ValueError(
+                    f"{place} has {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}); must have at least {least}{why} "
+                    f"(skipped: {found.skipped_text()})"
+                )
+
+
+def folder_text(path: str, found: ImageFolder) -> str:
+    """Where the images of a folder lie, how they are split, and what was skipped."""
+    given = [f"{split} from {folder}/" for split, folder in found.folders.items()]
+    source = f" of {found.folders['train']}/" if given else ""
+    cut = [
+        f"{split} from {share:.0%} of every class{source}"
+        for split, share in zip(SPLITS[1:], missing_shares(found), strict=True)
+        if share
+    ]
+    return f"{Path(path).expanduser()}; {', '.join([*given, *cut])}; skipped: {found.skipped_text()}"
 
 
 # by name: loaders of (size, place); a size of 0 is the set's own, 32 for a folder; place is what follows "folder:", and

@@ -29,7 +29,8 @@ from torchvision import datasets
 from augdistill_core import DistillConfig
 from augdistill_report.commands.cli import main
 from augdistill_report.data import sources as data_files
-from augdistill_report.data.datasets import Split, check_name, load, load_data, resized, split_indices, standardised
+from augdistill_report.data.datasets import Split, check_name, load, load_data, split_indices, standardised
+from augdistill_report.data.folders import resized
 from augdistill_report.settings import Settings
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import Expert

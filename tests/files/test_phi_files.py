@@ -23,7 +23,8 @@ from augdistill_method import phi as phi_module
 from augdistill_method.zoo.policy import Policy
 from augdistill_report.commands.apply import BATCH
 from augdistill_report.commands.cli import main
-from augdistill_report.data.datasets import load, read_image
+from augdistill_report.data.datasets import load
+from augdistill_report.data.folders import read_image
 from augdistill_report.files.phi_files import load_phi, read_phi, save_phi
 from augdistill_report.files.store import read_tensors
 from augdistill_report.places import ROOT
