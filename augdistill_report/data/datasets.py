@@ -324,7 +324,7 @@ def folder_text(path: str, found: ImageFolder) -> str:
     given = [f"{split} from {folder}/" for split, folder in found.folders.items()]
     source = f" of {found.folders['train']}/" if given else ""
     cut = [
-        f"{split} from {share:.0%} of every class{source}"
+        f"{split} from {100 * share:.0f} % of every class{source}"
         for split, share in zip(SPLITS[1:], missing_shares(found), strict=True)
         if share
     ]

@@ -44,9 +44,10 @@ class Transfer:
     """
 
     def __init__(self):
-        self.total, self.received, self.complete, self.stopped = 0, 0, False, False
+        self.total, self.received, self.complete, self.stopped, self.answer = 0, 0, False, False, None
 
     def answered(self, response, **_) -> None:
+        self.answer = response
         if response.is_redirect:
             try:
                 check_url(urllib.parse.urljoin(response.url, response.headers["location"]))
@@ -74,11 +75,11 @@ class Transfer:
         """Nothing to close, but pooch asks."""
 
 
-def reason(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What lies at the bottom of an error: requests and urllib3 wrap "Connection refused" three times."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or str(error).partition(" for url: ")[0] or type(error).__name__
 
 
 def download(url: str, md5: str, path: Path) -> None:
@@ -99,6 +100,9 @@ def download(url: str, md5: str, path: Path) -> None:
             pooch.retrieve(url, f"md5:{md5}", path.name, path.parent, downloader=downloader)
         except Exception as error:  # for the thread that waits
             errors.append(error)
+        finally:
+            if transfer.answer is not None:
+                transfer.answer.close()
 
     # a thread, so that whatever takes too long is left behind: the look-up of a name and half a header as well
     thread = threading.Thread(target=retrieve, daemon=True)
@@ -119,7 +123,7 @@ def download(url: str, md5: str, path: Path) -> None:
         transfer.stopped = True
         thread.join(1)
     for error in errors:
-        raise ValueError(f"{url}: {reason(error)}") from None
+        raise ValueError(f"{url}: {root_cause(error)}") from None
     print(f"{url}: {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 

@@ -61,7 +61,9 @@ def listed(folder: Path, skipped: collections.Counter) -> tuple[list[Path], list
                     skipped["links"] += 1
                 elif entry.is_dir():
                     folders.append(path)
-                elif path.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+                elif not entry.is_file():
+                    skipped["special"] += 1
+                elif path.suffix.lower() in IMAGE_SUFFIXES:
                     images.append(path)
                 else:
                     skipped[path.suffix.lower() or "without a suffix"] += 1
@@ -81,11 +83,11 @@ def image_files(folder: Path, skipped: collections.Counter | None = None) -> lis
     skipped = collections.Counter() if skipped is None else skipped
     folders, images = listed(folder, skipped)
     if are_splits(folders):
-        raise ValueError(f"{folder} holds {shown(folders)}: split folders must lie above the class folders")
+        raise ValueError(f"{folder} holds {first_names(folders)}: split folders must lie above the class folders")
     return sorted([*images, *(path for inner in folders for path in image_files(inner, skipped))])
 
 
-def shown(paths: list[Path]) -> str:
+def first_names(paths: list[Path]) -> str:
     """The first names of files or folders, and how many more there are."""
     names = [path.name + "/" * path.is_dir() for path in paths[:NAMED]]
     return ", ".join(names) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
@@ -104,9 +106,9 @@ def scan_folder(folder: Path) -> ImageFolder:
         skipped[GRID] += 1
     images = [path for path in images if path.name != GRID]
     if images:
-        beside = f" beside {shown(inner)}" if inner else ""
+        beside = f" beside {first_names(inner)}" if inner else ""
         raise ValueError(
-            f"holds {shown(images)}{beside}: every image must be in the sub-folder of its class, or all of "
+            f"holds {first_names(images)}{beside}: every image must be in the sub-folder of its class, or all of "
             "them in train/<class>/ and test/<class>/"
         )
     folders = split_folders(folder, inner) if are_splits(inner) or holds_classes(inner) else {}
@@ -115,14 +117,14 @@ def scan_folder(folder: Path) -> ImageFolder:
         by_split[split], images = listed(path, skipped) if folders else (inner, [])
         if images:
             raise ValueError(
-                f"{path} holds {shown(images)}: every image of a split must be in the sub-folder of its class"
+                f"{path} holds {first_names(images)}: every image of a split must be in the sub-folder of its class"
             )
     classes = {split: tuple(path.name for path in paths) for split, paths in by_split.items()}
     for split, names in classes.items():
         if names != classes["train"]:
             here, there = set(classes["train"]) - set(names), set(names) - set(classes["train"])
-            found = [f"{folders['train']} alone has {', '.join(sorted(here))}"] if here else []
-            found += [f"{folders[split]} alone has {', '.join(sorted(there))}"] if there else []
+            found = [f"{folders['train'].name} alone has {', '.join(sorted(here))}"] if here else []
+            found += [f"{folders[split].name} alone has {', '.join(sorted(there))}"] if there else []
             raise ValueError(f"the split folders must hold the same classes; {'; '.join(found)}")
     files = {split: [image_files(path, skipped) for path in paths] for split, paths in by_split.items()}
     return ImageFolder(classes["train"], files, {split: path.name for split, path in folders.items()}, skipped)
@@ -143,17 +145,17 @@ def split_folders(folder: Path, inner: list[Path]) -> dict[str, Path]:
     found = collections.defaultdict(list)
     for path in inner:
         found[SPLIT_OF.get(path.name.lower(), "")].append(path)
-    names = ", ".join(SPLIT_OF)
     if strange := found.pop("", []):
-        splits = shown([path for paths in found.values() for path in paths])
+        splits = first_names([path for paths in found.values() for path in paths])
         raise ValueError(
-            f"holds {splits} beside {shown(strange)}: must hold split folders ({names}) or class folders, not both"
+            f"holds {splits} beside {first_names(strange)}: must hold split folders ({', '.join(SPLIT_OF)}) or class "
+            "folders, not both"
         )
     for split, paths in found.items():
         if len(paths) > 1:
-            raise ValueError(f"holds {shown(paths)}: must hold one folder for the {split} split")
+            raise ValueError(f"holds {first_names(paths)}: must hold one folder for the {split} split")
     if "train" not in found:
-        raise ValueError(f"holds {shown(inner)}: must hold train/ as well")
+        raise ValueError(f"holds {first_names(inner)}: must hold train/ as well")
     return {split: found[split][0] for split in ("train", "validation", "test") if split in found}
 
 
