@@ -14,7 +14,7 @@ from torch import Tensor
 
 from augdistill_core import Config, knob, seeded
 from augdistill_report.data.datasets import DATASETS, load
-from augdistill_report.data.folders import GRID, IMAGE_SUFFIXES, read_images, scan_folder
+from augdistill_report.data.folders import IMAGE_SUFFIXES, read_images, scan_folder
 from augdistill_report.files.phi_files import Augment, by, load_phi, trained_on
 from augdistill_report.files.store import as_json, checksum, digest, write
 from augdistill_report.run import picture
@@ -60,7 +60,7 @@ def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str
 
 
 def of_folder(path: str, augment: Augment, count: int, line: Line) -> tuple[dict[str, Tensor], str]:
-    """The images `[n, C, H, W]` of a folder by class, at phi's size, and a digest of which files they were.
+    """The images `[n, C, H, W]` of a folder by class, resized to phi's size, and a digest of which files they were.
 
     Of a folder with split folders, those of its training split.
     """
@@ -186,5 +186,5 @@ def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: Ho
                 done += len(files)
                 line.show(f"{out}: {done} of {total} images")
     before, after = (torch.stack(images) for images in zip(*shown.values(), strict=True))
-    write(out / GRID, picture(image_grid({"x": before, "phi(x)": after}, list(shown))))
+    write(out / "grid.png", picture(image_grid({"x": before, "phi(x)": after}, list(shown))))
     return total

@@ -115,6 +115,7 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     settings: Settings = resolve(preset, changes)
     chosen = notebooks(only)
     preflight(settings)
+    print(f"data: {settings.load(whiten=False).where}", file=sys.stderr)
     if any(
         getattr(build, "bound", False) for build in builders(settings.phi)
     ):  # notebook 05 shows what phi makes of images that it was not given

@@ -1,7 +1,7 @@
-"""Data sets: images as tensors, standardised or whitened, in a fixed and seeded split into train, validation and test.
+"""Data sets: images as tensors, standardised or whitened, with a fixed split into train, validation and test.
 
-To add one, write a loader `(size, place) -> Dataset`, ending in `standardised`, and register it in `DATASETS`.
-A whole set stays as its bytes: floats are made of what is taken from it, a batch or a subset, on its device.
+To add one, write a loader `(size, place) -> Dataset` that ends in `standardised`, and register it in `DATASETS`.
+Images stay bytes (uint8); a batch or a subset becomes floats when it is read, on its device.
 """
 
 import dataclasses
@@ -20,33 +20,34 @@ from augdistill_report.data.folders import IMAGE_SUFFIXES, ImageFolder, read_ima
 from augdistill_report.data.sources import PUBLISHED, find, published
 from augdistill_report.data.whitening import PIECE, cached_fit
 
-SPLIT_SEED = 20230  # the split is part of the data set, not of a run: it does not change with the run's seed
+SPLIT_SEED = 20230  # the split belongs to the data set: it does not depend on the run's seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and labels `[n]`: `raw` `[n, C, H, W]` as they are kept (uint8 or float), standardised by channel.
+    """Images and labels `[n]` (int64). `raw` `[n, C, H, W]` are the stored images: uint8, or floats in [0, 1].
 
-    Or, with `whiten` `[d, d]`, pixels less the mean image, each as one vector of d = C H W values times that matrix.
+    `images` are standardised by channel. With `whiten` `[d, d]`, d = C H W, they are whitened: each image minus the
+    mean image, flattened, times that matrix.
     """
 
     raw: Tensor
     labels: Tensor
-    zero: Tensor  # `[C, 1, 1]` (whitened: `[C, H, W]`): what stands for 0 in `raw`,
-    unit: Tensor  # and how much of it for 1
+    zero: Tensor  # `[C, 1, 1]` (whitened: `[C, H, W]`): the value of `raw` that becomes 0
+    unit: Tensor  # `[C, 1, 1]`: the difference in `raw` that becomes 1
     whiten: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
-        """Standardised images `[n, C, H, W]`: float32, made anew each time, so take what you need before."""
+        """Standardised (or whitened) images `[n, C, H, W]`, float32; computed at every access, so `take` first."""
         images = (self.raw - self.zero).div_(self.unit)
         if self.whiten is not None:
-            for part in images.split(PIECE):  # in place: the set is not held twice
+            for part in images.split(PIECE):  # in place: no second copy of the images
                 part.copy_(mixed(part, self.whiten))
         return images
 
     def made(self) -> "Split":
-        """The same images, made once: for those who read them many times."""
+        """The same split with its images computed once, for repeated access."""
         nothing = torch.zeros(1, 1, 1, device=self.unit.device)
         return Split(self.images, self.labels, nothing, nothing + 1)
 
@@ -54,14 +55,14 @@ class Split:
         return len(self.labels)
 
     def opened(self) -> "Split":
-        """What has images to look at: itself, unless it is `Sealed`."""
+        """A split whose images can be read: this one, unless it is `Sealed`."""
         return self
 
     def take(self, index: Tensor | slice) -> "Split":
         return dataclasses.replace(self, raw=self.raw[index], labels=self.labels[index])
 
     def batches(self, size: int) -> Iterator["Split"]:
-        """All of it in order, at most `size` images at a time."""
+        """The whole split in order, in batches of at most `size` images."""
         return (self.take(slice(i, i + size)) for i in range(0, len(self), size))
 
     def to(self, device: str) -> "Split":
@@ -70,9 +71,9 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Sealed(Split):
-    """The test split: it keeps its images to itself until it is `opened`, which only the last scoring does.
+    """The test split. Its images can be read only after `opened()`, which only the final scoring calls.
 
-    So no method and no choice can look at a test image and go unnoticed.
+    So no method and no model selection uses a test image unnoticed. `images` raises a `ValueError`.
     """
 
     @property
@@ -87,10 +88,11 @@ class Sealed(Split):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set of `classes` (names), split, standardised by the training set's `mean` and `std` a channel.
+    """A data set with its split. `mean` and `std` `[C, 1, 1]`, for pixels in [0, 1], are those of the training images.
 
-    Whitened (`whitened`), `mean` is the mean image, `std` is 1, and `colour` `[d, d]` undoes what `whiten` does.
-    `fingerprint` stands for its images, labels and split, wherever they came from (`where`).
+    If it is whitened (`whitened`), `mean` `[C, H, W]` is the mean image, `std` is 1, and `colour` `[d, d]` inverts
+    `whiten`. `fingerprint` identifies images, labels and split; `where` says where they were found, and for a folder
+    how it was split and which files were skipped.
     """
 
     name: str
@@ -113,22 +115,23 @@ class Dataset:
         return moved_to(self, device)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Standardised images back as pixels in [0, 1] (clamped), for pictures and for policies that want them."""
+        """Pixels in [0, 1] (clamped) from standardised or whitened images `[n, C, H, W]`; inverts `standardise`."""
         images = images if self.colour is None else mixed(images, self.colour)
         return (images * self.std + self.mean).clamp(0, 1)
 
     def standardise(self, pixels: Tensor) -> Tensor:
-        """Pixels `[n, C, H, W]` in [0, 1] as the splits' images are: standardised, or whitened."""
+        """Pixels `[n, C, H, W]` in [0, 1], standardised or whitened in the same way as the images of the splits."""
         images = (pixels - self.mean) / self.std
         return images if self.colour is None else mixed(images, self.train.whiten)
 
     def subset(
         self, seed: int, *, fraction: float | None = None, per_class: int | None = None, skip: float = 0.0
     ) -> Tensor:
-        """Indices `[n]` into `train`: a stratified subset, by fraction in (0, 1] or by images a class.
+        """Indices `[n]` into `train` of a stratified subset, sorted by class: a `fraction` in (0, 1], or `per_class`.
 
-        Nested for one seed: a smaller subset is inside every larger one. With `skip`, the first images of each class
-        are left out (this fraction of it), so that nothing of a subset that small is in it. Sorted by class.
+        Subsets of one seed are nested: a smaller one is contained in every larger one. `skip` in [0, 1) leaves out the
+        first images of each class, this fraction of it: the subset shares no image with that of `fraction=skip`.
+        A `ValueError` names a class that would be empty or has too few images.
         """
         if (fraction is None) == (per_class is None):
             raise ValueError("subset: pass either fraction or per_class")
@@ -140,7 +143,7 @@ class Dataset:
         for c, name in enumerate(self.classes):
             members = torch.nonzero(self.train.labels == c).flatten().cpu()
             first = round(skip * len(members))
-            # so that a part and the part that skips it are the whole, however they are rounded
+            # a fraction and the rest that skips it make the whole class, however they are rounded
             count = per_class if fraction is None else round((skip + fraction) * len(members)) - first
             if count < 1:
                 raise ValueError(
@@ -161,18 +164,18 @@ SPLITS = ("train", "validation", "test")
 
 
 def mixed(images: Tensor, matrix: Tensor) -> Tensor:
-    """Images `[n, C, H, W]`, each as one vector times `matrix` `[d, d]`."""
+    """Images `[n, C, H, W]`, each flattened to d values and multiplied by `matrix` `[d, d]`."""
     return (images.flatten(1) @ matrix).view(images.shape)
 
 
 def moved_to(holder, device: str):
-    """A `Split` or a `Dataset` with all that it holds on `device`."""
+    """A `Split` or a `Dataset` with all its tensors on `device`."""
     held = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
     return dataclasses.replace(holder, **{k: v.to(device) for k, v in held.items() if isinstance(v, Tensor | Split)})
 
 
 def split_indices(labels: Tensor, held_out: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stratified train, validation and test indices; `held_out` are the fractions of the last two."""
+    """Stratified train, validation and test indices; `held_out` are the fractions of validation and test."""
     parts = ([], [], [])
     for c in labels.unique():
         members = torch.nonzero(labels == c).flatten()
@@ -185,10 +188,10 @@ def split_indices(labels: Tensor, held_out: tuple[float, float]) -> tuple[Tensor
 
 
 def moments(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[C, 1, 1]` of each channel of `raw`, in its own units."""
+    """Mean and standard deviation `[C, 1, 1]` of each channel of `raw` `[n, C, H, W]`, in the units of `raw`."""
     if raw.dtype != torch.uint8:
         return raw.mean((0, 2, 3)).view(-1, 1, 1), raw.std((0, 2, 3)).view(-1, 1, 1)
-    # of bytes exactly, and without a float copy of the set: from how often each value occurs
+    # exact for bytes, and without a float copy: from how often each value occurs
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in raw.unbind(1)]).double()
     values, total = torch.arange(256.0, dtype=torch.float64), counts.sum(1, keepdim=True)
     mean = (counts * values).sum(1, keepdim=True) / total
@@ -197,7 +200,7 @@ def moments(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(splits: list[Split]) -> str:
-    """16 hexadecimal digits of the SHA-256 over every split's images and labels."""
+    """The first 16 hexadecimal digits of the SHA-256 of the images and labels of all splits."""
     sha = hashlib.sha256()
     for tensor in (t for split in splits for t in (split.raw, split.labels)):
         sha.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
@@ -206,7 +209,10 @@ def fingerprint(splits: list[Split]) -> str:
 
 
 def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where: str = "") -> Dataset:
-    """A `Dataset` from images `[n, C, H, W]` (floats in [0, 1], or uint8), labels `[n]` and the splits' indices."""
+    """A `Dataset` from images `[n, C, H, W]` (floats in [0, 1], or uint8), labels `[n]` and the indices of each split.
+
+    A `ValueError` if a label has no class, or a channel of the training images has no contrast.
+    """
     classes, full = tuple(classes), 255 if raw.dtype == torch.uint8 else 1
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(f"dataset={name!r}: labels beyond its {len(classes)} classes ({where})")
@@ -219,9 +225,9 @@ def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where
 
 
 def whitened(data: Dataset) -> Dataset:
-    """`data` with ZCA-whitened images in the place of standardised ones, by its training images (MTT's recipe).
+    """`data` with ZCA-whitened instead of standardised images; fitted on the training images (MTT's recipe).
 
-    The official code fits on all 50,000 images of CIFAR-10, we on those that are not held out for validation.
+    The official code fits on all 50,000 images of CIFAR-10; here the validation images are left out.
     """
     full = 255 if data.train.raw.dtype == torch.uint8 else 1
     found = cached_fit(data.train.raw, data.fingerprint)
@@ -247,7 +253,7 @@ def load_digits(size: int, place: str = "") -> Dataset:
 
 
 def load_published(name: str, size: int, data: str = "") -> Dataset:
-    """A set that torchvision reads; its test split as published, 10 % of every training class for validation."""
+    """A data set that torchvision reads: the published test split, and 10 % of every training class for validation."""
     kind, root = published(name), find(name, data)
     raw, labels = [], []
     with warnings.catch_warnings():
@@ -331,8 +337,8 @@ def folder_text(path: str, found: ImageFolder) -> str:
     return f"{Path(path).expanduser()}; {', '.join([*given, *cut])}; skipped: {found.skipped_text()}"
 
 
-# by name: loaders of (size, place); a size of 0 is the set's own, 32 for a folder; place is what follows "folder:", and
-# for the others the setting `data`
+# loaders `(size, place)` by name. A size of 0 is the data set's own, 32 for a folder. `place` is what follows
+# "folder:", and the setting `data` for the others
 DATASETS: dict[str, Callable[[int, str], Dataset]] = {
     "digits": load_digits,
     **{name: functools.partial(load_published, name) for name in PUBLISHED},
@@ -341,7 +347,7 @@ DATASETS: dict[str, Callable[[int, str], Dataset]] = {
 
 
 def check_name(dataset: str) -> None:
-    """A `ValueError` unless this is the name of a data set, or folder:PATH."""
+    """A `ValueError` unless `dataset` is the name of a data set, or folder:PATH."""
     name, colon, path = dataset.partition(":")
     if name not in DATASETS or (name == "folder") != bool(path) or (colon and not path):
         names = ", ".join(n for n in DATASETS if n != "folder")
@@ -349,23 +355,26 @@ def check_name(dataset: str) -> None:
 
 
 def load(dataset: str, size: int = 0, data: str = "") -> Dataset:
-    """The data set of that name with images of `size` x `size` pixels (0: its own), looked for in `data` first."""
+    """The data set of that name with images of `size` x `size` pixels (0: its own size); `data` is searched first.
+
+    A `ValueError` names what is unknown, missing, damaged or impossible.
+    """
     check_name(dataset)
     if size < 0:
-        raise ValueError(f"size={size}: must be at least 1, or 0 for the set's own")
+        raise ValueError(f"size={size}: must be at least 1, or 0 for its own size")
     name, _, path = dataset.partition(":")
     return DATASETS[name](size, path or data)
 
 
 @functools.lru_cache(maxsize=2)
 def load_data(dataset: str, size: int, data: str, device: str, zca: bool = False) -> Dataset:
-    """`load`, once a process; `whitened` if `zca`."""
+    """`load`, cached in this process; `whitened` if `zca`."""
     found = load(dataset, size, data)
     return (whitened(found) if zca else found).to(device)
 
 
 def describe(data: Dataset) -> str:
-    """What was found, for a person: where, images by split and class, shape, mean, std, fingerprint."""
+    """A summary to read: where it was found, images by split and class, shape, mean, std, fingerprint."""
     counts = {k: torch.bincount(getattr(data, k).labels, minlength=len(data.classes)).tolist() for k in SPLITS}
     width = max(map(len, data.classes))
     rows = [f"{c:{width}} " + " ".join(f"{counts[k][i]:>10}" for k in SPLITS) for i, c in enumerate(data.classes)]

@@ -27,7 +27,7 @@ SPLIT_OF = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-GRID = "grid.png"  # the picture that `augdistill apply` writes beside the class folders
+APPLY_PICTURE = "grid.png"  # `augdistill apply` writes it beside the class folders
 
 NAMED = 10  # bad files that an error names; the rest is counted
 
@@ -102,9 +102,9 @@ def scan_folder(folder: Path) -> ImageFolder:
         raise ValueError("there is no such folder")
     skipped = collections.Counter()
     inner, images = listed(folder, skipped)
-    if any(path.name == GRID for path in images):
-        skipped[GRID] += 1
-    images = [path for path in images if path.name != GRID]
+    if any(path.name == APPLY_PICTURE for path in images):
+        skipped[APPLY_PICTURE] += 1
+    images = [path for path in images if path.name != APPLY_PICTURE]
     if images:
         beside = f" beside {first_names(inner)}" if inner else ""
         raise ValueError(

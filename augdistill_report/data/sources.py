@@ -20,18 +20,18 @@ def published(name: str):
 
 
 def cache() -> Path:
-    """The user's folder for what can be made or fetched again."""
+    """The user's folder for files that can be computed or downloaded again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "augdistill"
 
 
 def roots(data: str = "") -> dict[str, Path]:
-    """The folders that may hold data sets, by what names them, in the order in which they are looked into."""
+    """The folders that may hold data sets, in the order of the search; the keys say what names each of them."""
     named = {"the setting data": data, "AUGDISTILL_DATA": os.environ.get("AUGDISTILL_DATA", "")}
     return {what: Path(path).expanduser() for what, path in named.items() if path} | {"the cache": cache()}
 
 
 def files(name: str) -> dict[Path, str]:
-    """The files that make up a set, relative to a root, and their md5 sums ("" where torchvision has none)."""
+    """The files of a data set, relative to a root, with their md5 sums ("" where torchvision has none)."""
     kind = published(name)
     if hasattr(kind, "base_folder"):
         table = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
@@ -40,7 +40,7 @@ def files(name: str) -> dict[Path, str]:
 
 
 def damage(path: Path, md5: str) -> str:
-    """What is wrong with a file; "" if it is whole. Without an md5 sum, it is held to the size in its idx header."""
+    """What is wrong with a file, or "". Without an md5 sum, its size must be the one that its idx header gives."""
     if not path.is_file():
         return "is missing"
     if md5:
@@ -57,15 +57,15 @@ def damage(path: Path, md5: str) -> str:
 
 
 def check_files(name: str, root: Path) -> None:
-    """A `ValueError` that names the first file of a set under `root` that is missing or damaged."""
+    """A `ValueError` names the first file of a data set under `root` that is missing or damaged."""
     for path, md5 in files(name).items():
         if wrong := damage(root / path, md5):
-            help = f"`augdistill data fetch {name} --data {root}` gets it anew"
+            help = f"`augdistill data fetch {name} --data {root}` downloads it again"
             raise ValueError(f"dataset={name!r}: {root / path} {wrong}; {help}")
 
 
 def find(name: str, data: str = "") -> Path:
-    """The first root that holds the set, its files checked; a `ValueError` that says where it was looked for."""
+    """The first root that holds the data set; its files are checked. A `ValueError` lists where it was looked for."""
     if data and not Path(data).expanduser().is_dir():
         raise ValueError(f"data={data!r}: there is no such folder")
     folder = next(iter(files(name))).parts[0]
@@ -76,5 +76,5 @@ def find(name: str, data: str = "") -> Path:
     places = ", ".join(f"{root / folder} ({what})" for what, root in roots(data).items())
     raise ValueError(
         f"dataset={name!r}: not found; looked for {places}. `augdistill data fetch {name}` downloads it; "
-        "the setting data, or the variable AUGDISTILL_DATA, names a folder of yours that has it"
+        "the setting data, or the variable AUGDISTILL_DATA, names a folder that already has it"
     )

@@ -20,7 +20,7 @@ from published import rows
 
 from augdistill_report.commands.cli import main
 from augdistill_report.data.datasets import SPLITS, load
-from augdistill_report.data.folders import GRID, SPLIT_OF, read_image, read_images, resized, scan_folder
+from augdistill_report.data.folders import APPLY_PICTURE, SPLIT_OF, read_image, read_images, resized, scan_folder
 
 pytestmark = pytest.mark.usefixtures("nowhere")
 
@@ -458,6 +458,6 @@ def test_few_open_files_are_enough(tmp_path):
 
 def test_what_apply_wrote_is_a_data_set(tmp_path):
     root = make_folder(tmp_path)
-    Image.new("RGB", (9, 9)).save(root / GRID)
+    Image.new("RGB", (9, 9)).save(root / APPLY_PICTURE)
     (root / "apply.json").write_text("{}")
     assert load(f"folder:{root}", 8).where.endswith("skipped: 1 .json, 1 grid.png")
