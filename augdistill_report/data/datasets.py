@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augdistill_core import seeded
-from augdistill_report.data.folders import IMAGE_SUFFIXES, ImageFolder, read_images, resized, scan_folder
+from augdistill_report.data.folders import IMAGE_SUFFIXES, FolderContents, read_images, resized, scan_folder
 from augdistill_report.data.sources import PUBLISHED, find, published
 from augdistill_report.data.whitening import PIECE, cached_fit
 
@@ -304,12 +304,12 @@ def load_folder(size: int, path: str) -> Dataset:
     return standardised(name, found.classes, raw, all_labels, indices, folder_text(path, found))
 
 
-def missing_shares(found: ImageFolder) -> tuple[float, float]:
+def missing_shares(found: FolderContents) -> tuple[float, float]:
     """The fractions of the training images that become validation and test: 0 for a split with its own folder."""
     return tuple(0 if split in found.files else share for split, share in zip(SPLITS[1:], (0.1, 0.2), strict=True))
 
 
-def check_counts(found: ImageFolder) -> None:
+def check_counts(found: FolderContents) -> None:
     """A `ValueError` names a class that has too few images in a split, or to hold some of them out."""
     shares = [share for share in missing_shares(found) if share]
     enough = next(n for n in range(1, 100) if all(round(share * n) for share in shares))
@@ -325,7 +325,7 @@ def check_counts(found: ImageFolder) -> None:
                 )
 
 
-def folder_text(path: str, found: ImageFolder) -> str:
+def folder_text(path: str, found: FolderContents) -> str:
     """Where the images of a folder lie, how they are split, and what was skipped."""
     given = [f"{split} from {folder}/" for split, folder in found.folders.items()]
     source = f" of {found.folders['train']}/" if given else ""

@@ -33,7 +33,7 @@ NAMED = 10  # bad files that an error names; the rest is counted
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder:
+class FolderContents:
     """What a folder of images holds. `files[split][c]` are the sorted image files of class `classes[c]`.
 
     `folders[split]` is the name of the split's folder. Without split folders, it is empty and all files are in "train".
@@ -93,7 +93,7 @@ def first_names(paths: list[Path]) -> str:
     return ", ".join(names) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
 
 
-def scan_folder(folder: Path) -> ImageFolder:
+def scan_folder(folder: Path) -> FolderContents:
     """Which images a folder holds, by split and class; no image is opened.
 
     A `ValueError` says what was found and what would be right if it has neither layout, or cannot be read.
@@ -127,7 +127,7 @@ def scan_folder(folder: Path) -> ImageFolder:
             found += [f"{folders[split].name} alone has {', '.join(sorted(there))}"] if there else []
             raise ValueError(f"the split folders must hold the same classes; {'; '.join(found)}")
     files = {split: [image_files(path, skipped) for path in paths] for split, paths in by_split.items()}
-    return ImageFolder(classes["train"], files, {split: path.name for split, path in folders.items()}, skipped)
+    return FolderContents(classes["train"], files, {split: path.name for split, path in folders.items()}, skipped)
 
 
 def holds_classes(folders: list[Path]) -> bool:
