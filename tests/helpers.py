@@ -14,10 +14,10 @@ SWEEPS = ROOT / "notebooks" / "sweeps"
 TINY = {"iterations": 3, "eval_students": 2}
 
 
-def make_folder(root: Path, classes=("cat", "dog"), count=10, mode="RGB", size=(12, 12), suffix="png") -> Path:
-    rng = np.random.default_rng(0)
+def make_folder(root: Path, classes=("cat", "dog"), count=10, mode="RGB", size=(12, 12), suffix="png", seed=0) -> Path:
+    rng = np.random.default_rng(seed)
     for c in classes:
-        (root / c).mkdir(parents=True)
+        (root / c).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).convert(mode).save(root / c / f"{i:02}.{suffix}")

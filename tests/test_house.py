@@ -87,6 +87,7 @@ def edited(tmp_path):
         "augdistill_method.student": {EXPERT, DISTILLATION, SCORING},
         "augdistill_method.experts": {EXPERT, DISTILLATION, SCORING},
         "augdistill_report.data.datasets": {EXPERT, DISTILLATION, SCORING},
+        "augdistill_report.data.downloads": set(),
         "augdistill_report.data.instaaug": {SCORING},
         "augdistill_report.files.checkpoints": {DISTILLATION},
         "augdistill_method.zoo.distnets": set(),

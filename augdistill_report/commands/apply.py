@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from augdistill_core import Config, knob, seeded
-from augdistill_report.data.datasets import DATASETS, IMAGE_SUFFIXES, image_files, load, read_image
+from augdistill_report.data.datasets import DATASETS, load
+from augdistill_report.data.folders import IMAGE_SUFFIXES, read_images, scan_folder
 from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import checksum, digest, write
@@ -64,32 +65,35 @@ def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str
 
 
 def of_folder(path: str, augment: Augment, count: int, line: Line) -> tuple[dict[str, Tensor], str]:
-    """The images `[n, C, H, W]` of a folder by class, resized to phi's size, and a digest of which files they were."""
-    folder = Path(path).expanduser().resolve()
-    if not folder.is_dir():
-        raise ValueError(f"--to folder:{path}: there is no such folder")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise ValueError(f"--to folder:{path}: must hold a sub-folder for each class; has none")
+    """The images `[n, C, H, W]` of a folder by class, resized to phi's size, and a digest of which files they were.
+
+    Of a folder with split folders, those of its training split.
+    """
     channels, size, _ = augment.about["shape"]
-    images, files = {}, []
-    for c in classes:
-        paths = image_files(folder / c)[: count or None]
-        if not paths:
-            raise ValueError(f"--to folder:{path}: class {c} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        found = []
-        for file in paths:
-            line.show(f"reading: {len(files)} images")
-            image = read_image(file, size)  # [3, size, size]
-            if channels == 1 and not (image == image[:1]).all():
-                raise ValueError(f"--to folder:{path}: {file} is in colour, but {described(augment)}")
-            if channels not in (1, 3):
-                raise ValueError(f"--to folder:{path}: its images are {by(image.shape)}, but {described(augment)}")
-            found.append(image[:channels])
-            status = file.stat()
-            files.append([str(file), status.st_size, status.st_mtime_ns])
-        images[c] = torch.stack(found)
-    return images, digest({"files": files})
+    if channels not in (1, 3):
+        raise ValueError(f"--to folder:{path}: its images are {by((3, size, size))}, but {described(augment)}")
+    try:
+        found = scan_folder(Path(path).expanduser().resolve())
+        if not found.classes:
+            raise ValueError("must hold a sub-folder for each class; has none")
+        files = [paths[: count or None] for paths in found.files["train"]]
+        for c, paths in zip(found.classes, files, strict=True):
+            if not paths:
+                has = f"class {c} has no images ({', '.join(IMAGE_SUFFIXES)})"
+                raise ValueError(f"{has}; skipped: {found.skipped_text()}")
+        flat = [file for paths in files for file in paths]
+        images = read_images(flat, size, line.show)
+    except ValueError as error:
+        raise ValueError(f"--to folder:{path}: {error}") from None
+    if channels == 1:
+        coloured = (images != images[:, :1]).flatten(1).any(1).tolist()
+        if any(coloured):
+            file = flat[coloured.index(True)]
+            raise ValueError(f"--to folder:{path}: {file} is in colour, but {described(augment)}")
+    by_class = images[:, :channels].split([len(paths) for paths in files])
+    status = [(str(file), file.stat()) for file in flat]
+    key = digest({"files": [[file, found.st_size, found.st_mtime_ns] for file, found in status]})
+    return dict(zip(found.classes, by_class, strict=True)), key
 
 
 def described(augment: Augment) -> str:

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     from augdistill_report.commands import publish as gallery
     from augdistill_report.commands import report as runner
     from augdistill_report.data import datasets as data
-    from augdistill_report.data import sources as data_files
+    from augdistill_report.data import downloads
     from augdistill_report.files import expert_files
 
     try:
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1 if failed == len(cells) else 0
         elif options.command == "data":
             if options.what == "fetch":
-                options.size, options.data = 0, str(data_files.fetch(options.name, options.mirror, options.data))
+                options.size, options.data = 0, str(downloads.fetch(options.name, options.mirror, options.data))
             print(data.describe(data.load(options.name, options.size, options.data)))
         elif options.command == "experts":
             if options.what == "check":

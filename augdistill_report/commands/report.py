@@ -119,6 +119,7 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     settings: Settings = resolve(preset, changes)
     chosen = notebooks(only)
     preflight(settings)
+    print(f"data: {settings.load(whiten=False).where}", file=sys.stderr)
     if any(getattr(build, "bound", False) for build in builders(settings.phi)):  # notebook 05 applies phi to new images
         raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; use another")
     methods(settings, 1.0)  # refuses a row that notebook 05 does not have

@@ -1,7 +1,7 @@
-"""Data sets: images as tensors, standardised or whitened, in a fixed and seeded split into train, validation and test.
+"""Data sets: images as tensors, standardised or whitened, with a fixed split into train, validation and test.
 
-To add one, write a loader `(size, place) -> Dataset`, ending in `standardised`, and register it in `DATASETS`.
-A whole set stays as its bytes: floats are made of what is taken from it, a batch or a subset, on its device.
+To add one, write a loader `(size, place) -> Dataset` that ends in `standardised`, and register it in `DATASETS`.
+Images stay bytes (uint8); a batch or a subset becomes floats when it is read, on its device.
 """
 
 import dataclasses
@@ -16,38 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from augdistill_core import seeded
+from augdistill_report.data.folders import IMAGE_SUFFIXES, FolderContents, read_images, resized, scan_folder
 from augdistill_report.data.sources import PUBLISHED, find, published
 from augdistill_report.data.whitening import PIECE, cached_fit
 
-SPLIT_SEED = 20230  # the split is part of the data set, not of a run: it does not change with the run's seed
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # torchvision's
+SPLIT_SEED = 20230  # the split belongs to the data set: it does not depend on the run's seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and labels `[n]`: `raw` `[n, C, H, W]` as they are kept (uint8 or float), standardised by channel.
+    """Images and labels `[n]` (int64). `raw` `[n, C, H, W]` are the stored images: uint8, or floats in [0, 1].
 
-    Or, with `whiten` `[d, d]`, pixels less the mean image, each as one vector of d = C H W values times that matrix.
+    `images` are standardised by channel. With `whiten` `[d, d]`, d = C H W, they are whitened: each image minus the
+    mean image, flattened, times that matrix.
     """
 
     raw: Tensor
     labels: Tensor
-    zero: Tensor  # `[C, 1, 1]` (whitened: `[C, H, W]`): what stands for 0 in `raw`,
-    unit: Tensor  # and how much of it for 1
+    zero: Tensor  # `[C, 1, 1]` (whitened: `[C, H, W]`): the value of `raw` that becomes 0
+    unit: Tensor  # `[C, 1, 1]`: the difference in `raw` that becomes 1
     whiten: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
-        """Standardised images `[n, C, H, W]`: float32, made anew each time, so take what you need before."""
+        """Standardised (or whitened) images `[n, C, H, W]`, float32; computed at every access, so `take` first."""
         images = (self.raw - self.zero).div_(self.unit)
         if self.whiten is not None:
-            for part in images.split(PIECE):  # in place: the set is not held twice
+            for part in images.split(PIECE):  # in place: no second copy of the images
                 part.copy_(mixed(part, self.whiten))
         return images
 
     def made(self) -> "Split":
-        """The same images, made once: for those who read them many times."""
+        """The same split with its images computed once, for repeated access."""
         nothing = torch.zeros(1, 1, 1, device=self.unit.device)
         return Split(self.images, self.labels, nothing, nothing + 1)
 
@@ -55,14 +55,14 @@ class Split:
         return len(self.labels)
 
     def opened(self) -> "Split":
-        """What has images to look at: itself, unless it is `Sealed`."""
+        """A split whose images can be read: this one, unless it is `Sealed`."""
         return self
 
     def take(self, index: Tensor | slice) -> "Split":
         return dataclasses.replace(self, raw=self.raw[index], labels=self.labels[index])
 
     def batches(self, size: int) -> Iterator["Split"]:
-        """All of it in order, at most `size` images at a time."""
+        """The whole split in order, in batches of at most `size` images."""
         return (self.take(slice(i, i + size)) for i in range(0, len(self), size))
 
     def to(self, device: str) -> "Split":
@@ -71,9 +71,9 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Sealed(Split):
-    """The test split: it keeps its images to itself until it is `opened`, which only the last scoring does.
+    """The test split. Its images can be read only after `opened()`, which only the final scoring calls.
 
-    So no method and no choice can look at a test image and go unnoticed.
+    So no method and no model selection uses a test image unnoticed. `images` raises a `ValueError`.
     """
 
     @property
@@ -88,10 +88,11 @@ class Sealed(Split):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set of `classes` (names), split, standardised by the training set's `mean` and `std` a channel.
+    """A data set with its split. `mean` and `std` `[C, 1, 1]`, for pixels in [0, 1], are those of the training images.
 
-    Whitened (`whitened`), `mean` is the mean image, `std` is 1, and `colour` `[d, d]` undoes what `whiten` does.
-    `fingerprint` stands for its images, labels and split, wherever they came from (`where`).
+    If it is whitened (`whitened`), `mean` `[C, H, W]` is the mean image, `std` is 1, and `colour` `[d, d]` inverts
+    `whiten`. `fingerprint` identifies images, labels and split; `where` says where they were found, and for a folder
+    how it was split and which files were skipped.
     """
 
     name: str
@@ -114,22 +115,23 @@ class Dataset:
         return moved_to(self, device)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Standardised images back as pixels in [0, 1] (clamped), for pictures and for policies that want them."""
+        """Pixels in [0, 1] (clamped) from standardised or whitened images `[n, C, H, W]`; inverts `standardise`."""
         images = images if self.colour is None else mixed(images, self.colour)
         return (images * self.std + self.mean).clamp(0, 1)
 
     def standardise(self, pixels: Tensor) -> Tensor:
-        """Pixels `[n, C, H, W]` in [0, 1] as the splits' images are: standardised, or whitened."""
+        """Pixels `[n, C, H, W]` in [0, 1], standardised or whitened in the same way as the images of the splits."""
         images = (pixels - self.mean) / self.std
         return images if self.colour is None else mixed(images, self.train.whiten)
 
     def subset(
         self, seed: int, *, fraction: float | None = None, per_class: int | None = None, skip: float = 0.0
     ) -> Tensor:
-        """Indices `[n]` into `train`: a stratified subset, by fraction in (0, 1] or by images a class.
+        """Indices `[n]` into `train` of a stratified subset, sorted by class: a `fraction` in (0, 1], or `per_class`.
 
-        Nested for one seed: a smaller subset is inside every larger one. With `skip`, the first images of each class
-        are left out (this fraction of it), so that nothing of a subset that small is in it. Sorted by class.
+        Subsets of one seed are nested: a smaller one is contained in every larger one. `skip` in [0, 1) leaves out the
+        first images of each class, this fraction of it: the subset shares no image with that of `fraction=skip`.
+        A `ValueError` names a class that would be empty or has too few images.
         """
         if (fraction is None) == (per_class is None):
             raise ValueError("subset: pass either fraction or per_class")
@@ -141,7 +143,7 @@ class Dataset:
         for c, name in enumerate(self.classes):
             members = torch.nonzero(self.train.labels == c).flatten().cpu()
             first = round(skip * len(members))
-            # so that a part and the part that skips it are the whole, however they are rounded
+            # a fraction and the rest that skips it make the whole class, however they are rounded
             count = per_class if fraction is None else round((skip + fraction) * len(members)) - first
             if count < 1:
                 raise ValueError(
@@ -162,18 +164,18 @@ SPLITS = ("train", "validation", "test")
 
 
 def mixed(images: Tensor, matrix: Tensor) -> Tensor:
-    """Images `[n, C, H, W]`, each as one vector times `matrix` `[d, d]`."""
+    """Images `[n, C, H, W]`, each flattened to d values and multiplied by `matrix` `[d, d]`."""
     return (images.flatten(1) @ matrix).view(images.shape)
 
 
 def moved_to(holder, device: str):
-    """A `Split` or a `Dataset` with all that it holds on `device`."""
+    """A `Split` or a `Dataset` with all its tensors on `device`."""
     held = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
     return dataclasses.replace(holder, **{k: v.to(device) for k, v in held.items() if isinstance(v, Tensor | Split)})
 
 
 def split_indices(labels: Tensor, held_out: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stratified train, validation and test indices; `held_out` are the fractions of the last two."""
+    """Stratified train, validation and test indices; `held_out` are the fractions of validation and test."""
     parts = ([], [], [])
     for c in labels.unique():
         members = torch.nonzero(labels == c).flatten()
@@ -186,10 +188,10 @@ def split_indices(labels: Tensor, held_out: tuple[float, float]) -> tuple[Tensor
 
 
 def moments(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[C, 1, 1]` of each channel of `raw`, in its own units."""
+    """Mean and standard deviation `[C, 1, 1]` of each channel of `raw` `[n, C, H, W]`, in the units of `raw`."""
     if raw.dtype != torch.uint8:
         return raw.mean((0, 2, 3)).view(-1, 1, 1), raw.std((0, 2, 3)).view(-1, 1, 1)
-    # of bytes exactly, and without a float copy of the set: from how often each value occurs
+    # exact for bytes, and without a float copy: from how often each value occurs
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in raw.unbind(1)]).double()
     values, total = torch.arange(256.0, dtype=torch.float64), counts.sum(1, keepdim=True)
     mean = (counts * values).sum(1, keepdim=True) / total
@@ -198,7 +200,7 @@ def moments(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(splits: list[Split]) -> str:
-    """16 hexadecimal digits of the SHA-256 over every split's images and labels."""
+    """The first 16 hexadecimal digits of the SHA-256 of the images and labels of all splits."""
     sha = hashlib.sha256()
     for tensor in (t for split in splits for t in (split.raw, split.labels)):
         sha.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
@@ -207,7 +209,10 @@ def fingerprint(splits: list[Split]) -> str:
 
 
 def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where: str = "") -> Dataset:
-    """A `Dataset` from images `[n, C, H, W]` (floats in [0, 1], or uint8), labels `[n]` and the splits' indices."""
+    """A `Dataset` from images `[n, C, H, W]` (floats in [0, 1], or uint8), labels `[n]` and the indices of each split.
+
+    A `ValueError` if a label has no class, or a channel of the training images has no contrast.
+    """
     classes, full = tuple(classes), 255 if raw.dtype == torch.uint8 else 1
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
         raise ValueError(f"dataset={name!r}: labels beyond its {len(classes)} classes ({where})")
@@ -220,9 +225,9 @@ def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where
 
 
 def whitened(data: Dataset) -> Dataset:
-    """`data` with ZCA-whitened images in the place of standardised ones, by its training images (MTT's recipe).
+    """`data` with ZCA-whitened instead of standardised images; fitted on the training images (MTT's recipe).
 
-    The official code fits on all 50,000 images of CIFAR-10, we on those that are not held out for validation.
+    The official code fits on all 50,000 images of CIFAR-10; here the validation images are left out.
     """
     full = 255 if data.train.raw.dtype == torch.uint8 else 1
     found = cached_fit(data.train.raw, data.fingerprint)
@@ -230,14 +235,6 @@ def whitened(data: Dataset) -> Dataset:
     changes = {"zero": full * found["mean"], "unit": full * one, "whiten": found["matrix"]}
     splits = {k: dataclasses.replace(getattr(data, k), **changes) for k in SPLITS}
     return dataclasses.replace(data, **splits, mean=found["mean"], std=one, colour=found["inverse"])
-
-
-def resized(raw: Tensor, size: int) -> Tensor:
-    """uint8 images at `size` x `size`: bilinear, antialiased, rounded to bytes again."""
-    if raw.shape[-2:] == (size, size):
-        return raw
-    options = dict(size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return torch.cat([F.interpolate(part.float(), **options).round().byte() for part in raw.split(4096)])
 
 
 # --- the data sets ----------------------------------------------------------------------------------------------------
@@ -256,7 +253,7 @@ def load_digits(size: int, place: str = "") -> Dataset:
 
 
 def load_published(name: str, size: int, data: str = "") -> Dataset:
-    """A set that torchvision reads; its test split as published, 10 % of every training class for validation."""
+    """A data set that torchvision reads: the published test split, and 10 % of every training class for validation."""
     kind, root = published(name), find(name, data)
     raw, labels = [], []
     with warnings.catch_warnings():
@@ -276,58 +273,72 @@ def load_published(name: str, size: int, data: str = "") -> Dataset:
     return standardised(name, classes, raw, labels, (train, validation, torch.arange(count, len(labels))), str(root))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files under `folder`, in a fixed order; hidden ones, and those in hidden folders, are passed over."""
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in images if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 `[3, size, size]`, squeezed if it is not square; transparency is dropped."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode}; must have 8 bits a channel")
-            upright = ImageOps.exif_transpose(image)
-            if "transparency" in image.info:  # Pillow warns if this goes straight to RGB
-                upright = upright.convert("RGBA")
-            pixels = np.array(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no image that can be read ({error})") from None
-    return resized(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
-
-
 def load_folder(size: int, path: str) -> Dataset:
-    """Images in one sub-folder a class (named by it), resized; 10 % validation and 20 % test of every class.
+    """Images in one sub-folder for each class (named by it), or in split folders that hold those; resized.
 
+    A split without a folder is cut from every class of the training images: 10 % for validation, 20 % for the test.
     Grey images make a grey set; one in colour makes all of them RGB.
     """
-    name, folder = f"folder:{path}", Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"dataset={name!r}: there is no such folder")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) < 2:
-        raise ValueError(f"dataset={name!r}: must hold a sub-folder for each class, at least two; has {classes}")
-    found = [image_files(folder / c) for c in classes]
-    held_out = (0.1, 0.2)
-    for c, paths in zip(classes, found, strict=True):
-        if min(round(f * len(paths)) for f in held_out) < 1:
-            raise ValueError(
-                f"dataset={name!r}: class {c} has {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}); "
-                "must have at least 6, to hold one out for validation and one for the test"
-            )
-    raw = torch.stack([read_image(p, size or 32) for paths in found for p in paths])
+    name = f"folder:{path}"
+    try:
+        found = scan_folder(Path(path).expanduser())
+        if len(found.classes) < 2:
+            has = f"must hold a sub-folder for each class, at least two; has {list(found.classes)}"
+            raise ValueError(f"{has} (skipped: {found.skipped_text()})")
+        check_counts(found)
+        raw = read_images([p for split in found.files.values() for paths in split for p in paths], size or 32)
+    except ValueError as error:
+        raise ValueError(f"dataset={name!r}: {error}") from None
     if (raw == raw[:, :1]).all():
         raw = raw[:, :1]
-    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(paths) for paths in found]))
-    return standardised(name, classes, raw, labels, split_indices(labels, held_out), str(folder))
+    labels = {
+        split: torch.repeat_interleave(torch.arange(len(paths)), torch.tensor([len(p) for p in paths]))
+        for split, paths in found.files.items()
+    }
+    indices, first = list(split_indices(labels["train"], missing_shares(found))), len(labels["train"])
+    for i, split in enumerate(SPLITS[1:], 1):
+        if split in labels:
+            indices[i] = torch.arange(first, first + len(labels[split]))
+            first += len(labels[split])
+    all_labels = torch.cat(list(labels.values()))
+    return standardised(name, found.classes, raw, all_labels, indices, folder_text(path, found))
 
 
-# by name: loaders of (size, place); a size of 0 is the set's own, 32 for a folder; place is what follows "folder:", and
-# for the others the setting `data`
+def missing_shares(found: FolderContents) -> tuple[float, float]:
+    """The fractions of the training images that become validation and test: 0 for a split with its own folder."""
+    return tuple(0 if split in found.files else share for split, share in zip(SPLITS[1:], (0.1, 0.2), strict=True))
+
+
+def check_counts(found: FolderContents) -> None:
+    """A `ValueError` names a class that has too few images in a split, or to hold some of them out."""
+    shares = [share for share in missing_shares(found) if share]
+    enough = next(n for n in range(1, 100) if all(round(share * n) for share in shares))
+    for split, by_class in found.files.items():
+        least = enough if split == "train" else 1
+        for c, paths in zip(found.classes, by_class, strict=True):
+            if len(paths) < least:
+                place = f"{found.folders[split]}/{c}" if found.folders else f"class {c}"
+                why = f", to hold one out for each of {len(shares)} other splits" if least > 1 else ""
+                raise ValueError(
+                    f"{place} has {len(paths)} images ({', '.join(IMAGE_SUFFIXES)}); must have at least {least}{why} "
+                    f"(skipped: {found.skipped_text()})"
+                )
+
+
+def folder_text(path: str, found: FolderContents) -> str:
+    """Where the images of a folder lie, how they are split, and what was skipped."""
+    given = [f"{split} from {folder}/" for split, folder in found.folders.items()]
+    source = f" of {found.folders['train']}/" if given else ""
+    cut = [
+        f"{split} from {100 * share:.0f} % of every class{source}"
+        for split, share in zip(SPLITS[1:], missing_shares(found), strict=True)
+        if share
+    ]
+    return f"{Path(path).expanduser()}; {', '.join([*given, *cut])}; skipped: {found.skipped_text()}"
+
+
+# loaders `(size, place)` by name. A size of 0 is the data set's own, 32 for a folder. `place` is what follows
+# "folder:", and the setting `data` for the others
 DATASETS: dict[str, Callable[[int, str], Dataset]] = {
     "digits": load_digits,
     **{name: functools.partial(load_published, name) for name in PUBLISHED},
@@ -336,7 +347,7 @@ DATASETS: dict[str, Callable[[int, str], Dataset]] = {
 
 
 def check_name(dataset: str) -> None:
-    """A `ValueError` unless this is the name of a data set, or folder:PATH."""
+    """A `ValueError` unless `dataset` is the name of a data set, or folder:PATH."""
     name, colon, path = dataset.partition(":")
     if name not in DATASETS or (name == "folder") != bool(path) or (colon and not path):
         names = ", ".join(n for n in DATASETS if n != "folder")
@@ -344,23 +355,26 @@ def check_name(dataset: str) -> None:
 
 
 def load(dataset: str, size: int = 0, data: str = "") -> Dataset:
-    """The data set of that name with images of `size` x `size` pixels (0: its own), looked for in `data` first."""
+    """The data set of that name with images of `size` x `size` pixels (0: its own size); `data` is searched first.
+
+    A `ValueError` names what is unknown, missing, damaged or impossible.
+    """
     check_name(dataset)
     if size < 0:
-        raise ValueError(f"size={size}: must be at least 1, or 0 for the set's own")
+        raise ValueError(f"size={size}: must be at least 1, or 0 for its own size")
     name, _, path = dataset.partition(":")
     return DATASETS[name](size, path or data)
 
 
 @functools.lru_cache(maxsize=2)
 def load_data(dataset: str, size: int, data: str, device: str, zca: bool = False) -> Dataset:
-    """`load`, once a process; `whitened` if `zca`."""
+    """`load`, cached in this process; `whitened` if `zca`."""
     found = load(dataset, size, data)
     return (whitened(found) if zca else found).to(device)
 
 
 def describe(data: Dataset) -> str:
-    """What was found, for a person: where, images by split and class, shape, mean, std, fingerprint."""
+    """A summary to read: where it was found, images by split and class, shape, mean, std, fingerprint."""
     counts = {k: torch.bincount(getattr(data, k).labels, minlength=len(data.classes)).tolist() for k in SPLITS}
     width = max(map(len, data.classes))
     rows = [f"{c:{width}} " + " ".join(f"{counts[k][i]:>10}" for k in SPLITS) for i, c in enumerate(data.classes)]

@@ -5,31 +5,25 @@ resizing the weights written out. What needs real data runs where AUGDISTILL_DAT
 sets in the same formats are made here for the rest.
 """
 
-import gzip
-import hashlib
-import http.server
-import io
 import itertools
 import os
 import pickle
+import re
 import struct
-import tarfile
-import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder
-from PIL import Image
+from published import idx, make_cifar, make_mnist, rows
 from sklearn.datasets import load_digits as sklearn_digits
 from torchvision import datasets
 
 from augdistill_core import DistillConfig
 from augdistill_report.commands.cli import main
-from augdistill_report.data import sources as data_files
-from augdistill_report.data.datasets import Split, check_name, load, load_data, resized, split_indices, standardised
+from augdistill_report.data.datasets import Split, check_name, load, split_indices, standardised
+from augdistill_report.data.sources import files
 from augdistill_report.settings import Settings
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import Expert
@@ -43,7 +37,10 @@ FINGERPRINTS = {
     "mnist": "b1643f01c146738b",
     "fashion": "1c71422ddda588ac",
     "cifar10": "b338d6cf2308e7d5",
+    "cifar100": "db9c8b502b7616a7",
 }
+
+pytestmark = pytest.mark.usefixtures("nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -228,18 +225,6 @@ def test_making_images_leaves_the_bytes_alone():
     assert split.raw.min() > 0 and split.images.min() > 0
 
 
-@pytest.mark.parametrize("size, to", [(8, 3), (9, 4), (28, 16), (4, 10)])
-def test_bytes_are_resized_with_a_triangle_as_wide_as_the_step(size, to):
-    raw = torch.randint(256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    scale = size / to
-    centres = (torch.arange(to, dtype=torch.float64) + 0.5) * scale - 0.5
-    distance = (centres[:, None] - torch.arange(size)) / max(scale, 1)
-    weights = (1 - distance.abs()).clamp(min=0)
-    weights /= weights.sum(1, keepdim=True)
-    expected = weights @ raw.double() @ weights.T
-    assert (resized(raw, to).double() - expected).abs().max() <= 0.5 + 1e-4
-
-
 def test_a_channel_without_any_contrast_is_refused():
     blank = torch.full((6, 1, 4, 4), 7, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"blank.*same everywhere"):
@@ -295,62 +280,6 @@ def test_results_depend_on_what_the_data_hold_and_not_on_where_they_lie(tmp_path
 # --- published sets, made here in their formats -----------------------------------------------------------------------
 
 
-def idx(array) -> bytes:
-    """An idx file of bytes (LeCun's format): 0, 0, 8 = uint8, the number of axes, their lengths, the bytes."""
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
-def mnist_files(seed=0) -> dict[str, bytes]:
-    """200 training and 30 test images of 8x8 noise in ten classes."""
-    rng, files = np.random.default_rng(seed), {}
-    for name, count in (("train", 200), ("t10k", 30)):
-        files[f"{name}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 8, 8), dtype=np.uint8))
-        files[f"{name}-labels-idx1-ubyte"] = idx(rng.permutation(np.arange(count, dtype=np.uint8) % 10))
-    return files
-
-
-def make_mnist(root: Path, kind="MNIST", seed=0) -> Path:
-    folder = root / kind / "raw"
-    folder.mkdir(parents=True)
-    for name, content in mnist_files(seed).items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def md5(content: bytes) -> str:
-    return hashlib.md5(content).hexdigest()
-
-
-def cifar_files(kind, monkeypatch, classes=10) -> dict[str, bytes]:
-    """A small set in CIFAR's format by file, with torchvision's md5 sums replaced by those of these files."""
-    rng, key = np.random.default_rng(0), kind.meta["key"]
-    label = "fine_labels" if key.startswith("fine") else "labels"
-    files = {kind.meta["filename"]: pickle.dumps({key: [f"class {c}" for c in range(classes)]})}
-    for file, _ in [*kind.train_list, *kind.test_list]:
-        data = rng.integers(0, 256, (20 * classes, 3072), dtype=np.uint8)
-        files[file] = pickle.dumps({"data": data, label: [i % classes for i in range(20 * classes)]})
-    for table in ("train_list", "test_list"):
-        monkeypatch.setattr(kind, table, [[file, md5(files[file])] for file, _ in getattr(kind, table)])
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(files[kind.meta["filename"]])})
-    return files
-
-
-def make_cifar(root: Path, kind, monkeypatch, **options) -> Path:
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    for name, content in cifar_files(kind, monkeypatch, **options).items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def nowhere(monkeypatch, tmp_path):
-    """No data set of this machine is found, unless a test says where; nothing is kept from one test to the next."""
-    monkeypatch.delenv("AUGDISTILL_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    load_data.cache_clear()
-
-
 @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion", "FashionMNIST")])
 def test_idx_files_are_read_as_they_are(tmp_path, name, kind):
     folder = make_mnist(tmp_path, kind)
@@ -364,11 +293,6 @@ def test_cifar_s_pickles_are_read_as_they_are(tmp_path, monkeypatch, name, kind,
     data = load(name, 0, str(tmp_path))
     check_against_pickles(data, folder, kind)
     assert data.classes == tuple(f"class {c}" for c in range(classes))
-
-
-def rows(split) -> torch.Tensor:
-    """A split's labels and bytes `[n, 1 + C H W]`."""
-    return torch.cat([split.labels[:, None].byte(), split.raw.flatten(1)], 1)
 
 
 def check_published(data, train, test, held_out):
@@ -418,7 +342,7 @@ REAL = Path(os.environ.get("AUGDISTILL_DATA", "/nowhere"))
 
 
 def real(name: str) -> str:
-    folder = next(iter(data_files.files(name))).parts[0]
+    folder = next(iter(files(name))).parts[0]
     if not (REAL / folder).is_dir():
         pytest.skip(f"AUGDISTILL_DATA names no folder that holds {folder}")
     return str(REAL)
@@ -436,7 +360,7 @@ def test_real_idx_files(name, kind):
 def test_real_pickles(name, kind):
     kind = getattr(datasets, kind)
     data = load(name, 0, real(name))
-    assert data.fingerprint == FINGERPRINTS.get(name, data.fingerprint)  # nobody here has CIFAR-100 yet
+    assert data.fingerprint == FINGERPRINTS[name]
     assert data.shape == (3, 32, 32) and [len(getattr(data, k)) for k in SPLITS] == [45_000, 5_000, 10_000]
     check_against_pickles(data, REAL / kind.base_folder, kind)
 
@@ -447,59 +371,6 @@ def test_presets_for_published_sets_fit_them(preset):
     from augdistill_report.settings import resolve
 
     preflight(resolve(preset, {"data": real(resolve(preset).dataset)}))
-
-
-# --- where they are looked for, and what is wrong with them -----------------------------------------------------------
-
-
-def test_roots_are_looked_into_in_order(tmp_path, monkeypatch):
-    first, second, cache = tmp_path / "first", tmp_path / "second", tmp_path / "cache" / "augdistill"
-    make_mnist(cache)
-    monkeypatch.setenv("AUGDISTILL_DATA", str(second))
-    first.mkdir()
-    assert load("mnist", 0, str(first)).where == str(cache)
-    make_mnist(second)
-    assert load("mnist", 0, str(first)).where == str(second)
-    make_mnist(first)
-    assert load("mnist", 0, str(first)).where == str(first)
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert list(data_files.roots().values())[-1] == tmp_path / ".cache" / "augdistill"
-
-
-def test_a_missing_set_says_where_it_was_looked_for_and_what_helps(tmp_path, monkeypatch):
-    monkeypatch.setenv("AUGDISTILL_DATA", str(tmp_path / "mine"))
-    (tmp_path / "given").mkdir()
-    with pytest.raises(ValueError, match="'cifar100': not found") as error:
-        load("cifar100", 0, str(tmp_path / "given"))
-    for place in ("given", "mine", "cache/augdistill"):
-        assert str(tmp_path / place / "cifar-100-python") in str(error.value)
-    assert "augdistill data fetch cifar100" in str(error.value)
-    with pytest.raises(ValueError, match=r"data=.*nosuch.*no such folder"):
-        load("mnist", 0, str(tmp_path / "nosuch"))
-
-
-@pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
-@pytest.mark.parametrize("how", ["missing", "empty", "short", "long", "foreign"])
-def test_a_damaged_idx_file_is_named(tmp_path, file, how):
-    path = make_mnist(tmp_path) / file
-    content = path.read_bytes()
-    changed = {"empty": b"", "short": content[:-1], "long": content + b"x", "foreign": gzip.compress(content)}
-    path.unlink() if how == "missing" else path.write_bytes(changed[how])
-    with pytest.raises(ValueError, match=f"{path} is {'missing' if how == 'missing' else 'damaged'}.*data fetch mnist"):
-        load("mnist", 0, str(tmp_path))
-
-
-@pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("how", ["missing", "short", "bit"])
-def test_a_damaged_pickle_is_named_and_never_opened(tmp_path, monkeypatch, file, how):
-    path = make_cifar(tmp_path, datasets.CIFAR10, monkeypatch) / file
-    content = path.read_bytes()
-    changed = {"short": content[: len(content) // 2], "bit": content[:20] + bytes((content[20] ^ 1,)) + content[21:]}
-    path.unlink() if how == "missing" else path.write_bytes(changed[how])
-    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(ValueError, match=f"{path} is {'missing' if how == 'missing' else 'damaged .md5'}"):
-        load("cifar10", 0, str(tmp_path))
 
 
 def test_labels_that_fit_no_class_or_not_the_images_are_refused(tmp_path):
@@ -527,88 +398,6 @@ def test_paths_in_settings_are_absolute(tmp_path, monkeypatch):
     assert settings.select(Setup).data == settings.data and Settings.from_dict(settings.to_dict()) == settings
 
 
-# --- folders of images ------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_a_data_set(tmp_path):
-    root = make_folder(tmp_path / "pets", count=20)
-    (root / ".hidden").mkdir()
-    (root / "cat" / ".ipynb_checkpoints").mkdir()
-    (root / "cat" / ".ipynb_checkpoints" / "00-checkpoint.png").write_bytes((root / "cat" / "00.png").read_bytes())
-    (root / "cat" / "._00.png").write_bytes(b"what macOS leaves")
-    (root / "README.txt").write_text("not a class")
-    (root / "cat" / "notes.txt").write_text("not an image")
-    data = load(f"folder:{root}", 12)
-    assert data.classes == ("cat", "dog") and data.shape == (3, 12, 12) and data.name == f"folder:{root}"
-    assert [per_class(getattr(data, k).labels)[:2] for k in SPLITS] == [[14, 14], [2, 2], [4, 4]]
-    ours = {bytes(row) for k in SPLITS for row in rows(getattr(data, k)).numpy()}
-    theirs = {
-        bytes([label]) + np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes()
-        for label, c in enumerate(("cat", "dog"))
-        for path in (root / c).glob("[!.]*.png")
-    }
-    assert ours == theirs and len(ours) == 40
-    assert load(f"folder:{root}", 12).fingerprint == data.fingerprint
-    moved = root.rename(tmp_path / "elsewhere")
-    assert load(f"folder:{moved}", 12).fingerprint == data.fingerprint
-
-
-def test_images_of_many_sizes_and_modes_become_one_tensor(tmp_path):
-    root = make_folder(tmp_path, size=(9, 17))
-    for i, mode in enumerate(["L", "1", "P", "RGBA", "LA", "CMYK"]):
-        image = Image.new("RGB", (20 + i, 30), (200, 10 * i, 5)).convert(mode)
-        image.save(tmp_path / "cat" / f"x{mode}.{'tif' if mode == 'CMYK' else 'png'}")
-    Image.new("P", (5, 5)).save(tmp_path / "cat" / "transparent.png", transparency=bytes([0, 128, 255]))
-    data = load(f"folder:{root}", 16)
-    assert data.shape == (3, 16, 16) and sum(len(getattr(data, k)) for k in SPLITS) == 27
-
-
-def test_grey_images_have_one_channel(tmp_path):
-    assert load(f"folder:{make_folder(tmp_path, mode='L')}", 8).shape == (1, 8, 8)
-
-
-def test_a_camera_s_orientation_is_followed(tmp_path):
-    root = make_folder(tmp_path, count=6)
-    upright = np.zeros((12, 12, 3), np.uint8)
-    upright[:6] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 3  # held upside down
-    for c in ("cat", "dog"):
-        for path in (root / c).iterdir():
-            Image.fromarray(upright[::-1].copy()).save(path, exif=exif)
-    data = load(f"folder:{root}", 12)
-    assert (data.train.raw[:, 0, :6] == 255).all() and (data.train.raw[:, 0, 6:] == 0).all()
-
-
-def test_folders_that_are_no_data_set(tmp_path):
-    def refused(match):
-        with pytest.raises(ValueError, match=match):
-            load(f"folder:{tmp_path}", 8)
-
-    with pytest.raises(ValueError, match=r"dataset='folder:/nowhere.*no such folder"):
-        load("folder:/nowhere/at/all", 8)
-    refused("at least two; has \\[\\]")
-    make_folder(tmp_path, ["cat"])
-    refused("at least two; has \\['cat'\\]")
-    (tmp_path / "dog").mkdir()
-    refused("class dog has 0 images")
-    (tmp_path / "dog").rmdir()
-    make_folder(tmp_path, ["dog"], count=5)
-    refused("class dog has 5 images.*at least 6")
-
-
-@pytest.mark.parametrize("how", ["cut", "text", "empty", "deep"])
-def test_a_broken_image_is_named(tmp_path, how):
-    root = make_folder(tmp_path, size=(64, 64))
-    path = root / "dog" / "03.png"
-    if how == "deep":
-        Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
-    else:
-        path.write_bytes({"cut": path.read_bytes()[:900], "text": b"hello", "empty": b""}[how])
-    with pytest.raises(ValueError, match=f"{path} is no image that can be read"):
-        load(f"folder:{root}", 8)
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -627,160 +416,11 @@ def test_check_says_what_it_found(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["check", "mnist"], "not found.*fetch mnist"),
-        (["check", "cats"], "dataset='cats'"),
-        (["check", "digits", "--size", "-1"], "size=-1"),
-        (["fetch", "digits"], "'digits': nothing to download"),
-        (["fetch", "folder:x"], "nothing to download"),
-        (["fetch", "mnist", "--mirror", "http://example.com/"], "must be https"),
-        (["fetch", "mnist", "--mirror", "file:///etc/"], "must be https"),
-        (["fetch", "mnist", "--mirror", "http://127.0.0.1.example.com/"], "must be https"),
-        (["fetch", "mnist", "--mirror", "http://127.0.0.1:9/"], "Connection refused"),
-        (["fetch", "mnist", "--mirror", "https://host.invalid/"], "host.invalid"),
+        (["mnist"], "not found.*fetch mnist"),
+        (["cats"], "dataset='cats'"),
+        (["digits", "--size", "-1"], "size=-1"),
     ],
 )
-def test_what_cannot_be_done_is_exit_code_2(arguments, says, capsys, tmp_path):
-    assert main(["data", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert pytest.raises(ValueError, match=says).matches(ValueError(error)), error
-    assert not list(tmp_path.iterdir())
-
-
-# --- downloading, from a server of the test's own ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def server():
-    """(URL, what it serves by path): bytes, or a tuple (status, headers, body)."""
-    served = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, headers, body = 404, {}, b""
-            if (found := served.get(self.path)) is not None:
-                status, headers, body = found if isinstance(found, tuple) else (200, {}, found)
-            self.send_response(status)
-            for key, value in ({"Content-Length": str(len(body))} | headers).items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", served
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def mnist_server(server, monkeypatch):
-    url, served = server
-    archives = {f"{name}.gz": gzip.compress(content) for name, content in mnist_files().items()}
-    monkeypatch.setattr(datasets.MNIST, "resources", [(name, md5(content)) for name, content in archives.items()])
-    served.update({f"/m/{name}": content for name, content in archives.items()})
-    return url, served
-
-
-def test_fetch_then_check(mnist_server, tmp_path, capsys):
-    url, served = mnist_server
-    fetch = ["data", "fetch", "mnist", "--mirror", f"{url}/m/", "--data", str(tmp_path / "new" / "root")]
-    assert main(fetch) == 0
-    out, progress = capsys.readouterr()
-    assert "180 train" in out and progress.count(" MB") == 4
-    make_mnist(tmp_path / "reference")
-    assert load("mnist", 0, str(tmp_path / "new/root")).fingerprint in out
-    assert f"fingerprint: {load('mnist', 0, str(tmp_path / 'reference')).fingerprint}" in out
-    names = sorted(p.name for p in (tmp_path / "new/root").rglob("*") if p.is_file())
-    assert names == sorted(mnist_files())  # the archives are not kept, nor anything else
-    served.clear()
-    assert main(fetch) == 0 and " MB" not in capsys.readouterr().err  # it is there: nothing is downloaded
-
-
-def test_fetch_goes_to_the_cache_or_where_the_environment_says(mnist_server, tmp_path, monkeypatch):
-    fetch = ["data", "fetch", "mnist", "--mirror", f"{mnist_server[0]}/m"]
-    assert main(fetch) == 0
-    assert (tmp_path / "cache/augdistill/MNIST/raw/t10k-labels-idx1-ubyte").is_file()
-    monkeypatch.setenv("AUGDISTILL_DATA", str(tmp_path / "mine"))
-    assert main(fetch) == 0
-    assert (tmp_path / "mine/MNIST/raw/t10k-labels-idx1-ubyte").is_file()
-
-
-def test_fetch_unpacks_cifar_s_archive(server, monkeypatch, tmp_path):
-    (url, served), kind, archive = server, datasets.CIFAR10, io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for name, content in [
-            *cifar_files(kind, monkeypatch).items(),
-            ("readme.html", b"more"),
-            ("../../out", b"evil"),
-        ]:
-            info = tarfile.TarInfo(f"{kind.base_folder}/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    served[f"/{kind.filename}"] = archive.getvalue()
-    monkeypatch.setattr(kind, "tgz_md5", md5(archive.getvalue()))
-    assert main(["data", "fetch", "cifar10", "--mirror", url, "--data", str(tmp_path / "root")]) == 0
-    assert load("cifar10", 0, str(tmp_path / "root")).shape == (3, 32, 32)
-    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {str(p.name) for p in data_files.files("cifar10")}
-    (tmp_path / "root" / kind.base_folder / "data_batch_2").write_bytes(b"half")
-    assert main(["data", "fetch", "cifar10", "--mirror", url, "--data", str(tmp_path / "root")]) == 0  # mends it
-
-
-@pytest.mark.parametrize("how", ["changed", "cut", "absent", "error", "leaves TLS", "hangs up"])
-def test_a_download_that_goes_wrong_leaves_nothing(mnist_server, tmp_path, capsys, how):
-    url, served = mnist_server
-    path = "/m/t10k-images-idx3-ubyte.gz"
-    good = served[path]
-    served[path], says = {
-        "changed": (good[:-1] + b"x", "md5 .*torchvision's table says"),
-        "cut": ((200, {}, good[:50]), "50 bytes with md5"),
-        "absent": (None, "Not Found"),
-        "error": ((500, {}, b""), "Internal Server Error"),
-        "leaves TLS": ((302, {"Location": "http://example.com/x"}, b""), "example.com.*must be https"),
-        "hangs up": ((200, {"Content-Length": str(len(good))}, good[:50]), "50 bytes with md5|IncompleteRead"),
-    }[how]
-    root = tmp_path / "root"
-    fetch = ["data", "fetch", "mnist", "--mirror", f"{url}/m", "--data", str(root)]
-    assert main(fetch) == 2
-    error = capsys.readouterr().err
-    assert pytest.raises(ValueError, match=says).matches(ValueError(error)), error
-    assert "t10k-images" in error and "--mirror" in error and not root.exists()
-    served[path] = good
-    assert main(fetch) == 0  # a clean restart
-
-
-def test_an_interruption_leaves_no_half_file(mnist_server, tmp_path, monkeypatch, capsys):
-    url, _ = mnist_server
-    fetch = ["data", "fetch", "mnist", "--mirror", f"{url}/m", "--data", str(tmp_path / "root")]
-    replace, calls = os.replace, []
-
-    def stopped(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        replace(*arguments)
-
-    monkeypatch.setattr(os, "replace", stopped)
-    assert main(fetch) == 130
-    left = [p for p in (tmp_path / "root").rglob("*") if p.is_file()]
-    assert len(left) == 2 and all(p.read_bytes() == mnist_files()[p.name] for p in left)
-    assert main(["data", "check", "mnist", "--data", str(tmp_path / "root")]) == 2
-    assert "is missing" in capsys.readouterr().err
-    monkeypatch.setattr(os, "replace", replace)
-    assert main(fetch) == 0
-
-
-def test_a_place_that_cannot_be_written_is_said(mnist_server, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert main(["data", "fetch", "mnist", "--mirror", f"{mnist_server[0]}/m", "--data", str(tmp_path / "file")]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
-
-
-def test_the_sources_known_here_speak_tls():
-    for name in data_files.PUBLISHED:
-        archives, folders = data_files.sources(name)
-        assert folders and all(folder.startswith("https://") and folder.endswith("/") for folder in folders)
-        assert all(len(sum) == 32 for _, sum in archives)
+def test_check_names_what_is_wrong_with_exit_code_2(arguments, says, capsys):
+    assert main(["data", "check", *arguments]) == 2
+    assert re.search(says, capsys.readouterr().err)

@@ -23,7 +23,8 @@ from augdistill_method import phi as phi_module
 from augdistill_method.zoo.policy import Policy
 from augdistill_report.commands.apply import BATCH
 from augdistill_report.commands.cli import main
-from augdistill_report.data.datasets import load, read_image
+from augdistill_report.data.datasets import load
+from augdistill_report.data.folders import read_image
 from augdistill_report.files.phi_files import load_phi, read_phi, save_phi
 from augdistill_report.files.store import read_tensors
 from augdistill_report.places import ROOT
@@ -427,6 +428,23 @@ def test_apply_to_a_folder(saved, tmp_path, monkeypatch, capsys):
         load(f"folder:{root}", 8)  # a data set wants more: apply takes what there is
     # a set of another kind is what it is for: the last line says what phi was trained on
     assert json.loads((tmp_path / "plain" / "apply.json").read_text())["trained on"].startswith("digits (")
+
+
+def test_apply_to_split_folders_takes_the_training_split(saved, tmp_path, capsys):
+    for i, (split, count) in enumerate({"train": 3, "test": 2}.items()):
+        make_folder(tmp_path / "pets" / split, count=count, size=(20 + 9 * i, 20))
+    (tmp_path / "pets/train/cat/link.png").symlink_to(tmp_path / "pets/test/cat/00.png")
+    command = ["apply", str(saved["unet_noise"]), "--to", str(tmp_path / "pets"), "--strength", "0"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    names = {f"{c}/0000{i}.png" for c in ("cat", "dog") for i in range(3)}
+    assert set(contents(tmp_path / "out")) == names | {"grid.png", "apply.json"}
+    for name in names:
+        image = read_image(tmp_path / "pets" / "train" / name.replace("0000", "0"), 8)
+        assert np.array_equal(opened(tmp_path / "out" / name), image[0])
+    for path in (tmp_path / "pets/train/dog").iterdir():
+        path.write_bytes(b"")
+    assert main([*command, "--out", str(tmp_path / "again")]) == 2 and not (tmp_path / "again").exists()
+    assert re.search(r"3 of 6 images cannot be read: .*dog/00.png.*dog/01.png.*dog/02.png", capsys.readouterr().err)
 
 
 def test_apply_takes_a_phi_of_one_s_own(run, tmp_path, capsys):
