@@ -130,7 +130,7 @@ def bars(scores: dict, reference: dict | None = None) -> Figure:
     for row, (name, score) in enumerate(scores.items()):
         axis.barh(row, 100 * score.mean, xerr=100 * score.std, color=pale(colour(name)), capsize=3)
         axis.plot([100 * v for v in score.test], [row] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
-        inside = score.mean > 0.3
+        inside = score.mean > (0.7 if score.stopped else 0.3)  # as long as the text
         place = 1 if inside else 100 * max(score.test) + 2
         axis.text(place, row, str(score), va="center", fontsize=9, color=ink(pale(colour(name))) if inside else "black")
     for name, score in (reference or {}).items():

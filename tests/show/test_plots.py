@@ -19,3 +19,10 @@ def test_a_number_stands_out_against_its_bar(name):
     axis = plots.bars({name: Accuracy([0.9, 0.8], [0.9, 0.8])}).axes[0]
     inside, behind = brightness(axis.texts[0].get_color()), brightness(axis.patches[0].get_facecolor())
     assert (max(inside, behind) + 0.05) / (min(inside, behind) + 0.05) >= 4.5
+
+
+def test_a_bar_shows_that_its_run_stopped_in_the_bar_only_if_that_is_long_enough():
+    scores = {str(v): Accuracy([v, v], [v, v], stopped="diverged") for v in (0.4, 0.9)}
+    short, long = plots.bars(scores).axes[0].texts
+    assert short.get_text() == "40.0 ± 0.0 % (stopped: diverged)" and short.get_position()[0] > 40
+    assert long.get_text() == "90.0 ± 0.0 % (stopped: diverged)" and long.get_position()[0] < 40
