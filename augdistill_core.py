@@ -98,8 +98,8 @@ class DistillConfig(Config):
     expert_epochs: int = knob(2, "M: snapshots from the start to the target", low=1)
     max_start_epoch: int = knob(6, "T+: the last snapshot that a segment may start at", low=0)
     batch_syn: int = knob(0, "images a student step; 0 = the whole base set", low=0)
-    episode: int = knob(0, "images a class drawn afresh each iteration as its base set; 0 = all, always", low=0)
-    noise: str = knob("step", "when phi is drawn: afresh in every student step, or once", choices=("step", "once"))
+    episode: int = knob(0, "images a class redrawn in each iteration as its base set; 0 = all, always", low=0)
+    noise: str = knob("step", "when phi is sampled: in every student step, or once", choices=("step", "once"))
     draws: int = knob(
         1,
         "unrolls an iteration, of independent batches and draws of phi; 2 leave their variance out of the loss",

@@ -136,7 +136,7 @@ def bars(scores: dict) -> Figure:
         fill = pale(its.colour)
         axis.barh(y, 100 * score.mean, xerr=100 * score.std, color=fill, capsize=3)
         axis.plot([100 * v for v in score.test], [y] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
-        inside = score.mean > 0.3
+        inside = score.mean > (0.7 if score.stopped else 0.3)  # as long as the text
         place = 1 if inside else 100 * max(score.test) + 2
         axis.text(place, y, str(score), va="center", fontsize=9, color=ink(fill) if inside else "black")
     axis.set_yticks(range(len(scores)), [its.label for its in looks])

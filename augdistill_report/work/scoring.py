@@ -209,11 +209,9 @@ class Score(Job):
 
 
 def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
-    """What the experts, as they ended, say of images `[B, C, H, W]`: their mean probabilities `[B, classes]`."""
-    student, ends = (
-        experts.student,
-        [unflatten(experts.student, way[experts.snapshots - 1]) for way in experts.trajectories],
-    )
+    """The mean class probabilities `[B, classes]` of the trained experts for images `[B, C, H, W]`."""
+    student, last = experts.student, experts.snapshots - 1
+    ends = [unflatten(student, trajectory[last]) for trajectory in experts.trajectories]
     return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
 
 
@@ -250,7 +248,7 @@ def train_student(
     teacher=None,
     validation: Split | None = None,
 ) -> nn.Module:
-    """One fresh student, trained on augment(phi(images)), both drawn afresh in every step; in its evaluation mode.
+    """One fresh student, trained on augment(phi(images)), both redrawn in every step; in its evaluation mode.
 
     `phi` None trains on the images themselves. The step size falls to a tenth halfway, or as `config.eval_patience`
     says, by accuracy on the `validation` split. One `seed` (path) gives the same initialisation, batches and

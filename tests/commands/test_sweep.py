@@ -168,6 +168,8 @@ def test_a_table_groups_seeds_and_shows_means():
     text = sweep_table([cell("a", k, numbers=n) for k, n in enumerate(numbers)] + [cell("b", 0, error="no\nway")])
     assert "| a, width 8 | 0.3 ± 0.14 | 2 |  |" in text and "| b, width 8 |  | 0 | no way |" in text
     assert "note" not in text
+    stopped = [cell("a", k, numbers={"score": 0.2, "stopped": stop}) for k, stop in enumerate([{"kind": "alpha"}, {}])]
+    assert "| a, width 8 (stopped: alpha in 1 of 2) | 0.2 ± 0 | 2 |  |" in sweep_table(stopped)
 
 
 def test_a_grid_keeps_its_own_phis_beside_those_that_are_set(tmp_path):

@@ -27,3 +27,10 @@ def test_a_name_has_one_look_and_a_row_brings_its_own():
     assert plots.look(("mine", "10 %"), rows) == plots.Style("my method, 10 %", "#123456", "^", ":")
     assert plots.look(("pixels (MTT)", "step size .01")).colour == plots.look("pixels (MTT)").colour == "#d55e00"
     assert plots.look("a phi on 10 %").colour != plots.look("a phi").colour  # names are not parsed
+
+
+def test_a_bar_shows_that_its_run_stopped_in_the_bar_only_if_that_is_long_enough():
+    scores = {str(v): Accuracy([v, v], [v, v], stopped="diverged") for v in (0.4, 0.9)}
+    short, long = plots.bars(scores).axes[0].texts
+    assert short.get_text() == "40.0 ± 0.0 % (stopped: diverged)" and short.get_position()[0] > 40
+    assert long.get_text() == "90.0 ± 0.0 % (stopped: diverged)" and long.get_position()[0] < 40
