@@ -22,6 +22,7 @@ from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.cli import main
 from augdistill_report.files.store import Store
 from augdistill_report.settings import resolve
+from augdistill_report.studies import why
 from augdistill_report.studies.grid import read_grid, sweep_table
 from augdistill_report.work.crew import Crew
 from augdistill_report.work.distillation import Distillation
@@ -67,10 +68,10 @@ def test_results_do_not_say_where_files_lie(swept):
 
 
 def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path):
-    """`run.study` makes its cells without papermill: other processes, another store, the same numbers."""
+    """`why.study` makes its cells without papermill: other processes, another store, the same numbers."""
     path, _, sweep = swept
     run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "why_iterations": 0})
-    cells, cases = run.study(read_grid(path), short=False)
+    cells, cases = why.study(run, read_grid(path), short=False)
     expected = {(c["row"], c["point"]["seed"]): c for c in found(sweep) if c["row"] in ("U-Net", "none", "cut")}
     assert set(cases) == {("", row) for row in ("U-Net", "cut", "dies", "none")}
     for cell in cells:
