@@ -126,6 +126,9 @@ def read_grid(path: Path | str) -> Grid:
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{path}: axes: {key}={values}: must be different values")
     rows = {str(name): row for name, row in rows.items()} or {"": {}}
+    for name in rows:
+        if not name.isprintable() or "$" in name:  # pictures and tables show it; $ would begin a formula
+            raise ValueError(f"{path}: row {name!r}: must be printable text on one line, without $")
     short = content.get("short", [])
     for name in short if isinstance(short, list) else [short]:
         if name not in rows:
