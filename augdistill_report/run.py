@@ -1,8 +1,8 @@
 """A notebook's run: its settings, its data, the work that it asks for, and the folder that keeps the results.
 
     run = open_run("02_baseline_mtt", globals())      # the first cell after the parameters
-    scores = run.evaluate({"plain": run.evaluation(run.base)})
-    run.number("plain", scores["plain"])
+    scores = run.evaluate({"real images": run.evaluation(run.base)})
+    run.number("real images", scores["real images"])
     run.finish(headline="...", figure="pixels")       # the last cell: writes results/02_baseline_mtt.json
 
 A run's folder holds config.json, results/, curves/, figures/, notebooks/, saved phis/, and the store of finished work,
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def base(self) -> Subset:
-        """The handful of real images that notebooks 02 and 03 start from."""
+        """The few real images that notebooks 02 and 03 start from."""
         return Subset(self.settings.seed, per_class=self.settings.images_per_class)
 
     def train(self, subset: Subset) -> Split:
@@ -110,7 +110,7 @@ class Run:
     # --- work: jobs, run over the cores, reused where they were done before -------------------------------------------
 
     def make(self, jobs: list[Task], what: str) -> None:
-        """Make what the store lacks of these jobs; `what` they are, for the progress."""
+        """Run the jobs whose results the store does not hold yet; `what` names them in the progress bar."""
         run_jobs(jobs, self.store, self.settings.pool, Progress(what))
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
@@ -144,12 +144,12 @@ class Run:
         return results
 
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
-        """The job of scoring a distilled phi, or None for the plain images, on a subset."""
+        """The job of scoring a distilled phi on a subset; without one, the images without augmentation."""
         config = self.settings.eval_config(distilled is not None, **changes)
         return Evaluation(self.settings.select(Setup), subset, config, distilled)
 
     def evaluate(self, rows: dict) -> dict:
-        """Score every row on the test split, an `Accuracy` each: the last thing that is done with it."""
+        """Score every row on the test split, an `Accuracy` each. Choose everything else before, by `choose`."""
         scores = {name: Score(job.setup, job) for name, job in rows.items()}
         self.make(list(scores.values()), "evaluation")
         return {name: Accuracy(**job.stored(self.store)[1]) for name, job in scores.items()}
@@ -168,7 +168,7 @@ class Run:
         return {method: option for method, (_, option) in best.items()}
 
     def seconds(self, job: Distillation | Evaluation) -> float:
-        """CPU seconds that a finished job took; an evaluation's with its score, which trains what no choice stored."""
+        """CPU seconds that a finished job took; for an evaluation, with the students that its score on test trained."""
         parts = [job, *([Score(job.setup, job)] if isinstance(job, Evaluation) else [])]
         return sum(self.store.seconds(p.kind, p.spec()) for p in parts if self.store.has(p.kind, p.spec()))
 
@@ -184,7 +184,7 @@ class Run:
         return [self.data.classes[label] for label in split.labels.tolist()]
 
     def number(self, name: str, value) -> None:
-        """Put what the notebook shows into its results: a number, plain JSON values, or an `Accuracy`."""
+        """Put what the notebook shows into its results: an `Accuracy`, or JSON values (numbers, texts, lists)."""
         self.numbers[name] = value.numbers() if isinstance(value, Accuracy) else value
 
     def save(self, name: str, job: Distillation, strength: float = 1.0, probability: float = 1.0) -> Path:

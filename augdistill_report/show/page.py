@@ -1,4 +1,4 @@
-"""The executed notebooks of a run as one page, read offline from top to bottom: pictures inline, code folded away."""
+"""The executed notebooks of a run as one page that reads offline: pictures are in it, code is folded."""
 
 import html
 from pathlib import Path
@@ -47,7 +47,7 @@ def build_report(folder: Path, configuration: str) -> Path:
     items, sections = [], []
     for name in ours:
         path = folder / "notebooks" / f"{name}.ipynb"
-        if not path.exists():  # run by plain papermill, its copy is wherever the user put it
+        if not path.exists():  # run by papermill itself: the copy is where the user put it
             continue
         notebook = nbformat.read(path, as_version=4)
         # what papermill injected and long-running bars are of no use to a reader

@@ -1,8 +1,7 @@
 """Curves and pictures in a tracker too, beside the files: TensorBoard, Weights & Biases, or trackio.
 
-What a notebook trains is a run there, named after the notebook and the row, with its settings; the pictures are a run
-of the notebook's own. Everything is sent once it is finished, so that the processes that work need not know of it, and
-once only: `tracked/<tracker>.json` says what was sent.
+Each row that a notebook trains is a run there, named after the notebook and the row, with its settings; the notebook's
+pictures are one more run. Everything is sent once, after it has finished: `tracked/<tracker>.json` says what was sent.
 """
 
 import contextlib

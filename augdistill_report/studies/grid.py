@@ -137,6 +137,9 @@ def read_grid(path: Path | str) -> Grid:
     for key, values in axes.items():
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{path}: axes: {key}={in_short(values)}: must be different values")
+    for name in map(str, rows):
+        if not name.isprintable() or "$" in name:  # pictures and tables show it; $ would begin a formula
+            raise ValueError(f"{path}: row {name!r}: must be printable text on one line, without $")
     rows = {panel_and_name(str(name)): row for name, row in rows.items()} or {("", ""): {}}
     short, preset, picture = content.get("short", []), content.get("preset", "digits"), content.get("picture", "")
     if not isinstance(short, list) or not all(isinstance(name, str) for name in short):

@@ -196,6 +196,8 @@ BAD = {
     "axis of one value": (dict(axes={"seed": 3}), "axes=.*at least one value"),
     "twice the same": (dict(axes={"seed": [1, 1]}), "must be different"),
     "row that is a list": (dict(rows={"a": [1]}), "rows=.*must be settings by name"),
+    "row of two lines": (dict(rows={"a\nb": {"phi": "unet"}}), r"row 'a\\nb': must be printable text on one line"),
+    "row with a formula": (dict(rows={"$x^$": {"phi": "unet"}}), r"row '\$x\^\$': must be .* without \$"),
     "wrong value": (dict(rows={"a": {"phi_lr": "fast"}}), "row 'a': phi_lr='fast'"),
     "wrong phi": (dict(rows={"a": {"phi": "nonesuch"}}), "a: unknown phi 'nonesuch'"),
     "short that is no row": (dict(rows=ROW, short=["b"]), "short: 'b' is no row"),
