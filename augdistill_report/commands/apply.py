@@ -15,7 +15,7 @@ from torch import Tensor
 from augdistill_core import Config, knob, seeded
 from augdistill_report.data.datasets import DATASETS, IMAGE_SUFFIXES, image_files, load, read_image
 from augdistill_report.files.phi_files import load_phi
-from augdistill_report.files.store import as_json, checksum, digest, write
+from augdistill_report.files.store import as_json, digest, tensor_digest, write
 from augdistill_report.run import picture
 from augdistill_report.settings import Settings
 from augdistill_report.show.image_grids import image_grid
@@ -143,7 +143,7 @@ def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") 
         made = {
             "phi": augment.about["phi"],
             "trained on": trained_on(augment.about),
-            "state": checksum({}, augment.state_dict())[:12],
+            "state": digest({name: tensor_digest(t) for name, t in augment.state_dict().items()}),
             "strength": augment.applied.strength,
             "probability": augment.applied.probability,
             "to": public_name(to),
