@@ -48,6 +48,7 @@ from augdistill_method.phi import (
     Applied,
     Phi,
     Stored,
+    Wrapper,
     augmented,
     builders,
     check_phi,
@@ -133,14 +134,29 @@ STATES = {  # in which an iteration teaches phi nothing, whatever the loss says
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Why a run stopped before its last iteration.
+
+    `kind` is "diverged" (the loss, its gradient or phi(x) exploded), "alpha" (alpha is not above zero at the end) or
+    "minutes" (its time ran out); `reason` is a sentence with the iteration, the settings and what to try.
+    """
+
+    kind: str
+    reason: str
+
+    def __str__(self):
+        return self.reason
+
+
 @dataclasses.dataclass
 class Distilled:
-    """What `distill` returns: the trained phi, alpha, one record an iteration, and why it stopped early ("" if not)."""
+    """What `distill` returns: the trained phi, alpha (> 0), a record an iteration, and why it stopped early, if so."""
 
     phi: Phi
     alpha: float
     history: list[dict]
-    stopped: str = ""
+    stopped: Stop | None = None
 
 
 class StepSize(nn.Module):
@@ -247,8 +263,11 @@ def distill(
             be others than those of the run that it comes from.
 
     A loss or a gradient that is not finite, a loss over `LOST`, or a phi(x) over `EXPLODED` times as large as x (which
-    a student with instance norm hides from the loss), stops the run: `stopped` says so, and phi and alpha are the last
-    before that. So does the end of its `minutes`, after the iteration under way (how many, no seed decides).
+    a student with instance norm hides from the loss) stops the run. The end of its `minutes` stops it too, after the
+    current iteration. A raw alpha may fall below zero during a run, as in MTT's code, since it often comes back: the
+    records say so (`state`). But a run that ends there has learned no step size, so that is a stop as well. Unless it
+    was stopped by its minutes alone, phi and alpha are those of the last iteration that could learn: one with a finite
+    loss and an alpha above zero.
     A phi that cannot learn (`check_phi`), or whose parameters receive no gradient, is a `ValueError`.
     """
     check_distill(phi, images, labels, experts, config, real)
@@ -256,13 +275,14 @@ def distill(
     of_step = config.batch_syn or config.episode * len(labels.unique()) or len(labels)
     memory = choose_memory(config.memory, student, images[:of_step], labels, steps)
     step_size = StepSize(config.alpha, config.alpha_mode, images)
-    run, stopped = DistillState(phi, step_size, config, seed, memory), ""
+    run, stopped = DistillState(phi, step_size, config, seed, memory), None
     if resume:
         run.load_state_dict(resume)
 
     while len(run.history) < config.iterations and not stopped:
         if run.history and run.seconds >= run.budget:
-            stopped = f"minutes={config.minutes:g} ran out at iteration {len(run.history)} of {config.iterations}"
+            done = f"at iteration {len(run.history)} of {config.iterations}"
+            stopped = Stop("minutes", f"minutes={config.minutes:g} ran out {done}")
             break
         start_epoch, start, target = draw_segment(experts, config, run.generator)
         start, target, alpha = start.to(images), target.to(images), run.step_size()
@@ -294,7 +314,7 @@ def distill(
     if diverged(stopped):
         run.step_back()
     if stopped:
-        warnings.warn(stopped, stacklevel=2)
+        warnings.warn(stopped.reason, stacklevel=2)
     for p in run.learned:
         p.grad = None
     return Distilled(phi, run.step_size().item(), run.history, stopped)
@@ -302,28 +322,36 @@ def distill(
 
 def divergence(
     config: DistillConfig, *, scale: float, alpha: float, loss=0.0, grad_norm=0.0, finite=True, iteration=None, **_
-) -> str:
-    """Why an iteration, or (without one) the last step, ends a run, with what to try; "" if it does not."""
+) -> Stop | None:
+    """Why an iteration, or (without one) the last step, ends a run, with what to try; None if it does not."""
     finite = finite and all(map(math.isfinite, (loss, alpha, grad_norm)))
-    if finite and abs(loss) <= LOST and scale <= EXPLODED:
-        return ""
+    bounded = finite and abs(loss) <= LOST and scale <= EXPLODED
+    if bounded and (alpha > 0 or iteration is not None):  # below zero it may come back, as long as the run goes on
+        return None
     when, seen = "in the last step", f"phi(x) {scale:.3g} times as large as x"
     if iteration is not None:
         when, seen = f"at iteration {iteration}", f"{seen}, loss {loss:.3g}, phi's gradient {grad_norm:.3g}"
+    by = f"{config.phi_optimizer}, phi_lr={config.phi_lr:g}, alpha={alpha:.3g}"
+    by += "" if config.alpha_mode == "fixed" else f" by {config.alpha_optimizer}, alpha_lr={config.alpha_lr:g}"
+    if bounded:
+        return Stop("alpha", f"alpha is not above zero at the end ({by}): {STATES['alpha below zero']}")
     if not scale <= 10:
         remedy = "use a smaller phi_lr"
-    elif config.alpha_mode != "fixed" and not abs(alpha) <= 10 * config.alpha:
+    elif config.alpha_mode != "fixed" and not 0 < alpha <= 10 * config.alpha:
         remedy = "alpha has run away: use a smaller alpha_lr, or fix it"
     else:
         remedy = "use a smaller alpha, or a smaller phi_lr"
-    by = f"{config.phi_optimizer}, phi_lr={config.phi_lr:g}, alpha={alpha:.3g}"
-    by += "" if config.alpha_mode == "fixed" else f" by {config.alpha_optimizer}, alpha_lr={config.alpha_lr:g}"
-    return f"diverged {when}: {seen} ({by}); {remedy}"
+    return Stop("diverged", f"diverged {when}: {seen} ({by}); {remedy}")
 
 
-def diverged(stopped: str) -> bool:
-    """Whether a run was stopped by what it did (`divergence`), and not at the end of its `minutes`."""
-    return stopped.startswith("diverged")
+def diverged(stopped: Stop | dict | None) -> bool:
+    """Whether a run was stopped by what it did (`divergence`), and not by its `minutes`.
+
+    `stopped` is that of `Distilled`, or as a stored result has it: `{"kind": ..., "reason": ...}`, {} without a stop.
+    """
+    if not stopped:
+        return False
+    return (stopped["kind"] if isinstance(stopped, dict) else stopped.kind) != "minutes"
 
 
 @torch.no_grad()

@@ -36,15 +36,23 @@ class Phi(nn.Module):
         return {}
 
 
-class Chain(Phi):
-    """Phis one after the other, the first first: `make_phi("unet+policy", ...)`."""
+class Wrapper(Phi):
+    """A phi made of others: it is stochastic, conditional, positional or bound if one of them is, and starts as the
+    identity if all of them do. A phi that says nothing of itself (any module) is none of these."""
 
-    def __init__(self, phis: Sequence[Phi]):
+    def __init__(self, *phis: nn.Module):
         super().__init__()
-        self.phis = nn.ModuleList(phis)
         for claim in ("stochastic", "conditional", "positional", "bound"):
             setattr(self, claim, any(getattr(phi, claim, False) for phi in phis))
         self.starts_as_identity = all(getattr(phi, "starts_as_identity", False) for phi in phis)
+
+
+class Chain(Wrapper):
+    """Phis one after the other, the first first: `make_phi("unet+policy", ...)`."""
+
+    def __init__(self, phis: Sequence[Phi]):
+        super().__init__(*phis)
+        self.phis = nn.ModuleList(phis)
 
     def forward(self, images, **given):
         for phi in self.phis:
@@ -55,15 +63,13 @@ class Chain(Phi):
         return {k: v for phi in self.phis for k, v in getattr(phi, "report", dict)().items()}
 
 
-class Applied(Phi):
+class Applied(Wrapper):
     """How strongly and how often a phi is used: x + strength (phi(x) - x), on each image with a `probability`."""
 
     def __init__(self, phi: Phi, strength: float = 1.0, probability: float = 1.0):
-        super().__init__()
+        super().__init__(phi)
         self.phi, self.strength, self.probability = phi, strength, probability
-        for claim in ("conditional", "positional", "bound", "starts_as_identity"):
-            setattr(self, claim, getattr(phi, claim, False))
-        self.stochastic = getattr(phi, "stochastic", False) or probability < 1
+        self.stochastic = self.stochastic or probability < 1
 
     def forward(self, images, *, generator, **given):
         out = self.phi(images, generator=generator, **given)
@@ -164,14 +170,12 @@ class Pixels(Phi):
         return self.pixels[index]
 
 
-class Control(Phi):
+class Control(Wrapper):
     """A part of what a phi does, scored alone."""
 
     def __init__(self, phi: Phi):
-        super().__init__()
-        self.phi = phi
-        for claim in ("stochastic", "conditional", "positional", "bound"):
-            setattr(self, claim, getattr(phi, claim, False))
+        super().__init__(phi)
+        self.phi, self.starts_as_identity = phi, False
 
 
 class Stored(Control):

@@ -30,7 +30,7 @@ class DistillState:
         self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
         # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
         self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
-        self.good = [p.detach().clone() for p in self.learned]  # the last that gave a loss to learn from
+        self.good = [p.detach().clone() for p in self.learned]  # the last with a finite loss, and alpha > 0
         self.history: list[dict] = []
         self.memory = memory  # of the unroll: another rounds differently
         self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()
@@ -54,8 +54,9 @@ class DistillState:
         return all(bool(p.grad.isfinite().all()) for p in self.learned)
 
     def step(self, hold_alpha: bool) -> None:
-        """Line 15: a step of phi's optimiser and of alpha's."""
-        self.good = [p.detach().clone() for p in self.learned]
+        """Line 15: a step of phi's optimiser and of alpha's, after an iteration with a finite loss."""
+        if self.step_size() > 0:
+            self.good = [p.detach().clone() for p in self.learned]
         for p in self.of_alpha if hold_alpha else []:
             p.grad = None  # its optimiser passes over it
         for optimizer in self.optimizers:
@@ -63,7 +64,7 @@ class DistillState:
 
     @torch.no_grad()
     def step_back(self) -> None:
-        """Undo the last step, of phi and alpha."""
+        """phi and alpha as they were in the last iteration that could learn."""
         for p, value in zip(self.learned, self.good, strict=True):
             p.copy_(value)
 

@@ -13,7 +13,7 @@ from augdistill_report.studies.unseen import repetitions
 from augdistill_report.studies.why import Case
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.probes import phi_images, student_path
-from augdistill_report.work.statistics import markdown_table, summary, tenths
+from augdistill_report.work.statistics import markdown_table, outcomes, stop_mark, summary, tenths
 
 __all__ = [
     "NOTEBOOKS",
@@ -24,9 +24,11 @@ __all__ = [
     "load_phi",
     "markdown_table",
     "open_run",
+    "outcomes",
     "phi_images",
     "read_grid",
     "repetitions",
+    "stop_mark",
     "student_path",
     "summary",
     "tenths",

@@ -1,9 +1,9 @@
-"""What a notebook holds in its hand: its settings, its data, the results it asks for, and the folder it leaves them in.
+"""A notebook's run: its settings, its data, the work that it asks for, and the folder that keeps the results.
 
     run = open_run("02_baseline_mtt", globals())      # the first cell after the parameters
     scores = run.evaluate({"plain": run.evaluation(run.base)})
     run.number("plain", scores["plain"])
-    run.finish()                                      # the last cell: writes results/02_baseline_mtt.json
+    run.finish(headline="...", figure="pixels")       # the last cell: writes results/02_baseline_mtt.json
 
 A run's folder holds config.json, results/, curves/, figures/, notebooks/, saved phis/, and the store of finished work,
 artefacts/.
@@ -22,7 +22,8 @@ from PIL import Image
 from augdistill_core import DistillConfig, Trajectories
 from augdistill_report.data.datasets import Split
 from augdistill_report.files.phi_files import save_phi
-from augdistill_report.files.store import Store, as_json, digest, write
+from augdistill_report.files.sealed_json import read_json, write_json
+from augdistill_report.files.store import Store, digest, write
 from augdistill_report.places import RUNS
 from augdistill_report.settings import Settings, preset_path, resolve
 from augdistill_report.show.image_grids import film, png
@@ -35,7 +36,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.provenance import SOURCES, environment, own_source
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
-from augdistill_report.work.statistics import Accuracy, brief, summary, text_table
+from augdistill_report.work.statistics import Accuracy, brief, markdown_table
 
 
 def configuration(settings: Settings) -> str:
@@ -55,12 +56,24 @@ def run_folder(preset: str, out: str = "") -> Path:
     return Path(out).resolve() if out else RUNS / preset_path(preset).stem
 
 
+def folder_config(folder: Path) -> dict:
+    """What the config.json of a run's folder says: `preset` and `settings`; {} if there is none yet.
+
+    A `ValueError` if the file is damaged, or if the folder holds other files and is no run's.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        return read_json(path, "run")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "artefacts").is_dir():
+        raise ValueError(f"out={str(folder)!r}: holds files but no run (no config.json); choose an empty folder")
+    return {}
+
+
 def start_folder(folder: Path, preset: str, settings: Settings) -> None:
     """Make a run's folder and write its config.json; a `ValueError` if it cannot be written or is not a run's."""
     try:
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise ValueError(f"out={str(folder)!r}: holds files but no run (no config.json); choose an empty folder")
-        write(folder / "config.json", as_json({"preset": preset, "settings": settings.to_dict()}))
+        folder_config(folder)
+        write_json(folder / "config.json", "run", {"preset": preset, "settings": settings.to_dict()})
     except OSError as error:
         raise ValueError(f"out={str(folder)!r}: cannot be written ({error.strerror or error})") from None
 
@@ -172,7 +185,7 @@ class Run:
 
     def number(self, name: str, value) -> None:
         """Put what the notebook shows into its results: a number, plain JSON values, or an `Accuracy`."""
-        self.numbers[name] = summary(value.test) if isinstance(value, Accuracy) else value
+        self.numbers[name] = value.numbers() if isinstance(value, Accuracy) else value
 
     def save(self, name: str, job: Distillation, strength: float = 1.0, probability: float = 1.0) -> Path:
         """Write the phi that `job` trained to phis/<name>.safetensors, for `load_phi` and `augdistill apply`."""
@@ -203,15 +216,21 @@ class Run:
         source = f"data:image/gif;base64,{base64.b64encode(content).decode()}"
         display.display(display.HTML(f'<img alt="{name.replace("_", " ")}" src="{source}">'))
 
-    def finish(self):
-        """Write results/<notebook>.json: the numbers, with the settings and the environment that they come from.
+    def finish(self, *, headline: str = "", figure: str = ""):
+        """Write results/<notebook>.json: the numbers, the settings, the versions and the commit that they come from.
 
-        Returns them as a table for the notebook's last cell.
+        `headline` says in one sentence what the notebook found; `figure` names the figure that shows it, one that
+        `Run.figure` kept (else a `ValueError`). Returns the numbers as a table, for the notebook's last cell.
         """
         from IPython.display import Markdown
 
+        if figure and figure not in self.figures:
+            made = ", ".join(self.figures) or "none"
+            raise ValueError(f"finish(figure={figure!r}): must be a figure that this notebook made ({made})")
         results = {
             "notebook": self.notebook,
+            "headline": headline,
+            "figure": figure,
             "settings": self.settings.public(),
             "fingerprint": self.data.fingerprint,
             "configuration": configuration(self.settings),
@@ -220,10 +239,10 @@ class Run:
             "figures": self.figures,
             "films": self.films,
         }
-        write(self.folder / "results" / f"{self.notebook}.json", as_json(results))
+        write_json(self.folder / "results" / f"{self.notebook}.json", "results", results)
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
-        rows = [[name, brief(value)] for name, value in self.numbers.items()]
-        return Markdown(text_table([f"results/{self.notebook}.json", ""], rows))
+        rows = [{f"results/{self.notebook}.json": name, "": brief(value)} for name, value in self.numbers.items()]
+        return Markdown(markdown_table(rows))
 
 
 def picture(figure) -> bytes:
@@ -242,9 +261,11 @@ def file_name(name: str | tuple) -> str:
 
 
 def open_run(notebook: str, parameters: dict) -> Run:
-    """The run of a notebook from its parameters: `preset`, `out`, and every key of `Settings` that is not None.
+    """Start a notebook's run: resolve its settings, make its folder, write config.json there.
 
-    `store`, a folder of finished work, may be one that several runs share (as those of a sweep do).
+    `parameters` are the notebook's variables (`globals()`). Read are `preset` (required), `out` (the run's folder),
+    each setting that is not None, and `store`, a folder of finished work that several runs share, as those of a sweep
+    do. A `ValueError` names a wrong setting, or a folder that is not a run's.
     """
     names = set(Settings.names())
     overrides = {k: v for k, v in parameters.items() if k in names and v is not None}

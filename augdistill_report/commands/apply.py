@@ -1,12 +1,13 @@
-"""`augdistill apply`: a set's or a folder's images as a saved phi makes them, as PNG files in one sub-folder a class.
+"""`augdistill apply`: the images of a data set or a folder, augmented by a saved phi: PNG files, a sub-folder a class.
 
-The same command writes the same bytes. One that was stopped goes on where it was: a file is whole or not there.
+The same command writes the same bytes. A command that was stopped continues: files that are whole are kept, all others
+are made again.
 """
 
 import concurrent.futures
 import dataclasses
 import io
-import json
+import itertools
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from augdistill_core import Config, knob, seeded
 from augdistill_report.data.datasets import DATASETS, IMAGE_SUFFIXES, image_files, load, read_image
 from augdistill_report.files.phi_files import load_phi
-from augdistill_report.files.store import as_json, digest, tensor_digest, write
+from augdistill_report.files.sealed_json import read_json, write_json
+from augdistill_report.files.store import digest, tensor_digest, write
 from augdistill_report.run import picture
 from augdistill_report.settings import Settings
-from augdistill_report.show.image_grids import image_grid
+from augdistill_report.show.image_grids import image_grid, is_whole_png
 from augdistill_report.work.phi_layer import Augment, by, trained_on
 from augdistill_report.work.progress import Line
 from augdistill_report.work.setup import public_name
@@ -27,9 +29,11 @@ __all__ = ["How", "apply", "load_phi", "load_phis"]
 
 BATCH = 32  # images at once; each batch has draws of its own, so that a stopped command need not make all again
 
+WRITERS = 16  # files that are written at the same time
+
 SHOWN = 10  # classes in the picture
 
-NOTE = "apply.json"  # says what made the folder
+NOTE, GRID = "apply.json", "grid.png"  # in the folder: what made it, and a picture of some of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def load_phis(changes: dict[str, str]) -> None:
 
 
 def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str, Tensor], str]:
-    """The images `[n, C, H, W]` of a set's training split by class, and a fingerprint."""
+    """The images `[n, C, H, W]` of a data set's training split by class, and its fingerprint."""
     found = load(name, augment.about["shape"][-1], data)
     expected = tuple(augment.about["shape"])
     if found.shape != expected:
@@ -60,7 +64,7 @@ def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str
 
 
 def of_folder(path: str, augment: Augment, count: int, line: Line) -> tuple[dict[str, Tensor], str]:
-    """All images `[n, C, H, W]` of a folder by class, at phi's size, and a digest of which files they were."""
+    """The images `[n, C, H, W]` of a folder by class, resized to phi's size, and a digest of which files they were."""
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         raise ValueError(f"--to folder:{path}: there is no such folder")
@@ -93,17 +97,36 @@ def described(augment: Augment) -> str:
     return f"phi {about['phi']!r} was trained on {by(about['shape'])} images ({trained_on(about)})"
 
 
-def start(out: Path, made: dict) -> None:
-    """Make the folder; a `ValueError` if it cannot be written, or holds what another command made."""
+def class_folder(out: Path, name: str) -> Path:
+    """Where a class's images go: in `out`, whatever its name holds (FashionMNIST has a class T-shirt/top)."""
+    return out / name.replace("/", "_")
+
+
+def start(out: Path, classes: list[str], made: dict) -> None:
+    """Make the folder and write its note; a `ValueError` if the folder cannot take the images of these classes."""
+    folders = {class_folder(out, name): name for name in classes}
+    if len(folders) < len(classes):
+        raise ValueError(f"--out {out}: two classes would share a folder ({', '.join(map(repr, classes))})")
+    for folder, name in folders.items():
+        if folder.name in (GRID, NOTE):
+            raise ValueError(f"--out {out}: class {name!r} has the name of a file that apply writes; rename it")
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            kind = "a link" if folder.is_symlink() else "a file"
+            raise ValueError(f"--out {out}: {folder.name!r} is {kind}, must be a folder; remove it")
     try:
         if out.exists() and any(out.iterdir()):
             if not (out / NOTE).is_file():
                 raise ValueError(f"--out {out}: holds files that apply did not make; choose an empty folder")
-            if json.loads((out / NOTE).read_text(encoding="utf-8")) != made:
+            if read_json(out / NOTE, "apply") != made:
                 raise ValueError(f"--out {out}: holds images that were made otherwise ({NOTE}); choose an empty folder")
-        write(out / NOTE, as_json(made))
+        write_json(out / NOTE, "apply", made)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+
+
+def is_done(file: Path) -> bool:
+    """Whether an image is there from an earlier run, whole, and in this folder itself."""
+    return file.is_file() and not file.is_symlink() and is_whole_png(file)
 
 
 def pixels_png(image: Tensor) -> bytes:
@@ -117,10 +140,11 @@ def pixels_png(image: Tensor) -> bytes:
 
 
 def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") -> str:
-    """Write what `augment` makes of a set or a folder `to` into `out`; returns what was done, for a person.
+    """Augment the images of a data set or a folder (`to`) and write them into `out`; returns a line on what was done.
 
-    OUT/<class>/<number>.png, with _<copy> for several copies, and OUT/grid.png: the first image of each class and what
-    became of it. A `ValueError`, before anything is written, says what does not fit.
+    OUT/<class>/<number>.png, with _<copy> for several copies, and OUT/grid.png: the first image of each class before
+    and after. A `ValueError`, before anything is written, says what does not fit; an `OSError` names a file that could
+    not be written (a full disk).
     """
     out, line = Path(out).expanduser().resolve(), Line()
     augment.check(torch.zeros(augment.about["shape"]))  # a phi that takes no other images at all
@@ -150,7 +174,7 @@ def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") 
             "of": fingerprint,
             **how.to_dict(),
         }
-        start(out, made)
+        start(out, list(images), made)
         total = write_images(augment, images, out, how, line)
     finally:
         line.clear()
@@ -159,12 +183,12 @@ def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") 
 
 
 def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: How, line: Line) -> int:
-    """Write all files that are not there yet, and the picture; returns how many there are now, the picture aside."""
+    """Write every file that is not whole yet, and the picture; returns how many images there are now."""
     done, total = 0, how.copies * sum(map(len, images.values()))
     shown = {}
     for name, raw in images.items():
         label = augment.about["classes"].index(name) if augment.applied.conditional else None
-        folder = out / name.replace("/", "_")  # FashionMNIST has a class T-shirt/top
+        folder = class_folder(out, name)
         for first in range(0, len(raw), BATCH):
             x = raw[first : first + BATCH]
             x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -172,16 +196,17 @@ def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: Ho
                 suffix = f"_{copy}" if how.copies > 1 else ""
                 files = [folder / f"{first + i:05}{suffix}.png" for i in range(len(x))]
                 in_picture = first == copy == 0 and len(shown) < SHOWN
-                if in_picture or not all(file.is_file() for file in files):
+                missing = [not is_done(file) for file in files]
+                if in_picture or any(missing):
                     generator = seeded(how.seed, "apply", name, first, copy)
                     augmented = augment(x, labels=label, generator=generator)
                     if in_picture:
                         shown[name] = x[0], augmented[0]
-                    missing = [(f, pixels_png(i)) for f, i in zip(files, augmented, strict=True) if not f.is_file()]
-                    with concurrent.futures.ThreadPoolExecutor(BATCH) as pool:  # they wait for the disk together
-                        list(pool.map(write, *zip(*missing, strict=True)))
+                    todo = itertools.compress(zip(files, augmented, strict=True), missing)
+                    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:  # they wait for the disk together
+                        list(pool.map(lambda item: write(item[0], pixels_png(item[1])), todo))
                 done += len(files)
                 line.show(f"{out}: {done} of {total} images")
     before, after = (torch.stack(images) for images in zip(*shown.values(), strict=True))
-    write(out / "grid.png", picture(image_grid({"x": before, "phi(x)": after}, list(shown))))
+    write(out / GRID, picture(image_grid({"x": before, "phi(x)": after}, list(shown))))
     return total

@@ -6,6 +6,7 @@ The executed copy is whole or not there: while it runs it is a hidden file, and 
 import contextlib
 import logging
 import os
+import re
 import signal
 import tempfile
 import uuid
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import nbformat
 import traitlets
 from jupyter_client import AsyncKernelManager
 
@@ -83,6 +85,13 @@ def engine(on_cell: Callable[[int, int], None]):
     return Engine
 
 
+def last_words(path: Path) -> str:
+    """The errors that an executed notebook wrote to stderr last: out of file handles, a kernel has no other way."""
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    texts = [output.text for output in outputs if output.get("name") == "stderr"]
+    return "\n".join(line for line in (texts or [""])[-1].splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line))
+
+
 def execute(path: Path, target: Path, parameters: dict, on_cell: Callable[[int, int], None]) -> None:
     """Run the notebook `path`; its executed copy is `target`. A `NotebookFailed` if it raises, or its kernel dies."""
     import papermill
@@ -108,13 +117,17 @@ def execute(path: Path, target: Path, parameters: dict, on_cell: Callable[[int, 
         )
     except PapermillExecutionError as error:
         os.replace(partial, failed)
-        lines = "\n".join(f"    {line}" for line in str(error.evalue).splitlines()[-5:])
+        said = str(error.evalue).strip() or last_words(failed)
+        lines = "\n".join(f"    {line}" for line in said.splitlines()[-5:])
         raise NotebookFailed(
             f"{path.stem} failed in cell {error.cell_index}: {error.ename}\n{lines}\n  as far as it came: {failed}",
-            f"{error.ename}: {error.evalue}",
+            f"{error.ename}: {said}",
         ) from None
     except BaseException as error:  # Ctrl-C leaves papermill without a chance to end its kernel
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else the cell's task tells of its end at exit
+        if isinstance(error, OSError):  # a full disk: papermill does not say which file it could not write
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, error.filename or str(target)) from None
         if partial.exists():
             os.replace(partial, failed)
         if isinstance(error, DeadKernelError):

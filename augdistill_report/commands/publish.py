@@ -1,123 +1,192 @@
-"""`augdistill figures`: publish a finished run's (or only its sweeps') pictures and numbers to figures/<preset>.
+"""`augdistill figures`: publish the pictures and numbers of a finished run, or of its sweeps, in figures/<preset>.
 
-The same run gives the same bytes. A run of uncommitted code is refused: its numbers could not be made again.
+The same run gives the same bytes. Results of uncommitted code are refused: nobody could reproduce their numbers.
+Everything is read and checked before anything is written.
 """
 
-import json
 import re
 from pathlib import Path
 
 from augdistill_report.commands.report import notebooks
-from augdistill_report.files.store import as_json, write
+from augdistill_report.files.sealed_json import read_json
+from augdistill_report.files.store import write
 from augdistill_report.places import NOTEBOOKS, ROOT
-from augdistill_report.run import configuration, run_folder
+from augdistill_report.run import configuration, folder_config, run_folder
 from augdistill_report.settings import Settings, preset_path
 from augdistill_report.show.page import finished
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.why import gain_points, values
-from augdistill_report.work.statistics import shown
+from augdistill_report.work.statistics import markdown_table, over_seeds, row_label, shown
+
+FIGURES, README = ROOT / "figures", ROOT / "README.md"
 
 
 def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
-    """Copy what the run left (pictures, films, numbers with settings, versions and commit); refresh README's table.
+    """Copy a finished run's pictures and results to `gallery`/<preset>, and its sweeps; returns that folder.
 
-    `only` publishes the notebooks whose numbers it lists ("01,02") and nothing else: no sweeps, no table.
+    Without a `gallery` that is figures/, and README's tables are written anew. `only` publishes just the notebooks
+    whose numbers it lists ("01,02"): no sweeps, no tables. A `ValueError` if results are missing, damaged, of other
+    settings, of uncommitted code or of several commits.
     """
-    folder, target = run_folder(preset, out), (gallery or ROOT / "figures") / preset_path(preset).stem
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run: make one first (augdistill report --preset {preset})")
-    settings = Settings.from_dict(json.loads((folder / "config.json").read_text())["settings"])
-    ours, _ = finished(folder, configuration(settings))
-    chosen = [path.stem for path in notebooks(only)]
-    missing = [name for name in chosen if name not in ours]
-    if missing:
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} not finished with its settings and this code; run augdistill report"
-        )
-    ours = {name: ours[name] for name in chosen}
+    folder, target = run_folder(preset, out), (gallery or FIGURES) / preset_path(preset).stem
+    ours = run_results(folder, preset, only)
+    files: dict[Path, Path] = {}  # what is written, and what it is copied from
     for name, result in ours.items():
-        if result["environment"]["uncommitted"] or not result["environment"]["commit"]:
-            raise ValueError(f"{name} was run from uncommitted code: commit, run the report again, then publish")
-    if len({result["environment"]["commit"] for result in ours.values()}) > 1:
-        raise ValueError(f"{folder}: its notebooks ran at different commits; run the report again, then publish")
-    for name, result in ours.items():
-        write(target / f"{name}.json", as_json(result))
-        for file in [*(f"{name}.png" for name in result["figures"]), *(f"{name}.gif" for name in result["films"])]:
-            write(target / file, (folder / "figures" / file).read_bytes())
-    if not only and any(folder.glob("sweeps/*/*.json")):
-        publish_sweeps(preset, out, gallery)
+        files[target / f"{name}.json"] = folder / "results" / f"{name}.json"
+        pictures = [*(f"{figure}.png" for figure in result["figures"]), *(f"{film}.gif" for film in result["films"])]
+        files |= {target / picture: folder / "figures" / picture for picture in pictures}
+    swept = {} if only else sweep_results(folder)
+    files |= sweep_files(swept, target)
+    readme = ""
     if not only and gallery is None:
-        readme = ROOT / "README.md"
-        write(readme, fill(readme.read_text(encoding="utf-8"), target.name, ours))
+        readme = fill(README.read_text(encoding="utf-8"), target.name, ours)
+        readme = fill_study(readme, FIGURES, target.name, swept)
+    copy_all(files, readme)
     return target
 
 
 def publish_sweeps(preset: str, out: str = "", gallery: Path | None = None) -> Path:
-    """Copy the JSON and the picture of every sweep in a run's folder; a `ValueError` if there is none."""
-    folder, target = run_folder(preset, out), (gallery or ROOT / "figures") / preset_path(preset).stem
-    found = {path: json.loads(path.read_text()) for path in sorted(folder.glob("sweeps/*/*.json"))}
-    if not found:
+    """Copy the JSON and the picture of every sweep in a run's folder; returns the folder that they went to.
+
+    A `ValueError` if there is no sweep, or one that is damaged or of uncommitted code.
+    """
+    folder, target = run_folder(preset, out), (gallery or FIGURES) / preset_path(preset).stem
+    swept = sweep_results(folder)
+    if not swept:
         raise ValueError(f"{folder} holds no sweep: make one first (augdistill sweep GRID.yaml --preset {preset})")
-    for path, result in found.items():
-        if result["environment"]["uncommitted"] or not result["environment"]["commit"]:
-            raise ValueError(f"{path.stem} was swept with uncommitted code: commit, sweep again, then publish")
-    for path in found:
-        for file in (path, path.with_suffix(".png")):
-            write(target / file.name, file.read_bytes())
+    readme = ""
     if gallery is None:
-        readme = ROOT / "README.md"
-        write(readme, fill_study(readme.read_text(encoding="utf-8"), target.parent))
+        readme = fill_study(README.read_text(encoding="utf-8"), FIGURES, target.name, swept)
+    copy_all(sweep_files(swept, target), readme)
     return target
+
+
+def copy_all(files: dict[Path, Path], readme: str) -> None:
+    """Read every source of `files` (by target), then write all targets, and README where there is a text for it."""
+    contents = {}
+    for target, source in files.items():
+        if not source.is_file():
+            raise ValueError(f"{source}: is missing; run augdistill report (or sweep) again, then publish")
+        contents[target] = source.read_bytes()
+    for target, content in contents.items():
+        write(target, content)
+    if readme:
+        write(README, readme)
+
+
+def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:
+    """The results of the chosen notebooks by name, all finished with the run's settings and one committed state."""
+    config = folder_config(folder)
+    if not config:
+        raise ValueError(f"{folder} holds no run: make one first (augdistill report --preset {preset})")
+    try:
+        settings = Settings.from_dict(config["settings"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; run augdistill report again, then publish") from None
+    found, _ = finished(folder, configuration(settings))
+    chosen = [path.stem for path in notebooks(only)]
+    if missing := [name for name in chosen if name not in found]:
+        raise ValueError(
+            f"{folder}: {', '.join(missing)} not finished with its settings and this code; run augdistill report"
+        )
+    for name in chosen:
+        if not is_committed(found[name]):
+            raise ValueError(f"{name} was run from uncommitted code: commit, run the report again, then publish")
+    if len({found[name]["environment"]["commit"] for name in chosen}) > 1:
+        raise ValueError(f"{folder}: its notebooks ran at different commits; run the report again, then publish")
+    return {name: found[name] for name in chosen}
+
+
+def sweep_results(folder: Path) -> dict[Path, dict]:
+    """What the sweeps in a run's folder found, by file, all of committed code."""
+    found = {path: read_sweep(path) for path in sorted(folder.glob("sweeps/*/*.json"))}
+    for path, result in found.items():
+        if not is_committed(result):
+            raise ValueError(f"{path.stem} was swept with uncommitted code: commit, sweep again, then publish")
+    return found
+
+
+def read_sweep(path: Path) -> dict:
+    """What a sweep found, from its file; a `ValueError` if it is damaged or that of another grid."""
+    result = read_json(path, "sweep")
+    if Path(result["grid"]).stem != path.stem:
+        raise ValueError(f"{path}: holds what the grid {result['grid']} found; delete it and sweep again")
+    return result
+
+
+def sweep_files(swept: dict[Path, dict], target: Path) -> dict[Path, Path]:
+    """The files of sweeps to copy: what is written, and what it is copied from."""
+    return {target / file.name: file for path in swept for file in (path, path.with_suffix(".png"))}
+
+
+def is_committed(result: dict) -> bool:
+    """Whether a result's code is that of a commit."""
+    return bool(result["environment"]["commit"]) and not result["environment"]["uncommitted"]
 
 
 STUDY = "why_phi_failed"
 
 
-def study_table(gallery: Path) -> str:
-    """README's table of the study: what phi adds to the accuracy, by row (those of its short form) and data set."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(gallery.glob(f"*/{STUDY}.json"))}
-    if not found:
-        return ""
-    sets = sorted(found, key=lambda name: (name != "digits", name != "fashion-small", name))
-    lines = ["| gain over the real images | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
-    for row in read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short:
-        gains = [values(found[name]["cells"], row, "gain") for name in sets]
-        ran = [any(cell["row"] == row for cell in found[name]["cells"]) for name in sets]
-        shown = [gain_points(g) if g else "refused" if r else "not run" for g, r in zip(gains, ran, strict=True)]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+def study_table(studies: dict[str, list[dict]]) -> str:
+    """The table of the study: what phi adds to the accuracy, by row (those of its short form) and preset.
+
+    `studies` holds the study's cells by preset.
+    """
+    sets = sorted(studies, key=lambda name: (name != "digits", name != "fashion-small", name))
+
+    def gain(cells: list[dict], row: tuple[str, str]) -> str:
+        gains = values(cells, row, "gain")
+        return gain_points(gains) if gains else "refused" if row in over_seeds(cells) else "not run"
+
+    rows = read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short
+    table = [
+        {"gain over the real images": row_label(row)} | {name: gain(studies[name], row) for name in sets}
+        for row in rows
+    ]
+    return markdown_table(table).rstrip() if studies else ""
 
 
-def fill_study(text: str, gallery: Path) -> str:
-    """`text` with what stands between `<!-- study -->` and `<!-- /study -->` replaced by the study's table."""
+def fill_study(text: str, gallery: Path, preset: str = "", swept: dict[Path, dict] | None = None) -> str:
+    """`text` with the study's table, of what `gallery` holds, between `<!-- study -->` and `<!-- /study -->`.
+
+    Sweeps of `preset` that are published now (`swept`, by file) come before those that `gallery` holds.
+    """
+    own = [result for path, result in (swept or {}).items() if path.stem == STUDY]
+    found = {preset: own[0]} if own else {}
+    for path in sorted(gallery.glob(f"*/{STUDY}.json")):
+        if path.parent.name not in found:
+            found[path.parent.name] = read_sweep(path)
+    table = study_table({name: result["cells"] for name, result in found.items()})
     pattern = r"(<!-- study -->\n).*?(<!-- /study -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}\n{study_table(gallery)}\n\n{m[2]}", text, flags=re.DOTALL)
+    return re.sub(pattern, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.DOTALL)
 
 
 def result_tables(results: dict[str, dict]) -> str:
-    """README's tables from a published run: methods on the base images, by fraction of the data, on unseen images."""
+    """README's tables from a published run: methods on the base images, by subset, on unseen images."""
     base = scores(results["03_phi_distillation"])
-    lines = ["| trained on a few real images, each through | test accuracy |", "|---|---|"]
-    lines += [f"| {name} | {score} |" for name, score in base.items()]
-    parts = {tuple(name.rsplit(", ", 1)): score for name, score in scores(results["05_subset_evaluation"]).items()}
-    # neither gains, nor other budgets and students ("mlp: unet")
-    parts = {key: score for key, score in parts.items() if not key[0].startswith("gain") and ": " not in key[0]}
-    fractions = sorted({part for _, part in parts}, key=lambda part: float(part.rstrip("%")))
-    lines += ["", "| part of the data | " + " | ".join(fractions) + " |", "|---" * (len(fractions) + 1) + "|"]
-    for name in dict.fromkeys(name for name, _ in parts):
-        lines.append(f"| {name} | " + " | ".join(parts.get((name, part), "") for part in fractions) + " |")
-    lines += ["", "| a few images that no phi has seen, each through | test accuracy |", "|---|---|"]
-    found = scores(results["07_unseen_images"])
-    lines += [f"| {name.removeprefix('few: ')} | {score} |" for name, score in found.items()]
-    return "\n".join(lines)
+    subsets, unseen = (results[name]["numbers"] for name in ("05_subset_evaluation", "07_unseen_images"))
+    by_fraction = subsets["test accuracy"]["equal updates"]
+    fractions = sorted({fraction for found in by_fraction.values() for fraction in found}, key=float)
+    tables = [
+        [{"trained on a few real images, each through": name, "test accuracy": score} for name, score in base.items()],
+        [
+            {"subset": subsets["methods"][name]} | {f"{100 * float(f):g} %": found.get(f, "") for f in fractions}
+            for name, found in by_fraction.items()
+        ],
+        [
+            {"a few images that no phi has seen, each through": name, "test accuracy": score}
+            for name, score in unseen["test accuracy"].items()
+        ],
+    ]
+    return "\n".join(map(markdown_table, tables)).rstrip()
 
 
 def scores(result: dict) -> dict[str, str]:
-    """Every mean with its deviation that a notebook's results hold, as a person reads it."""
+    """The scores (mean, deviation, n) among a notebook's numbers, by name, as text."""
     return {k: shown(v) for k, v in result["numbers"].items() if isinstance(v, dict) and {"mean", "std", "n"} <= set(v)}
 
 
 def fill(text: str, preset: str, results: dict[str, dict]) -> str:
-    """`text` with what stands between `<!-- results: PRESET -->` and `<!-- /results -->` replaced by the tables."""
+    """`text` with the tables of a preset's results between `<!-- results: PRESET -->` and `<!-- /results -->`."""
     pattern = rf"(<!-- results: {re.escape(preset)} -->\n).*?(<!-- /results -->)"
     return re.sub(pattern, lambda m: f"{m[1]}\n{result_tables(results)}\n\n{m[2]}", text, flags=re.DOTALL)

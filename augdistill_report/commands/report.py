@@ -1,7 +1,7 @@
-"""`augdistill report`: every notebook by papermill, in order or side by side, then one page to read.
+"""`augdistill report`: run every notebook by papermill, one after another or several at once, then write one page.
 
-Whatever can be refused is refused before anything runs. A notebook's executed copy and results replace the old ones
-only when it has finished; one that fails is kept as NN_name.failed.ipynb. Finished work is found again by the next run.
+Wrong arguments and damaged files are refused before anything runs. A notebook's executed copy and results replace the
+old ones only when it has finished; one that fails is kept as NN_name.failed.ipynb. The next run reuses finished work.
 """
 
 import contextlib
@@ -19,11 +19,13 @@ from pathlib import Path
 from augdistill_core import builders
 from augdistill_report.commands.execute import execute
 from augdistill_report.commands.preflight import preflight
-from augdistill_report.files.store import Store, as_json, write
+from augdistill_report.files.sealed_json import read_json, write_json
+from augdistill_report.files.store import Store
 from augdistill_report.places import NOTEBOOKS
 from augdistill_report.run import configuration, run_folder, start_folder
 from augdistill_report.settings import Settings, resolve
-from augdistill_report.show.page import build_report
+from augdistill_report.show.page import build_report, read_results
+from augdistill_report.show.tracking import already_sent
 from augdistill_report.studies.subsets import methods
 from augdistill_report.work.experts import missing_experts
 from augdistill_report.work.jobs import Task, Tick
@@ -46,15 +48,15 @@ def notebooks(only: str = "") -> list[Path]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chapter(Task):
-    """A notebook of the report, executed. Nothing is stored: what is costly in it is found again piece by piece."""
+class NotebookTask(Task):
+    """Execute one notebook of the report. It is not stored itself: the store has its expensive pieces, one by one."""
 
     notebook: Path
-    folder: Path  # the run's
+    folder: Path  # of the run
     parameters: dict
-    cost: float = 0.0  # the seconds that it took the last time
+    cost: float = 0.0  # seconds that it took the last time
 
-    kind = "chapter"
+    kind = "notebook"
 
     def spec(self):
         return {"notebook": self.notebook.name, "folder": str(self.folder)}
@@ -66,12 +68,13 @@ class Chapter(Task):
             os.environ["AUGDISTILL_PROGRESS"] = str(cells.progress)
             execute(self.notebook, self.folder / "notebooks" / self.notebook.name, self.parameters, cells.at)
         timings = self.folder / "timings.json"
-        with store.lock(timings):  # others may be running
-            write(timings, as_json(seconds_of(self.folder) | {name: round(time.monotonic() - start, 1)}))
+        with store.lock(timings):  # other notebooks may be running
+            seconds = notebook_seconds(self.folder) | {name: round(time.monotonic() - start, 1)}
+            write_json(timings, "timings", {"seconds": seconds})
 
 
 class Cells:
-    """How far a notebook is: which cell, and inside of it what its kernel writes to the file `progress`."""
+    """Reports a running notebook's progress: its cell, and in it what the kernel writes to the file `progress`."""
 
     def __init__(self, name: str, progress: Path, tick: Tick):
         self.name, self.progress, self.tick, self.cell, self.cells = name, progress, tick, 0, 1
@@ -101,42 +104,43 @@ class Cells:
             self.tick(self.cell + work.get("fraction", 0.0), self.cells, note)
 
 
-def seconds_of(folder: Path) -> dict[str, float]:
-    """How long each notebook took the last time that it ran in this folder."""
+def notebook_seconds(folder: Path) -> dict[str, float]:
+    """Seconds that each notebook took when it last ran in this folder, by name."""
     timings = folder / "timings.json"
-    return json.loads(timings.read_text()) if timings.exists() else {}
+    return read_json(timings, "timings")["seconds"] if timings.exists() else {}
 
 
 def report(preset: str, out: str = "", only: str = "", changes: dict | None = None, fresh: bool = False) -> Path:
-    """Run the notebooks of a preset with some settings changed; returns the page that they make.
+    """Run the notebooks of a preset, with `changes` of its settings; returns the path of the page.
 
-    Raises `ValueError` for anything wrong with the arguments, before anything runs; `NotebookFailed` for a notebook.
+    `fresh` deletes the finished work first. Raises `ValueError` for a wrong argument or a damaged file of the run's
+    folder, before anything runs; `NotebookFailed` if a notebook raises.
     """
     settings: Settings = resolve(preset, changes)
     chosen = notebooks(only)
     preflight(settings)
-    if any(
-        getattr(build, "bound", False) for build in builders(settings.phi)
-    ):  # notebook 05 shows what phi makes of images that it was not given
+    if any(getattr(build, "bound", False) for build in builders(settings.phi)):  # notebook 05 applies phi to new images
         raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; use another")
     methods(settings, 1.0)  # refuses a row that notebook 05 does not have
     folder = run_folder(preset, out)
     start_folder(folder, preset, settings)
+    before = notebook_seconds(folder)  # files that are needed later are read now: a damaged one costs no hour
+    read_results(folder, ignore=[path.stem for path in chosen])
+    already_sent(folder, settings.track)
     if fresh:
         shutil.rmtree(folder / "artefacts", ignore_errors=True)
     store = Store(folder / "artefacts")
     at_once = min(settings.notebooks_at_once or (len(chosen) if settings.cluster else 1), len(chosen))
     # papermill writes literals: keys that differ from the preset are enough, the notebook resolves them again
     parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
-    before = seconds_of(folder)
     typical = sum(before.values()) / len(before) if before else 1.0
-    chapters = [Chapter(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
+    tasks = [NotebookTask(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
     if at_once > 1:  # first what several of them build on: else they would wait for each other, or do it twice
         everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
         with Line() as line:
             run_jobs(missing_experts(settings.select(Setup)), store, everyone, functools.partial(line.count, "experts"))
     with Line() as line:
-        run_jobs(chapters, store, Pool(at_once), functools.partial(line.count, "notebooks"))
+        run_jobs(tasks, store, Pool(at_once), functools.partial(line.count, "notebooks"))
     for path in chosen:
-        print(f"{path.stem}: {seconds_of(folder)[path.stem]:.0f} s", file=sys.stderr)
+        print(f"{path.stem}: {notebook_seconds(folder)[path.stem]:.0f} s", file=sys.stderr)
     return build_report(folder, configuration(settings))

@@ -5,7 +5,6 @@ A cell that fails is a row of the table that says why. A sweep that is stopped g
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from augdistill_report.commands.execute import KernelManager, NotebookFailed, execute
 from augdistill_report.commands.preflight import preflight
-from augdistill_report.files.store import TOKEN, Store, as_json, write
-from augdistill_report.run import configuration, file_name, picture, run_folder, start_folder
+from augdistill_report.files.sealed_json import read_json, write_json
+from augdistill_report.files.store import TOKEN, Store, write
+from augdistill_report.run import configuration, file_name, folder_config, picture, run_folder, start_folder
 from augdistill_report.settings import Settings, preset_path, read_preset, resolve
 from augdistill_report.show.plots import heat_map
 from augdistill_report.studies.grid import Grid, GridPoint, changed, read_grid, run_grid, sweep_table
@@ -78,7 +78,7 @@ class Cell(Task):
         results = sorted((folder / "results").glob("*.json"))
         if len(results) != 1:
             raise NotebookFailed(f"{self.notebook.name} left {len(results)} files in results/: must be one")
-        result = json.loads(results[0].read_text())
+        result = read_json(results[0], "results")
         return {}, result | {"seconds": round(time.monotonic() - start, 1)}
 
 
@@ -118,7 +118,7 @@ def sweep(
         except ValueError as error:
             raise ValueError(f"{grid.path}: {choice.name}: {error}") from None
     run = run_folder(preset, out)
-    if not (run / "config.json").exists():
+    if not folder_config(run):
         start_folder(run, preset, base)
     store, folder = Store(run / "artefacts"), run / "sweeps" / grid.path.stem
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +128,9 @@ def sweep(
             store.path(cell.kind, cell.spec()).unlink(missing_ok=True)
             shutil.rmtree(cell.folder(store), ignore_errors=True)
         (store.folder / TOKEN).unlink(missing_ok=True)  # forgets what a cluster's workers keep for it
+    for cell in cells.values():
+        if store.has(cell.kind, cell.spec()):  # a damaged one is refused now, not after all others have run
+            store.load(cell.kind, cell.spec())
     failures: dict = {}
     with Line() as line:
 
@@ -139,7 +142,7 @@ def sweep(
     write(folder / f"{grid.path.stem}.png", picture(heat_map(found, grid.picture)))
     facts = {"grid": grid.path.name, "notebook": grid.notebook.name, "preset": preset_path(preset).stem, "short": short}
     facts["environment"] = environment(base.device)
-    write(folder / f"{grid.path.stem}.json", as_json(facts | {"cells": found}))
+    write_json(folder / f"{grid.path.stem}.json", "sweep", facts | {"cells": found})
     return folder, found
 
 

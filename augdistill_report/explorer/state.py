@@ -14,7 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from augdistill_core import PHIS, Applied, Config, DistillConfig, Distilled, Phi, augmented, knob, make_phi, rms, seeded
+from augdistill_core import (
+    PHIS,
+    Applied,
+    Config,
+    DistillConfig,
+    Distilled,
+    Phi,
+    Wrapper,
+    augmented,
+    knob,
+    make_phi,
+    rms,
+    seeded,
+)
 from augdistill_report.files.phi_files import load_phi, open_phi, unregistered
 from augdistill_report.files.store import Store, open_stored
 from augdistill_report.places import PRESETS
@@ -46,17 +59,15 @@ class View(Config):
     draws: int = knob(6, "how many times", low=1, high=MAX_IMAGES)
 
 
-class Noised(Phi):
+class Noised(Wrapper):
     """A phi whose draws are nearer to their mean, or further from it: mean + noise (phi(x) - mean).
 
     The mean is that of `MEAN_OF` draws, kept for as long as the images are the same tensor.
     """
 
     def __init__(self, phi: Phi, noise: float = 1.0):
-        super().__init__()
+        super().__init__(phi)
         self.phi, self.noise, self.of, self.mean = phi, noise, None, None
-        for claim in ("stochastic", "conditional", "positional", "bound", "starts_as_identity"):
-            setattr(self, claim, getattr(phi, claim, False))
 
     def forward(self, images, *, generator, **given):
         draw = self.phi(images, generator=generator, **given)

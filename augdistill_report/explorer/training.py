@@ -102,7 +102,7 @@ class Training:
     @property
     def stopped(self) -> str:
         """Why it can go no further; "" if it can."""
-        return self.ended[2]["stopped"] if self.ended else ""
+        return self.ended[2]["stopped"]["reason"] if self.ended else ""
 
     @property
     def alpha(self) -> float:

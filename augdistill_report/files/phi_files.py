@@ -87,7 +87,7 @@ def save_phi(
         "subset": dataclasses.asdict(job.subset),
         "setup": job.setup.public(),
         "config": job.config.to_dict(),
-        "stopped": distilled.stopped,
+        "stopped": dataclasses.asdict(distilled.stopped) if distilled.stopped else {},
         "source": job.spec()["source"],
         "torch": torch.__version__,
         **use.to_dict(),

@@ -1,10 +1,12 @@
 """Pictures that are made of images: rows of them with their names, as one picture or as the frames of a film.
 
-Pillow draws them in a tenth of the time that matplotlib takes: twenty images follow a slider.
+Pillow draws them in a tenth of the time that matplotlib takes, fast enough to redraw twenty images under a slider.
 """
 
 import io
 import itertools
+import unicodedata
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +28,12 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
+def printable(text: str) -> str:
+    """A text on one line: control characters, line breaks and broken Unicode as escapes, which Pillow can draw."""
+    bad = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of them
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
+
+
 def shortened(text: str, width: int, size: int) -> str:
     """As much of a text as fits in so many pixels."""
     if font(size).getlength(text) <= width:
@@ -43,8 +51,10 @@ def difference_image(change: Tensor) -> Tensor:
 def image_grid(rows: dict[str, Tensor], columns: list[str], cell: int = CELL, title: str = "") -> Image.Image:
     """Rows of images `[k, C, H, W]` in [0, 1] below each other, row names at the left, column names on top.
 
-    Grey (C 1) and RGB rows may stand together, and a row may be shorter than the others.
+    Grey (C 1) and RGB rows may stand together, and a row may be shorter than the others. Names may be any text.
     """
+    rows = {printable(name): images for name, images in rows.items()}
+    columns, title = [printable(name) for name in columns], printable(title)
     height, width = next(iter(rows.values())).shape[-2:]
     scale = max(1, cell // width)
     high, wide = height * scale + GAP, width * scale + GAP
@@ -76,6 +86,21 @@ def png(sheet: Image.Image, effort: int = 6) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", compress_level=effort)
     return buffer.getvalue()
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file is a PNG as it was written: every chunk has its checksum, and the last one is there."""
+    content, place = path.read_bytes(), 8
+    if content[:8] != b"\x89PNG\r\n\x1a\n":
+        return False
+    while place + 12 <= len(content):  # a chunk: length, name, data, CRC-32 of name and data
+        end = place + 8 + int.from_bytes(content[place : place + 4])
+        if zlib.crc32(content[place + 4 : end]) != int.from_bytes(content[end : end + 4]):
+            return False
+        if content[place + 4 : place + 8] == b"IEND":
+            return end + 4 == len(content)
+        place = end + 4
+    return False
 
 
 def film(frames: list[Image.Image], seconds: float = 0.4) -> bytes:

@@ -1,11 +1,11 @@
 """The executed notebooks of a run as one page, read offline from top to bottom: pictures inline, code folded away."""
 
 import html
-import json
 from pathlib import Path
 
 import nbformat
 
+from augdistill_report.files.sealed_json import read_json
 from augdistill_report.files.store import write
 
 WIDGETS = "application/vnd.jupyter.widget-view+json"
@@ -13,9 +13,20 @@ WIDGETS = "application/vnd.jupyter.widget-view+json"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+def read_results(folder: Path, ignore: list[str] | None = None) -> dict[str, dict]:
+    """The results of a run's notebooks by name, but for those to `ignore`; a `ValueError` that names a damaged file."""
+    results = {}
+    for path in sorted((folder / "results").glob("*.json")):
+        if path.stem not in (ignore or []):
+            result = results[path.stem] = read_json(path, "results")
+            if result["notebook"] != path.stem:
+                raise ValueError(f"{path}: holds results of {result['notebook']}; delete it and run {path.stem} again")
+    return results
+
+
 def finished(folder: Path, configuration: str) -> tuple[dict[str, dict], list[str]]:
     """The results by notebook that belong to this configuration, and the names of those that do not."""
-    results = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "results").glob("*.json"))}
+    results = read_results(folder)
     ours = {name: r for name, r in results.items() if r["configuration"] == configuration}
     return ours, [name for name in results if name not in ours]
 
@@ -51,7 +62,7 @@ def build_report(folder: Path, configuration: str) -> Path:
     if others:
         left_out = ", ".join(others)
         note = f'<p class="note">Left out, because they were run with other settings or other code: {left_out}.</p>'
-    facts = json.loads((folder / "config.json").read_text())
+    facts = read_json(folder / "config.json", "run")
     about = next(iter(ours.values()))["environment"] if ours else {}
     footer = " · ".join(
         f"{k}: {v}" for k, v in {"preset": Path(facts["preset"]).stem, "configuration": configuration, **about}.items()

@@ -1,10 +1,11 @@
 """Pictures: each function returns a matplotlib Figure, draws nothing by itself, and takes plain results.
 
-A method keeps its colour in every picture of the report (`colour`).
+A name has one `look` in every picture. Pictures of the subset table are handed its rows, which bring their own.
 """
 
-import itertools
+import dataclasses
 import zlib
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
@@ -15,13 +16,16 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from augdistill_core import diverged
-from augdistill_report.work.statistics import level, over_seeds
+from augdistill_report.work.statistics import level, mean_and_std, over_seeds, row_label
 
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
 
-COLOURS = {
+COLOURS = {  # of names in notebooks 01 to 04 and 07; the methods of 05 have theirs in studies/subset_methods
     "real images": "#777777",
-    "plain images": "#777777",
+    "no augmentation": "#777777",
+    "all the data": "#222222",
+    "experts' augmentation": "#e69f00",
+    "soft labels": "#8c6d31",
     "identity": "#aaaaaa",
     "pixels (MTT)": "#d55e00",
     "pixels (2018 loss)": "#e69f00",
@@ -30,38 +34,35 @@ COLOURS = {
     "distnet2, SGD 1000": "#000000",
     "distnet2, SGD .01": "#8c6d31",
     "distnet2, Adam": "#cc79a7",
-    "all the data": "#222222",
-    "the experts' augmentation": "#e69f00",
     "class-blind U-Net": "#8c6d31",
     "class-blind MLP": "#56b4e9",
     "conditioned U-Net": "#0072b2",
-    "what the conditioned U-Net stores": "#cc79a7",
-    "what the class-blind MLP adds": "#009e73",
-    "policy": "#56b4e9",
-    "DSA": "#cc79a7",
-    "crop": "#56b4e9",
-    "crop and flip": "#56b4e9",
-    "AutoAugment": "#009e73",
-    "RandAugment": "#d55e00",
-    "TrivialAugment": "#8c6d31",
-    "InstaAug": "#0072b2",
-    "unet_noise and RandAugment": "#6a3d9a",
-    "U-Net and policy": "#0072b2",
-    "pixels and policy": "#000000",
-    "pixels and the experts' augmentation": "#009e73",
-    "soft labels": "#8c6d31",
+    "conditioned U-Net of a blank image": "#cc79a7",
+    "class-blind MLP, phi(x) - x alone": "#009e73",
 }
 
-MARKERS = "osD^vPX*"  # of curves that many share a picture with
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a picture shows a name: its label, and its colour, marker and line as matplotlib has them."""
+
+    label: str
+    colour: str
+    marker: str = "o"
+    line: str = "-"
 
 
-def colour(name: str) -> str:
-    """The colour of a method: fixed for those of the report, stable for any other.
+def look(name: str | tuple, rows: dict | None = None):
+    """How a name is shown: as its row says, where `rows` (objects like a `Style`) have one, else by `COLOURS`.
 
-    "NAME on 10%" and "NAME, step size .01" have that of NAME.
+    A name with a variant, `(name, variant, ...)`, has the colour of the name. A name that nobody knows has a colour
+    that follows from its letters.
     """
-    name = name.split(" on ")[0].split(", step size")[0]
-    return COLOURS.get(name) or PALETTE[zlib.crc32(name.encode()) % len(PALETTE)]
+    first, *variant = (name,) if isinstance(name, str) else name
+    found = (rows or {}).get(first)
+    if found is None:
+        found = Style(first, COLOURS.get(first) or PALETTE[zlib.crc32(first.encode()) % len(PALETTE)])
+    return Style(", ".join([found.label, *map(str, variant)]), found.colour, found.marker, found.line)
 
 
 def pale(colour: str) -> np.ndarray:
@@ -101,20 +102,23 @@ def smooth(values: list[float], window: int) -> np.ndarray:
     return (total[ends] - total[starts]) / (ends - starts)
 
 
-def curves(histories: dict[str, list[dict]], loss: str = "matching loss") -> Figure:
-    """The loss and alpha against iterations: each iteration thin, the mean over a tenth of the run bold."""
+def curves(histories: dict, loss: str = "matching loss", rows: dict | None = None) -> Figure:
+    """The loss and alpha against iterations: each iteration thin, the mean over a tenth of the run bold.
+
+    `histories` by name (`look`, with `rows`). A cross marks where a run ended before the others.
+    """
     figure, (left, right) = new_figure(10.5, 3.6, 2)
-    drawn = []
+    drawn: list[str] = []
     for name, history in histories.items():
-        x, y = [r["iteration"] for r in history], [r["loss"] for r in history]
-        look = dict(color=colour(name), linestyle=("-", "--", ":", "-.")[drawn.count(colour(name)) % 4], label=name)
-        drawn.append(colour(name))
-        left.plot(x, y, color=colour(name), linewidth=0.5, alpha=0.25)
-        left.plot(x, smooth(y, max(1, len(y) // 10)), **look)
-        right.plot(x, [r["alpha"] for r in history], **look)
+        x, y, its = [r["iteration"] for r in history], [r["loss"] for r in history], look(name, rows)
+        line = ("-", "--", ":", "-.")[drawn.count(its.colour) % 4]
+        drawn.append(its.colour)
+        left.plot(x, y, color=its.colour, linewidth=0.5, alpha=0.25)
+        for axis, values in ((left, smooth(y, max(1, len(y) // 10))), (right, [r["alpha"] for r in history])):
+            axis.plot(x, values, color=its.colour, linestyle=line, label=its.label)
         if not np.isfinite(y[-1]) or len(y) < max(map(len, histories.values())):
             finite = [v for v in y if np.isfinite(v)]
-            left.plot(x[len(finite) - 1], finite[-1], "x", color=colour(name), markersize=9, markeredgewidth=2)
+            left.plot(x[len(finite) - 1], finite[-1], "x", color=its.colour, markersize=9, markeredgewidth=2)
     left.axhline(1, color="black", linewidth=0.7, linestyle=":")
     left.set(xlabel="iteration", ylabel=loss)
     right.set(xlabel="iteration", ylabel="alpha (the student's step size)")
@@ -124,51 +128,65 @@ def curves(histories: dict[str, list[dict]], loss: str = "matching loss") -> Fig
     return figure
 
 
-def bars(scores: dict, reference: dict | None = None) -> Figure:
-    """Test accuracy by method: mean, standard deviation, every student a dot; `reference` as lines across."""
+def bars(scores: dict) -> Figure:
+    """Test accuracy by name: mean, standard deviation, every student a dot."""
     figure, (axis,) = new_figure(7.5, 0.9 + 0.42 * len(scores))
-    for row, (name, score) in enumerate(scores.items()):
-        axis.barh(row, 100 * score.mean, xerr=100 * score.std, color=pale(colour(name)), capsize=3)
-        axis.plot([100 * v for v in score.test], [row] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
+    looks = [look(name) for name in scores]
+    for y, (its, score) in enumerate(zip(looks, scores.values(), strict=True)):
+        fill = pale(its.colour)
+        axis.barh(y, 100 * score.mean, xerr=100 * score.std, color=fill, capsize=3)
+        axis.plot([100 * v for v in score.test], [y] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
         inside = score.mean > 0.3
         place = 1 if inside else 100 * max(score.test) + 2
-        axis.text(place, row, str(score), va="center", fontsize=9, color=ink(pale(colour(name))) if inside else "black")
-    for name, score in (reference or {}).items():
-        axis.axvline(100 * score.mean, color=colour(name), linestyle="--", label=f"{name}: {score}")
-        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    axis.set_yticks(range(len(scores)), scores)
-    axis.set(xlabel=f"test accuracy in %, {len(next(iter(scores.values())).test)} students", xlim=(0, 100))
+        axis.text(place, y, str(score), va="center", fontsize=9, color=ink(fill) if inside else "black")
+    axis.set_yticks(range(len(scores)), [its.label for its in looks])
+    axis.set(xlabel=f"test accuracy (%, n = {len(next(iter(scores.values())).test)} students)", xlim=(0, 100))
     axis.invert_yaxis()
     return figure
 
 
-def accuracy_dots(scores: dict, full) -> Figure:
-    """Test accuracy by method, near to one another: mean, standard deviation, every student a dot; `full` a line."""
+def accuracy_dots(scores: dict, full, rows: dict | None = None) -> Figure:
+    """Test accuracy by method, on an axis as wide as they differ: mean, standard deviation, every student a dot.
+
+    `full` is the accuracy of all the data, a line.
+    """
     figure, (axis,) = new_figure(8.5, 1.1 + 0.36 * len(scores))
-    for row, (name, score) in enumerate(scores.items()):
-        axis.errorbar(100 * score.mean, row, xerr=100 * score.std, fmt="o", color=colour(name), capsize=3)
-        axis.plot([100 * v for v in score.test], [row + 0.2] * len(score.test), ".", color=colour(name), alpha=0.5)
-    axis.axvline(100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}")
-    axis.axvspan(*(100 * (full.mean + side * full.std) for side in (-1, 1)), color=colour("all the data"), alpha=0.1)
+    looks = [look(name, rows) for name in scores]
+    for y, (its, score) in enumerate(zip(looks, scores.values(), strict=True)):
+        axis.errorbar(100 * score.mean, y, xerr=100 * score.std, fmt=its.marker, color=its.colour, capsize=3)
+        axis.plot([100 * v for v in score.test], [y + 0.2] * len(score.test), ".", color=its.colour, alpha=0.5)
+    band(full, axis.axvline, axis.axvspan)
     axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    axis.set_yticks(range(len(scores)), [f"{name}   {score}" for name, score in scores.items()])
-    axis.set(xlabel="test accuracy in %")
+    axis.set_yticks(
+        range(len(scores)), [f"{its.label}   {score}" for its, score in zip(looks, scores.values(), strict=True)]
+    )
+    axis.set(xlabel=f"test accuracy (%, n = {len(next(iter(scores.values())).test)} students)")
     axis.invert_yaxis()
     return figure
+
+
+def band(full, line: Callable, span: Callable) -> None:
+    """The accuracy of all the data, by an axis' `line` and `span`: mean (dashed) ± one standard deviation."""
+    its = look("all the data")
+    line(100 * full.mean, color=its.colour, linestyle="--", label=f"all the data, no augmentation: {full}")
+    span(*(100 * (full.mean + side * full.std) for side in (-1, 1)), color=its.colour, alpha=0.1)
 
 
 def expert_curves(validation: list[list[float]], theta: Tensor) -> Figure:
-    """By snapshot: each expert's validation accuracy, and the length of its step from the last snapshot."""
+    """By snapshot: each expert's validation accuracy, and the distance of its weights from the snapshot before."""
     figure, (left, right) = new_figure(10.5, 3.4, 2)
+    expert = look("all the data")
     steps = (theta[:, 1:] - theta[:, :-1]).norm(dim=2).cpu()
     for scores, lengths in zip(validation, steps, strict=True):
-        left.plot([100 * s for s in scores], color=colour("all the data"), alpha=0.35)
-        right.plot(range(1, len(lengths) + 1), lengths, color=colour("all the data"), alpha=0.35)
-    left.plot(100 * np.mean(validation, 0), color=colour("unet"), linewidth=2.5, label=f"mean of {len(validation)}")
-    right.plot(range(1, steps.shape[1] + 1), steps.mean(0), color=colour("unet"), linewidth=2.5)
+        left.plot([100 * s for s in scores], color=expert.colour, alpha=0.35)
+        right.plot(range(1, len(lengths) + 1), lengths, color=expert.colour, alpha=0.35)
+    left.plot(
+        100 * np.mean(validation, 0), color=PALETTE[0], linewidth=2.5, label=f"mean (n = {len(validation)} experts)"
+    )
+    right.plot(range(1, steps.shape[1] + 1), steps.mean(0), color=PALETTE[0], linewidth=2.5)
     left.legend(frameon=False, loc="lower right")
-    left.set(xlabel="snapshot", ylabel="validation accuracy in %", ylim=(0, 100))
-    right.set(xlabel="snapshot", ylabel="distance from the snapshot before", ylim=(0, None))
+    left.set(xlabel="snapshot", ylabel="validation accuracy (%)", ylim=(0, 100))
+    right.set(xlabel="snapshot", ylabel="distance from the snapshot before (norm of weights)", ylim=(0, None))
     return figure
 
 
@@ -187,22 +205,22 @@ def principal_plane(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plane(axis, theta: Tensor, paths: dict[str, list[Tensor]]) -> None:
-    """Draw experts' ways `[experts, snapshots, P]` in their plane, and paths (lists of `[n, P]`) on top."""
+    """Draw expert trajectories `[experts, snapshots, P]` in their plane, and paths (lists of `[n, P]`) on top."""
     mean, directions, share = principal_plane(theta)
 
     def project(points: Tensor) -> np.ndarray:
         return ((points.double() - mean) @ directions.T).cpu().numpy()
 
-    for k, way in enumerate(theta):
-        x, y = project(way).T
-        label = "expert, a dot a snapshot" if k == 0 else None
-        axis.plot(x, y, ".-", color=colour("all the data"), alpha=0.4, linewidth=0.8, label=label)
+    for k, trajectory in enumerate(theta):
+        x, y = project(trajectory).T
+        label = "expert (a dot: a snapshot)" if k == 0 else None
+        axis.plot(x, y, ".-", color=look("all the data").colour, alpha=0.4, linewidth=0.8, label=label)
         axis.plot(x[0], y[0], "o", color="black", markersize=5)
     for name, several in paths.items():
         for k, path in enumerate(several):
             x, y = project(path).T
-            axis.plot(x, y, color=colour(name), linewidth=2, label=name if k == 0 else None)
-            axis.plot(x[-1], y[-1], "s", color=colour(name), markersize=4)
+            axis.plot(x, y, color=look(name).colour, linewidth=2, label=look(name).label if k == 0 else None)
+            axis.plot(x[-1], y[-1], "s", color=look(name).colour, markersize=4)
     axis.legend(frameon=False, fontsize=9)
     axis.set(
         xlabel=f"first principal component ({100 * share[0]:.0f} % of the variance)",
@@ -218,45 +236,41 @@ def trajectory_planes(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
     return figure
 
 
-def student_paths(way: list[Tensor], paths: dict[str, list[Tensor]]) -> Figure:
-    """One expert's way, snapshots `[P]`, in its own plane, with students' paths on top."""
+def student_paths(trajectory: list[Tensor], paths: dict[str, list[Tensor]]) -> Figure:
+    """One expert trajectory, snapshots `[P]`, in its own plane, with students' paths on top."""
     figure, (axis,) = new_figure(8, 5)
-    plane(axis, torch.stack(way)[None], paths)
+    plane(axis, torch.stack(trajectory)[None], paths)
     return figure
 
 
-def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full) -> Figure:
-    """Test accuracy against the fraction of the training data, a panel each: bands of one deviation; `full` a line.
+def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full, rows: dict | None = None) -> Figure:
+    """Test accuracy against the size of the subset, a panel each: a band of one standard deviation a method.
 
-    Methods are told apart by colour and marker.
+    `panels` hold accuracies by method and fraction; `full` is that of all the data, a line.
     """
     figure, axes = new_figure(5.6 * len(panels), 5.2, len(panels), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=True):
-        for (name, scores), marker in zip(series.items(), itertools.cycle(MARKERS), strict=False):
-            x = [100 * f for f in scores]
+        for name, scores in series.items():
+            x, its = [100 * f for f in scores], look(name, rows)
             mean = np.array([100 * s.mean for s in scores.values()])
             std = np.array([100 * s.std for s in scores.values()])
-            axis.plot(x, mean, marker + (":" if name == "identity" else "-"), color=colour(name), label=name)
-            axis.fill_between(x, mean - std, mean + std, color=colour(name), alpha=0.12, linewidth=0)
-        axis.axhline(
-            100 * full.mean, color=colour("all the data"), linestyle="--", label=f"all the data, plain: {full}"
-        )
-        axis.axhspan(
-            100 * (full.mean - full.std), 100 * (full.mean + full.std), color=colour("all the data"), alpha=0.1
-        )
-        axis.set(xscale="log", xlabel="% of the training data", title=title)
-        ticks = [100 * f for f in next(iter(series.values()))]
+            axis.plot(x, mean, marker=its.marker, linestyle=its.line, color=its.colour, label=its.label)
+            axis.fill_between(x, mean - std, mean + std, color=its.colour, alpha=0.12, linewidth=0)
+        band(full, axis.axhline, axis.axhspan)
+        axis.set(xscale="log", xlabel="size of the subset (% of the training data)", title=title)
+        ticks = sorted({100 * f for scores in series.values() for f in scores})
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8.5, loc="lower right")
-    axes[0].set_ylabel("test accuracy in %")
+    n = max(len(s.test) for series in panels.values() for scores in series.values() for s in scores.values())
+    axes[0].set_ylabel(f"test accuracy (%, n = {n} students)")
     return figure
 
 
 def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
     """What a sweep found: a row a choice, a square a seed (or a point on other axes), coloured by one of its numbers.
 
-    `cells` are `as_found` of each; `number` names what to show (the first there is, if it is empty); accuracies and
+    `cells` are what a grid found; `number` names what to show (the first there is, if it is empty); accuracies and
     their differences are shown in points. A cross is a run that diverged; a grey row failed, and says why.
     """
     numbers = [cell["numbers"] for cell in cells if "numbers" in cell]
@@ -267,9 +281,8 @@ def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
     most = max(abs(lowest), abs(highest)) or 1
     look = dict(cmap="RdBu", vmin=-most, vmax=most) if lowest < 0 < highest else dict(cmap="Blues", vmin=lowest)
     panels: dict[str, dict[str, list[dict]]] = {}
-    for name, group in over_seeds(cells).items():
-        panel, _, rest = name.partition(": ") if ": " in name else ("", "", name)
-        panels.setdefault(panel, {})[rest] = group
+    for (panel, *row), group in over_seeds(cells).items():
+        panels.setdefault(panel, {})[row_label(("", *row))] = group
     sides: list[list[str]] = [[] for _ in range(min(columns, len(panels)))]
     for panel in panels:  # each goes where there is most room left
         min(sides, key=lambda side: sum(len(panels[p]) + 2 for p in side)).append(panel)
@@ -283,8 +296,8 @@ def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
         for axis, panel in zip(axes, side, strict=False):
             _heat_panel(axis, panels[panel], number, unit, look)
             axis.set_title(panel, loc="left", fontsize=11, fontweight="bold")
-    unit_name = ", in points of accuracy" if unit == 100 else ""
-    figure.suptitle(f"{number}{unit_name}: a square a seed; a cross where it diverged", fontsize=10)
+    unit_name = " (points of accuracy)" if unit == 100 else ""
+    figure.suptitle(f"{number}{unit_name}: one square per seed, a cross where the run diverged", fontsize=10)
     return figure
 
 
@@ -298,9 +311,8 @@ def _heat_panel(axis, rows: dict[str, list[dict]], number: str, unit: float, loo
             if diverged(cell.get("numbers", {}).get("stopped", "")):
                 axis.plot(x, y, "x", color="black", markersize=5)
         known = field[y][np.isfinite(field[y])]
-        deviation = f" ± {known.std(ddof=1):.1f}" if len(known) > 1 else ""
-        text = f"{known.mean():+.1f}{deviation}" if len(known) else ""
-        errors = dict.fromkeys(c["error"].partition(": ")[2] or c["error"] for c in group if "error" in c)
+        text = mean_and_std(known.tolist(), "+.1f") if len(known) else ""
+        errors = dict.fromkeys(c["error"] for c in group if "error" in c)
         axis.text(width - 0.35, y, text, va="center", fontsize=8.5)
         axis.text(-0.45, y, "; ".join(errors)[:70], va="center", fontsize=7.5, zorder=3)
     axis.imshow(np.ma.masked_invalid(field), aspect="auto", **look)
@@ -331,9 +343,9 @@ def lines(panels: dict[str, dict], *, x: str, y: str, log: str = "") -> Figure:
 
 
 def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figure:
-    """A policy's ranges against iterations, a panel each: a line a repetition, dashed where the experts' true ones lie.
+    """A policy's ranges against iterations, a panel each: a line a repetition, the true ranges of the experts dashed.
 
-    `panels` hold histories by name, one a repetition; kinds that the experts' augmentation has not are grey
+    `panels` hold histories by title, one a repetition; kinds that the experts' augmentation has not are grey
     (none, where its ranges are not known).
     """
     figure, axes = new_figure(4.2 * len(panels) + 1.2, 3.6, len(panels), sharey=True)
@@ -344,62 +356,62 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
             look = dict(color="#bbbbbb" if place is None else PALETTE[place], linewidth=0.9 if place is None else 1.6)
             look["linestyle"] = ("-", ":")[turn]
             for k, history in enumerate(histories):
-                name = kind.replace("_", " ") if place is not None else "not in the experts'"
+                name = kind.replace("_", " ") if place is not None else "not in the experts' augmentation"
                 label = name if k == 0 and name not in axis.get_legend_handles_labels()[1] else None
                 axis.plot([r["iteration"] for r in history], [r["phi"][kind] for r in history], label=label, **look)
             if kind in truth:
                 axis.axhline(truth[kind], color=PALETTE[place], linestyle="--", linewidth=0.9)
         axis.set(xlabel="iteration", title=title)
         log_scale(axis)
-    axes[0].set_ylabel("range (dashed: the experts')" if truth else "range")
+    axes[0].set_ylabel("learned range (dashed: the experts')" if truth else "learned range")
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def range_losses(found: dict[str, dict[float, tuple[float, float]]]) -> Figure:
-    """How much the loss rises as one range leaves its true value, a line a kind, with bands of one standard error."""
+    """How much the loss rises as one range leaves its true value: a line and a band of one standard error a kind."""
     figure, (axis,) = new_figure(6.4, 3.6)
     for place, (kind, curve) in enumerate(found.items()):
         x, (y, error) = list(curve), np.array(list(curve.values())).T
         axis.plot(x, y, ".-", color=PALETTE[place % len(PALETTE)], label=kind.replace("_", " "))
         axis.fill_between(x, y - error, y + error, color=PALETTE[place % len(PALETTE)], alpha=0.15, linewidth=0)
     axis.axhline(0, color="black", linewidth=0.7, linestyle=":")
-    axis.set(xlabel="range, in units of the experts' own", ylabel="matching loss above\nthat at their own ranges")
+    axis.set(xlabel="range / the experts' range", ylabel="rise of the matching loss over\nthat at the experts' ranges")
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def drift_panels(panels: dict[str, dict[int, dict[str, tuple[float, float | None]]]], accuracy_dots: str) -> Figure:
-    """What each method misses of where all the data lead, by the step that students start from: a panel each.
+def drift_panels(panels: dict[str, dict], noise: str, rows: dict | None = None) -> Figure:
+    """The remaining distance of each method's students to the target, by the step that they start from: a panel each.
 
-    `accuracy_dots` is the name of what is no method: how much of an expert's own movement is noise, in grey.
+    `panels` hold by title and start step: (value, standard error or None) by method. The method called `noise` is the
+    share of an expert's own movement that is noise of its batches: grey bars.
     """
     figure, axes = new_figure(4.2 * len(panels) + 1.8, 3.8, len(panels), sharey=True)
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
-        names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
-        methods = [name for name in names if name != accuracy_dots]
-        for place, (name, marker) in enumerate(zip(methods, itertools.cycle(MARKERS), strict=False)):
+        names = dict.fromkeys(name for by_name in found.values() for name in by_name if name != noise)
+        for place, name in enumerate(names):
             values, errors = zip(*(by_name[name] for by_name in found.values()), strict=True)
-            x = np.arange(len(found)) + 0.05 * (place - (len(methods) - 1) / 2)
-            look = dict(fmt=marker + "-", color=colour(name), markersize=4.5, linewidth=1)
-            axis.errorbar(x, values, [error or 0 for error in errors], label=name, **look)
-        noise = [by_name[accuracy_dots][0] for by_name in found.values()]
-        axis.bar(range(len(found)), noise, width=0.6, color="#e4e4e4", zorder=0, label=accuracy_dots)
+            x, its = np.arange(len(found)) + 0.05 * (place - (len(names) - 1) / 2), look(name, rows)
+            style = dict(marker=its.marker, linestyle=its.line, color=its.colour, markersize=4.5, linewidth=1)
+            axis.errorbar(x, values, [error or 0 for error in errors], label=its.label, **style)
+        shares = [by_name[noise][0] for by_name in found.values()]
+        axis.bar(range(len(found)), shares, width=0.6, color="#e4e4e4", zorder=0, label=noise)
         axis.axhline(1, color="black", linewidth=0.7, linestyle=":")
         axis.set_xticks(range(len(found)), [f"{step}" for step in found])
-        axis.set(xlabel="step of the experts' way", title=title)
+        axis.set(xlabel="start (step of the expert trajectory)", title=title)
         axis.set_yscale("symlog", linthresh=0.2)
         axis.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0", ".1", ".2", ".5", "1", "2", "5", "10"], minor=False)
         axis.set_ylim(bottom=min([-0.02, *(value for by_name in found.values() for value, _ in by_name.values())]))
-    axes[0].set_ylabel("missed of where all the data lead\n(1: as far off as standing still)")
-    looks = {label: look for axis in axes for look, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0].set_ylabel("remaining squared distance to the target\n(0: as all the data, 1: no movement)")
+    looks = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     beside_all = dict(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].legend(looks.values(), looks, frameon=False, fontsize=8, **beside_all)
     return figure
 
 
 def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
-    """The first update of each tensor of phi, in sizes of the tensor itself, by optimiser: logarithmic bars."""
+    """The first update of each tensor of phi by optimiser: its norm over that of the tensor, on a logarithmic axis."""
     layers = list(next(iter(found.values())))
     figure, (axis,) = new_figure(8.5, 1.2 + 0.33 * len(layers))
     for place, (name, steps) in enumerate(found.items()):
@@ -407,7 +419,7 @@ def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
         y = np.arange(len(layers)) + 0.25 * (place - (len(found) - 1) / 2)
         axis.plot(sizes, y, "o", color=PALETTE[place % len(PALETTE)], label=name)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xscale="log", xlabel="first update, in sizes of what it updates (dotted: as large as itself)")
+    axis.set(xscale="log", xlabel="norm of the first update / norm of the weights (dotted: equal)")
     axis.set_yticks(range(len(layers)), layers)
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -8,14 +8,14 @@ once only: `tracked/<tracker>.json` says what was sent.
 import contextlib
 import importlib.util
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from augdistill_report.files.store import as_json, digest, write
+from augdistill_report.files.sealed_json import read_json, write_json
+from augdistill_report.files.store import as_json, digest
 
 PROJECT = "augdistill"
 
@@ -77,12 +77,20 @@ def numbers(record: dict) -> dict[str, float]:
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and k != "iteration"}
 
 
+def already_sent(folder: Path, track: str) -> dict[str, str]:
+    """What a run's folder has sent to a tracker: a digest of the content by run there ("<notebook>/<row>")."""
+    note = folder / "tracked" / f"{track}.json"
+    return read_json(note, "tracked")["sent"] if note.exists() else {}
+
+
 class Tracker:
     """Sends to the tracker of that name what a notebook makes; "none" sends nothing."""
 
     def __init__(self, track: str, folder: Path, notebook: str):
+        """A `ValueError` if the tracker's package is missing, or if the note of what was sent is damaged."""
         check_tracker(track)
-        self.track, self.folder, self.notebook = track, folder / "tracked", notebook
+        self.track, self.folder, self.notebook = track, folder, notebook
+        already_sent(folder, track)  # now, not after an hour of work
 
     def curve(self, name: str, config: dict, history: list[dict]) -> None:
         """The numbers of every record, by iteration."""
@@ -95,13 +103,13 @@ class Tracker:
     def send(self, name: str, config: dict, curve: list[dict], pictures: list[Path]) -> None:
         if self.track == "none":
             return
-        note = self.folder / f"{self.track}.json"
-        sent = json.loads(note.read_text()) if note.exists() else {}
+        sent = already_sent(self.folder, self.track)
         run, content = f"{self.notebook}/{name}", {"curve": curve, "config": config}
         own = digest(content | {path.name: path.read_bytes().hex() for path in pictures})
         if sent.get(run) == own:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder / "tracked"
+        place.mkdir(parents=True, exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the notebook is for its reader
-            TRACKERS[self.track](self.folder, self.notebook, name, config, curve, pictures)
-        write(note, as_json(sent | {run: own}))
+            TRACKERS[self.track](place, self.notebook, name, config, curve, pictures)
+        write_json(place / f"{self.track}.json", "tracked", {"sent": sent | {run: own}})

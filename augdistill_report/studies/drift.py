@@ -1,10 +1,10 @@
-"""What an expert's way asks for: where students go from its snapshots, on a part of the data through each method.
+"""How far students end from the target that all the data set, when they train on a subset by each method.
 
-An expert's movement is largely the noise of its batches. The ordinary matching loss counts that noise, which no image
-can answer for; here it is left out. From one snapshot several students take the expert's own steps on all the data,
-through the augmentation that it was trained with: what their ends have in common is where all the data lead. Others
-take as many of the same steps on a part of the data, through a method. How far their common way is from that one is
-what the method does not make up for: 0 = nothing, it is as all the data; 1 = as much as standing still.
+An expert's movement is largely noise of its batches. The ordinary matching loss counts that noise, which no image can
+match; here it is left out. From one snapshot several students take the expert's own steps on all the data, with the
+augmentation that the expert was trained with: the mean of their moves is the target. Others take as many of the same
+steps on a subset, by a method. The squared distance of their mean move from the target, over the squared length of the
+target, is what remains: 0 = as all the data; 1 = as no movement at all.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from augdistill_report.work.jobs import Job
 from augdistill_report.work.scoring import Evaluation
 from augdistill_report.work.setup import Setup
 
-NOISE = "noise in the experts' own"
+NOISE = "noise (share of an expert's squared movement)"
 
-EXPERTS = 3  # at most, whose ways are looked at
+MOST_EXPERTS = 3  # whose trajectories are looked at
 
-BRANCHES = 4  # students from each snapshot, of which pairs tell what they have in common
+BRANCHES = 4  # students from each snapshot: their mean move is found from pairs
 
 
 def branches(
@@ -40,7 +40,7 @@ def branches(
     """
 
     def batches(k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        noise = seeded(*seed, k, "noise")  # apart, so that all methods meet the same batches of a part
+        noise = seeded(*seed, k, "noise")  # apart, so that all methods see the same batches of a subset
         for i in minibatches(len(split), setup.expert_batch, seeded(*seed, k)):
             images, labels = split.images[i], split.labels[i]
             for method in through:
@@ -67,10 +67,10 @@ def common(moves: Tensor, others: Tensor | None = None) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Drift(Job):
-    """From snapshot `start` of the experts: what each method, by name, does not make up for.
+    """From snapshot `start` of the experts: how far from the target each method ends.
 
-    A list a measure, a value an expert: `length`, the squared way that all the data lead; `noise`, what an expert's own
-    squared movement has beside it; and `missed`, by method, the squared distance of its way from that.
+    Finds lists of a value per expert: `length`, the squared length of the target; `noise`, what an expert's own squared
+    movement has beside it; and `remaining`, by method id, the squared distance of its mean move from the target.
     """
 
     start: int
@@ -96,25 +96,25 @@ class Drift(Job):
             name: (data.train.take(job.subset.index(data)), [job.phi(store), job.augment()])
             for name, job in self.methods
         }
-        found = {"length": [], "noise": [], "missed": {name: [] for name in through}}
-        count = min(EXPERTS, len(experts.trajectories))
+        found = {"length": [], "noise": [], "remaining": {name: [] for name in through}}
+        count = min(MOST_EXPERTS, len(experts.trajectories))
         for expert in range(count):
             start = experts.trajectories[expert][self.start].to(data.train.images.device).float()
             all_of_it = branches(student, start, data.train, [taught], setup, *seed, expert, "all")
             length = common(all_of_it)
             found["length"].append(length)
             found["noise"].append(float(all_of_it.square().sum(1).mean()) - length)
-            for place, (name, (part, methods)) in enumerate(through.items()):
-                way = branches(student, start, part, methods, setup, *seed, expert)
-                found["missed"][name].append(common(way) + length - 2 * common(way, all_of_it))
+            for place, (name, (subset, methods)) in enumerate(through.items()):
+                moves = branches(student, start, subset, methods, setup, *seed, expert)
+                found["remaining"][name].append(common(moves) + length - 2 * common(moves, all_of_it))
                 tick(expert + (place + 1) / len(through), count)
         return {}, found
 
 
 def shares(found: dict) -> dict[str, tuple[float, float | None]]:
-    """What a `Drift` found, in units of the way that all the data lead, and its standard error (of one expert: None).
+    """What remains, over the squared length of the target, and its standard error (None for one expert), by method id.
 
-    The noise is in units of an expert's whole squared movement, and by the name `NOISE`.
+    By the name `NOISE`: the noise, over an expert's whole squared movement.
     """
     length, noise = np.array(found["length"]), np.array(found["noise"])
 
@@ -124,5 +124,5 @@ def shares(found: dict) -> dict[str, tuple[float, float | None]]:
         return float(value), float(errors.std(ddof=1) / n**0.5) if n > 1 else None
 
     return {NOISE: ratio(noise, length + noise)} | {
-        name: ratio(np.array(missed), length) for name, missed in found["missed"].items()
+        name: ratio(np.array(remaining), length) for name, remaining in found["remaining"].items()
     }

@@ -5,7 +5,7 @@ A grid file says which notebook, and how its settings (those of `Settings`) vary
     notebook: one_phi.ipynb           # beside the grid file, or one of the report's
     preset: digits
     set: {iterations: 100}            # in every cell
-    rows:                             # choices by name: what each changes; "group: name" puts it into a panel
+    rows:                             # choices by name: what each changes; "panel: name" puts it into a panel
       Adam: {phi_optimizer: Adam, phi_lr: 0.01}
       SGD: {phi_optimizer: SGD, phi_lr: 0.1}
     axes: {seed: [0, 1, 2]}           # every row at every combination of these
@@ -15,10 +15,10 @@ A grid file says which notebook, and how its settings (those of `Settings`) vary
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from augdistill_report.files.store import Store
@@ -26,7 +26,7 @@ from augdistill_report.places import NOTEBOOKS
 from augdistill_report.settings import Settings
 from augdistill_report.work.jobs import Task
 from augdistill_report.work.pool import Pool, run_jobs
-from augdistill_report.work.statistics import level, over_seeds, summary
+from augdistill_report.work.statistics import level, markdown_table, mean_and_std, over_seeds, row_label, stop_mark
 
 KEYS = ("notebook", "preset", "set", "rows", "axes", "short", "picture")
 
@@ -39,9 +39,9 @@ class Grid:
     notebook: Path
     preset: str
     fixed: dict
-    rows: dict[str, dict]
+    rows: dict[tuple[str, str], dict]  # by panel ("" = none) and name
     axes: dict[str, list]
-    short: list[str]
+    short: list[tuple[str, str]]
     picture: str
 
     def choices(
@@ -52,8 +52,9 @@ class Grid:
         `only` names the rows to keep; `short` keeps those that the grid names for that.
         """
         for name in only or []:
-            if name not in self.rows:
-                raise ValueError(f"row {name!r}: is none of {self.path}; must be among {', '.join(self.rows)}")
+            if panel_and_name(name) not in self.rows:
+                known = ", ".join(map(row_label, self.rows))
+                raise ValueError(f"row {name!r}: is none of {self.path}; must be among {known}")
         for key in changes or {}:
             if key in self.axes:
                 raise ValueError(f"{key}: is an axis of {self.path}; change it there")
@@ -62,26 +63,33 @@ class Grid:
             changes["phis"] = f"{self.fixed['phis']}, {changes['phis']}"  # the grid's rows need their own
         base = changed(base, changes, str(self.path))
         base.load_phis()
-        rows = {name: self.rows[name] for name in only or (short and self.short) or self.rows}
+        kept = [panel_and_name(name) for name in only or []] or (short and self.short) or self.rows
         points = [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
         return [
-            GridPoint(name, point, changed(base, row | point, f"{self.path}: row {name!r}"))
-            for name, row in rows.items()
+            GridPoint(*row, point, changed(base, self.rows[row] | point, f"{self.path}: row {row_label(row)!r}"))
+            for row in kept
             for point in points
         ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GridPoint:
-    """A cell of a grid: its row, its place on the axes, and all its settings."""
+    """A cell of a grid: its row (in a panel), its place on the axes, and all its settings."""
 
+    panel: str
     row: str
     point: dict
     settings: Settings
 
     @property
     def name(self) -> str:
-        return ", ".join([self.row, *(f"{key} {value}" for key, value in self.point.items())])
+        return row_label((self.panel, self.row, *(f"{key} {value}" for key, value in self.point.items())))
+
+
+def panel_and_name(row: str) -> tuple[str, str]:
+    """A row as a grid file writes it, "panel: name" or "name" alone, as (panel, name)."""
+    panel, colon, name = row.partition(": ")
+    return (panel, name) if colon else ("", row)
 
 
 def changed(settings: Settings, changes: dict, where: str) -> Settings:
@@ -125,11 +133,12 @@ def read_grid(path: Path | str) -> Grid:
     for key, values in axes.items():
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{path}: axes: {key}={values}: must be different values")
-    rows = {str(name): row for name, row in rows.items()} or {"": {}}
+    rows = {panel_and_name(str(name)): row for name, row in rows.items()} or {("", ""): {}}
     short = content.get("short", [])
     for name in short if isinstance(short, list) else [short]:
-        if name not in rows:
-            raise ValueError(f"{path}: short: {name!r} is no row; must be among {', '.join(rows)}")
+        if panel_and_name(str(name)) not in rows:
+            raise ValueError(f"{path}: short: {name!r} is no row; must be among {', '.join(map(row_label, rows))}")
+    short = [panel_and_name(str(name)) for name in short]
     name = content.get("notebook")
     places = [folder / str(name) for folder in (path.parent, NOTEBOOKS)]
     notebook = next((place for place in places if place.is_file() and place.suffix == ".ipynb"), None)
@@ -147,8 +156,8 @@ def run_grid(
 ) -> list[dict]:
     """Make what the cells of a grid lack, a task each, over the cores; what came of each cell, as JSON holds it.
 
-    That is its row and point, its settings, and what the task's `found` gives, or an `error`. A task that fails ends no
-    others: its exception is put into `failures`, where they can be counted meanwhile.
+    That is its panel, row and point, its settings, and what the task's `found` gives, or an `error`. A task that fails
+    ends no others: its exception is put into `failures`, where they can be counted meanwhile.
     """
     failures = {} if failures is None else failures
     run_jobs(list(tasks.values()), store, pool, show, failures)
@@ -159,28 +168,21 @@ def run_grid(
         error = errors.get(store.path(task.kind, task.spec()))
         reason = error and (getattr(error, "reason", "") or f"{type(error).__name__}: {error}")
         came = {"error": reason} if error else task.found(store)
-        cells.append({"row": choice.row, "point": choice.point, "settings": choice.settings.public()} | came)
+        cell = {"panel": choice.panel, "row": choice.row, "point": choice.point}
+        cells.append(cell | {"settings": choice.settings.public()} | came)
     return cells
 
 
 def sweep_table(cells: list[dict]) -> str:
     """A Markdown table: a line for every row and point, mean ± deviation over seeds; why, where a cell failed."""
     columns = list(dict.fromkeys(k for c in cells for k, v in c.get("numbers", {}).items() if level(v) is not None))
-    lines = ["| | " + " | ".join([*columns, "n", "failed"]) + " |", "|---" * (len(columns) + 3) + "|"]
-    for name, group in over_seeds(cells).items():
+    rows = []
+    for row, group in over_seeds(cells).items():
         numbers = [cell["numbers"] for cell in group if "numbers" in cell]
-        values = [[level(n[key]) for n in numbers if level(n.get(key)) is not None] for key in columns]
-        why = "; ".join(dict.fromkeys(one_line(cell["error"]) for cell in group if "error" in cell))
-        lines.append(f"| {name} | " + " | ".join([*map(averaged, values), str(len(numbers)), why]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def averaged(values: list[float]) -> str:
-    """Mean ± deviation of one number over seeds; alone, if there is one."""
-    if not values:
-        return ""
-    return f"{values[0]:.3g}" if len(values) == 1 else f"{np.mean(values):.3g} ± {summary(values)['std']:.2g}"
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "/")[:160]
+        values = {key: [v for n in numbers if (v := level(n.get(key))) is not None] for key in columns}
+        averages = {key: mean_and_std(found, ".3g", ".2g") if found else "" for key, found in values.items()}
+        why = "; ".join(dict.fromkeys(cell["error"][:160] for cell in group if "error" in cell))
+        stops = Counter(n["stopped"]["kind"] for n in numbers if n.get("stopped"))
+        mark = stop_mark(", ".join(f"{kind} in {count} of {len(numbers)}" for kind, count in stops.items()))
+        rows.append({"": row_label(row) + mark} | averages | {"n": len(numbers), "failed": why})
+    return markdown_table(rows)

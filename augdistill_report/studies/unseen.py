@@ -1,8 +1,8 @@
-"""A phi for images that it never saw: what notebook 07 trains and scores, one repetition (another world) at a time.
+"""A phi for unseen images: what notebook 07 trains and scores, one repetition at a time.
 
-Three ideas that the student report did not have: episodes (phi meets new images in every iteration, as it will when it
-is used), experts that were trained with an augmentation (they have something to teach), and two draws (a loss that does
-not punish randomness).
+Three ideas that the student report did not have: episodes (phi gets new images in every iteration, as when it is used),
+experts that were trained with an augmentation (which phi can learn from them), and two draws (a loss that does not
+punish randomness).
 """
 
 import dataclasses
@@ -25,37 +25,37 @@ POOL = 0.2  # the first images of each class: phi is scored on some of them, and
 
 CONDITIONED, POLICY = "unet_class_noise", "policy"
 
-# of episodes: names, and the phi's step size where it is not the run's own, which is the U-Net's (the MLP's: not tuned)
+# phis that are trained in episodes; `phi_lr` where it differs from the run's own (the U-Net's; the MLP's is not tuned)
 OF_EPISODES = {
     "class-blind U-Net": dict(phi="unet_noise"),
     "class-blind MLP": dict(phi="mlp_noise", phi_lr=1e-3),
     "conditioned U-Net": dict(phi=CONDITIONED),
 }
 
-ALONE = {  # controls: of which phi, and what of it
-    "what the conditioned U-Net stores": ("conditioned U-Net", "stored"),
-    "what the class-blind MLP adds": ("class-blind MLP", "added"),
+ALONE = {  # controls: of which phi, and which part of it
+    "conditioned U-Net of a blank image": ("conditioned U-Net", "stored"),
+    "class-blind MLP, phi(x) - x alone": ("class-blind MLP", "added"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Repetition:
-    """One world, that of `settings`: its experts, its images, its phis."""
+    """One repetition, by the seed of `settings`: its experts, its images, its phis."""
 
     settings: Settings
 
     @property
     def few(self) -> Subset:
-        """A few images a class that no phi of episodes has seen."""
+        """A few images a class, unseen by every phi that is trained in episodes."""
         return Subset(self.settings.seed, per_class=self.settings.images_per_class)
 
     @property
     def rest(self) -> Subset:
-        """Where those phis come from: all of the data but the `POOL`."""
+        """The training data of those phis: all but the `POOL`."""
         return Subset(self.settings.seed, fraction=1 - POOL, skip=POOL)
 
     def setup(self, augment: str) -> Setup:
-        """The world with experts that were trained with an augmentation: here, as `expert_files` hold but one kind."""
+        """The setup with experts trained with an augmentation; they are trained here: `expert_files` hold one kind."""
         return self.settings.select(Setup, expert_augment=augment, expert_files="")
 
     def distillation(self, phi: str, subset: Subset, augment: str, **changes) -> Distillation:
@@ -66,29 +66,31 @@ class Repetition:
 
     @property
     def late(self) -> dict:
-        """How phis learn that are to be of use on much of the data: on late segments too (DATM)."""
+        """How phis learn that are for large subsets: on late segments of the expert trajectories, too (DATM)."""
         s = self.settings
         snapshots = snapshots_every(len(s.load().train), s)[1]
         start = s.policy_max_start_epoch or snapshots - s.expert_epochs
         return dict(iterations=s.policy_iterations, batch_syn=s.subset_batch, max_start_epoch=start, episode=0)
 
     def ranges(self) -> dict[str, Distillation]:
-        """Policies that are to find the experts' augmentation: by two draws, by the ordinary loss, and a control."""
+        """Policies that should recover the experts' augmentation: by two draws, by the ordinary loss, and a control."""
         taught_augment, everything = self.settings.taught_augment, Subset(self.settings.seed, fraction=1.0)
         return {
             "two draws": self.distillation(POLICY, everything, taught_augment, draws=2, **self.late),
             "ordinary loss": self.distillation(POLICY, everything, taught_augment, **self.late),
-            "two draws, plain experts": self.distillation(POLICY, everything, "none", draws=2, **self.late),
+            "two draws, experts without augmentation": self.distillation(
+                POLICY, everything, "none", draws=2, **self.late
+            ),
         }
 
     def episodes(self) -> dict[str, Distillation]:
-        """Phis that meet new images in every iteration, none of which they are scored on."""
+        """Phis that are trained on new images in every iteration, none of which they are scored on."""
         s = self.settings
         data = s.load()
         if set(self.few.index(data).tolist()) & set(self.rest.index(data).tolist()):
             raise ValueError(
                 f"images_per_class={s.images_per_class}: must be at most {POOL:.0%} of the smallest class of "
-                f"{data.name}, which is what no phi of episodes meets"
+                f"{data.name}, which phis are not trained on"
             )
         options = dict(iterations=s.episode_iterations, episode=s.images_per_class)
         return {
@@ -134,13 +136,13 @@ def recovered(histories: list[list[dict]]) -> dict[str, list[float]]:
     return found
 
 
-FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times a true range, where the loss is looked at
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times a true range, at which the loss is measured
 
-SEGMENTS = 8  # of the experts' ways that it is looked at on, the same for all ranges
+SEGMENTS = 8  # of the expert trajectories that the loss is measured on, the same for all ranges
 
 
 def around(distilled: Distillation, truth: dict[str, float]) -> dict[tuple[str, float], Probe]:
-    """Probes of a policy that has the experts' own ranges but for one, which is a factor larger, by kind and factor."""
+    """Probes of a policy with the experts' ranges, one of them times a factor, by kind and factor."""
     return {
         (kind, factor): Probe(
             distilled.setup, distilled, segments=SEGMENTS, ranges=tuple((truth | {kind: factor * truth[kind]}).items())
@@ -151,10 +153,10 @@ def around(distilled: Distillation, truth: dict[str, float]) -> dict[tuple[str, 
 
 
 def valleys(found: dict[tuple[str, float, int], dict]) -> dict[str, dict[float, tuple[float, float]]]:
-    """By kind and factor: how much larger the loss of two draws is than at the experts' own ranges, and its error.
+    """By kind and factor: how much the two-draw loss exceeds that at the experts' ranges, and its standard error.
 
-    `found` are what probes found, by kind, factor and repetition. The mean over the segments of all, and its standard
-    error, of differences on the same segment.
+    `found` is what probes found, by kind, factor and repetition. Differences are taken on the same segment; mean and
+    standard error are over the segments of all repetitions.
     """
     losses: dict[tuple[str, float], np.ndarray] = {}
     for (kind, factor, _), p in found.items():

@@ -1,6 +1,6 @@
-"""What one choice of settings comes to: a phi trained on a few real images and scored, beside its controls.
+"""The study of why phi failed: a phi trained on a few real images by one choice of settings, scored beside controls.
 
-A `Case` is a row of a study at one seed; what it comes to is the same whether a notebook asks for it or a sweep does.
+A `Case` is a row of the study at one seed. Its result is the same whether a notebook asks for it or a sweep does.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.provenance import SOURCES, own_source
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup
-from augdistill_report.work.statistics import Accuracy, level, over_seeds, summary, tenths
+from augdistill_report.work.statistics import Accuracy, level, mean_and_std, over_seeds, row_label, summary, tenths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Case(Task):
 
     @property
     def distilled(self) -> Distillation:
-        """With episodes phi is trained on images drawn afresh from all the training data."""
+        """With episodes phi is trained on new images from all the training data in each iteration."""
         subset = Subset(self.settings.seed, fraction=1.0) if self.settings.episode else self.base
         phi, config = self.settings.phi, self.settings.select(DistillConfig)
         return Distillation(self.setup, phi, subset, config, own_source(phi))
@@ -87,17 +87,17 @@ class Case(Task):
         }
 
     def numbers(self, store: Store) -> dict:
-        """What it came to, as plain JSON values; what is missing is made."""
+        """Its result as plain JSON values; what is missing is made."""
         return self.stored(store)[1]
 
     def found(self, store: Store) -> dict:
         return {"numbers": self.numbers(store)}
 
 
-def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[str, list[Case]]]:
-    """What `augdistill sweep` finds in the cells of a grid of `one_phi.ipynb`, made here: `as_found` of each.
+def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str, str], list[Case]]]:
+    """What `augdistill sweep` finds in the cells of a grid of `one_phi.ipynb`, made here: a dict a cell.
 
-    Beside them the cases by row, in the order of their seeds.
+    Beside them the cases by (panel, row), in the order of their seeds.
     """
     settings = run.settings
     changes = {"iterations": settings.why_iterations} if settings.why_iterations else {}
@@ -106,77 +106,84 @@ def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[str, list
         [job for setup in dict.fromkeys(c.setup for c in cases.values()) for job in missing_experts(setup)], "experts"
     )
     found = run_grid(cases, run.store, settings.pool, Progress("cases"))
-    rows: dict[str, list[Case]] = {}
+    rows: dict[tuple[str, str], list[Case]] = {}
     for choice, case in cases.items():
-        rows.setdefault(choice.row, []).append(case)
+        rows.setdefault((choice.panel, choice.row), []).append(case)
     return found, rows
 
 
-# --- what a study shows: `cells` are what a sweep found (`as_found`) --------------------------------------------------
+ENDED = {"diverged": "diverged", "alpha": "ended with alpha below zero", "minutes": "ran out of minutes"}  # by `Stop`
+
+# --- what a study shows: `cells` are what a sweep found ---------------------------------------------------------------
 
 
-def values(cells: list[dict], row: str, number: str) -> list[float]:
+def values(cells: list[dict], row: tuple[str, ...], number: str) -> list[float]:
     """A number of a row, a value a seed; none where a cell failed."""
     found = [level(cell.get("numbers", {}).get(number)) for cell in over_seeds(cells).get(row, [])]
     return [v for v in found if v is not None]
 
 
 def losses(cells: list[dict]) -> list[dict]:
-    """For each row, means over its seeds: the loss, the identity's at the same alpha, and what befell it."""
+    """For each row, means over its seeds: the loss, the identity's at the same alpha, and which runs went wrong."""
     rows = []
-    for name, group in over_seeds(cells).items():
+    for row, group in over_seeds(cells).items():
         numbers = [cell["numbers"] for cell in group if "numbers" in cell]
         if not numbers:
             continue
         states = Counter(state for n in numbers for state in n["states"])
-        stops = Counter("diverged" if diverged(n["stopped"]) else "ran out of minutes" for n in numbers if n["stopped"])
-        befell = [f"{stop} in {count} of {len(numbers)}" for stop, count in stops.items()]
-        befell += [f"{state} in {count} of {len(numbers)}" for state, count in states.items()]
-        row = {"": name}
-        row |= {k: float(np.mean([n[k] for n in numbers])) for k in ("matching loss", "identity at the same alpha")}
-        row |= {k: float(np.mean([n[k] for n in numbers])) for k in ("alpha", "change of x", "noise in the loss")}
-        rows.append(row | {"what befell it": "; ".join(befell)})
+        stops = Counter(ENDED[n["stopped"]["kind"]] for n in numbers if n["stopped"])
+        counts = [f"{what} in {count} of {len(numbers)}" for what, count in [*stops.items(), *states.items()]]
+        keys = ("matching loss", "identity at the same alpha", "alpha", "change of x", "noise in the loss")
+        means = {key: float(np.mean([n[key] for n in numbers])) for key in keys}
+        rows.append({"": row_label(row)} | means | {"runs that": "; ".join(counts)})
     return rows
 
 
 def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list]]:
     """The matching loss against alpha, before anything is learned: of x after N steps, and of an untrained phi.
 
-    `case` gives the world; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels.
+    `case` gives the setup; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels.
     """
-    blank = dict(iterations=1, alpha_mode="fixed")
     n = case.settings.syn_steps
-    kinds = {f"x, {steps} steps": dict(phi="identity", syn_steps=steps) for steps in (max(1, n // 3), n, 3 * n)}
-    kinds |= {f"{phi}, untrained": dict(phi=phi) for phi in ("distnet2", "distnet3", "distnet5")}
+    images = [("identity", steps) for steps in (max(1, n // 3), n, 3 * n)]
+    phis = [(phi, n) for phi in ("identity", "distnet2", "distnet3", "distnet5")]
     jobs = {}
-    for name, changes in kinds.items():
-        distilled = dataclasses.replace(case, settings=dataclasses.replace(case.settings, **blank | changes)).distilled
+    for phi, steps in dict.fromkeys([*images, *phis]):
+        changes = dict(iterations=1, alpha_mode="fixed", phi=phi, syn_steps=steps)
+        distilled = dataclasses.replace(case, settings=dataclasses.replace(case.settings, **changes)).distilled
         for alpha in alphas:
-            jobs[name, alpha] = Probe(distilled.setup, distilled, moment="0", alpha=alpha, segments=4)
+            jobs[phi, steps, alpha] = Probe(distilled.setup, distilled, moment="0", alpha=alpha, segments=4)
     found = run.probe(jobs)
-    curves = {name: [(a, float(np.mean(found[name, a]["loss"]))) for a in alphas] for name in kinds}
-    images = {name: curve for name, curve in curves.items() if name.startswith("x, ")}
-    phis = {f"x, {n} steps": curves[f"x, {n} steps"]}
-    phis |= {name: curve for name, curve in curves.items() if name not in images}
-    return {"real images": images, f"untrained phis, {n} steps": phis}
+
+    def curve(phi: str, steps: int) -> list[tuple[float, float]]:
+        return [(alpha, float(np.mean(found[phi, steps, alpha]["loss"]))) for alpha in alphas]
+
+    return {
+        "real images": {f"x, {steps} steps": curve(phi, steps) for phi, steps in images},
+        f"untrained phis, {n} steps": {
+            f"x, {n} steps" if phi == "identity" else f"{phi}, untrained": curve(phi, steps) for phi, steps in phis
+        },
+    }
 
 
 def noise(run: Run, cases: dict[str, Case]) -> dict[str, dict[str, list]]:
-    """Along each case's way: how far two draws of phi are apart, and the part of the loss that is their variance."""
-    ways = {name: [m for m in case.distilled.stored_moments(run.store) if m != "last"] for name, case in cases.items()}
+    """While each case trains: the norm of phi's noise, and the share of the loss that is the variance of draws."""
+    moments_of = {
+        name: [m for m in case.distilled.stored_moments(run.store) if m != "last"] for name, case in cases.items()
+    }
     jobs = {
         (name, moment): Probe(case.setup, case.distilled, moment=moment, alpha=case.settings.alpha)
         for name, case in cases.items()
-        for moment in [*ways[name], "last"]
+        for moment in [*moments_of[name], "last"]
     }
     found = run.probe(jobs)
-    panels: dict[str, dict[str, list]] = {"size of the noise, in sizes of x": {}, "its part of the loss": {}}
+    panels: dict[str, dict[str, list]] = {"norm of the noise / norm of x": {}, "variance's share of the loss": {}}
     for name, case in cases.items():
-        moments = [(int(m), found[name, m]) for m in ways[name]]
+        moments = [(int(m), found[name, m]) for m in moments_of[name]]
         moments.append((len(case.history(run.store)), found[name, "last"]))
-        size, part = panels.values()
+        size, share = panels.values()
         size[name] = [(i, float(np.mean(p["spread"])) / 2**0.5) for i, p in moments]
-        part[name] = [(i, float(np.mean(p["variance"]) / np.mean(p["loss"]))) for i, p in moments]
+        share[name] = [(i, float(np.mean(p["variance"]) / np.mean(p["loss"]))) for i, p in moments]
     return panels
 
 
@@ -190,109 +197,117 @@ def learns(gains: list[float]) -> bool:
 
 def gain_points(gains: list[float]) -> str:
     """Gains over seeds in points of accuracy."""
-    deviation = f" ± {100 * summary(gains)['std']:.1f}" if len(gains) > 1 else ""
-    return f"{100 * np.mean(gains):+.1f}{deviation} points"
+    return f"{mean_and_std([100 * gain for gain in gains], '+.1f')} points"
 
 
-def verdicts(cells: list[dict]) -> list[dict]:
-    """Each claim of the student report that these cells can judge: what they say, and whether it holds."""
-    gain = {name: values(cells, name, "gain") for name in over_seeds(cells)}
+SGD_1000, ADAM, BOTH = ("report", "SGD 1000"), ("report", "Adam for phi"), ("report", "both optimisers")
+
+SMALL_STEPS = [("report", "SGD .01"), ("report", "SGD .1")]
+
+FIXED_ALPHA = [("report", f"alpha fixed at {alpha}") for alpha in (".01", ".1", "1")]
+
+WORKING, QUIET = ("mended", "U-Net, Adam .003, log alpha"), ("mended", "no noise")
+
+OWN_NETWORK = {  # rows of the report's own network, by what they change of its setting
+    ADAM: "with nothing changed but phi's optimiser",
+    BOTH: "with phi's and alpha's optimisers changed",
+    ("mended", "distnet2"): "with both optimisers changed, and noise in every step",
+}
+
+U_NET_BY_SGD = [("report", "U-Net with noise"), ("mended", "SGD .01 for phi")]  # the first of them that was run
+
+LONG, LONG_PIXELS = ("long", "U-Net"), ("long", "pixels, MTT's SGD 100")
+
+JUDGED = (SGD_1000, *SMALL_STEPS, *FIXED_ALPHA, WORKING, QUIET, *OWN_NETWORK, *U_NET_BY_SGD, LONG, LONG_PIXELS)
+
+
+def verdicts(cells: list[dict], grid: Grid) -> list[dict]:
+    """Each claim of the student report that these cells can judge: what they say, and whether it holds.
+
+    A claim whose rows were not run is left out. A `ValueError` for a row that a verdict needs and the grid has not.
+    """
+    if unknown := [row for row in JUDGED if row not in grid.rows]:
+        raise ValueError(f"{grid.path}: has no row {row_label(unknown[0])!r}, which a verdict of notebook 04 is about")
+    groups = over_seeds(cells)
+    gain = {row: values(cells, row, "gain") for row in groups}
     rows = []
 
-    def judge(claim: str, names: list[str], verdict, also: str = "") -> None:
-        known = [name for name in names if gain.get(name)]
-        if names and len(known) == len(names):
-            seen = "; ".join(f"{name.partition(': ')[2]}: {gain_points(gain[name])}" for name in known)
-            rows.append({"claim": claim, "seen": "; ".join(s for s in (seen, also) if s), "verdict": verdict()})
+    def judge(claim: str, ids: list[tuple[str, str]], verdict, also: str = "") -> None:
+        known = [row for row in ids if gain.get(row)]
+        if ids and len(known) == len(ids):
+            seen = "; ".join(f"{name}: {gain_points(gain[panel, name])}" for panel, name in known)
+            rows.append({"claim": claim, "measured": "; ".join(s for s in (seen, also) if s), "verdict": verdict()})
 
-    def stands(name: str) -> bool:
-        return not learns(gain[name])
+    def fails(row: tuple[str, ...]) -> bool:
+        return not learns(gain[row])
 
-    def found(name: str) -> list[dict]:
-        return [
-            c["numbers"] | {"alpha_mode": c["settings"]["alpha_mode"]}
-            for c in over_seeds(cells)[name]
-            if "numbers" in c
-        ]
-
-    def explosions(name: str) -> str:
-        stops = [numbers["stopped"] for numbers in found(name)]
+    def explosions(row: tuple[str, ...]) -> str:
+        stops = [cell["numbers"]["stopped"] for cell in groups[row] if "numbers" in cell]
         return f"diverged in {sum(map(diverged, stops))} of {len(stops)} runs"
 
-    own = [name for name in ("report: Adam for phi", "report: both optimisers", "mended: distnet2") if name in gain]
-    mended, unet = "mended: U-Net, Adam .003, log alpha", "report: U-Net with noise"
-    unet = unet if unet in gain else "mended: SGD .01 for phi"
-    able = next((name for name in own if learns(gain[name])), None)
-    changed = {
-        "report: Adam for phi": "with nothing changed but phi's optimiser",
-        "report: both optimisers": "with phi's and alpha's optimisers changed",
-        "mended: distnet2": "with both optimisers changed, and noise in every step",
-    }
+    own = [row for row in OWN_NETWORK if row in gain]
+    unet = next((row for row in U_NET_BY_SGD if row in gain), U_NET_BY_SGD[0])
+    able = next((row for row in own if learns(gain[row])), None)
     judge(
         "phi does not learn with SGD at 1000",
-        ["report: SGD 1000"],
-        lambda: "true: it explodes" if stands("report: SGD 1000") else "not seen",
-        explosions("report: SGD 1000") if "report: SGD 1000" in gain else "",
+        [SGD_1000],
+        lambda: "true: it diverges" if fails(SGD_1000) else "not seen",
+        explosions(SGD_1000) if SGD_1000 in gain else "",
     )
-    slow = [name for name in ("report: SGD .01", "report: SGD .1") if name in gain]
-    judge("nor at .01 or .1", slow, lambda: "true: it stands still" if all(map(stands, slow)) else "not seen")
-    fixed = [name for name in gain if name.startswith("report: alpha fixed")]
-    judge("nor with alpha fixed at .01, .1 or 1", fixed, lambda: "true" if all(map(stands, fixed)) else "not seen")
-    ran = [n for name in gain if name.startswith("report: ") for n in found(name) if n["alpha_mode"] == "raw"]
-    if ran:
-        fell = sum(bool({"alpha at zero", "alpha below zero"} & set(n["states"])) for n in ran)
+    small = [row for row in SMALL_STEPS if row in gain]
+    judge("nor at .01 or .1", small, lambda: "true: it does not change" if all(map(fails, small)) else "not seen")
+    fixed = [row for row in FIXED_ALPHA if row in gain]
+    judge("nor with alpha fixed at .01, .1 or 1", fixed, lambda: "true" if all(map(fails, fixed)) else "not seen")
+    report = [cell for row in gain if row[0] == "report" for cell in groups[row] if "numbers" in cell]
+    if raw := [cell["numbers"] for cell in report if cell["settings"]["alpha_mode"] == "raw"]:
+        low = {"alpha at zero", "alpha below zero"}
+        fell = sum(bool(low & {*n["states"]}) or n["stopped"].get("kind") == "alpha" for n in raw)
         rows.append(
             {
                 "claim": "a learned alpha runs to zero, and below",
-                "seen": f"in {fell} of {len(ran)} runs that learned it raw",
-                "verdict": "true, of a raw alpha" if fell else "not seen here",
+                "measured": f"in {fell} of {len(raw)} runs with a raw alpha",
+                "verdict": "true of a raw alpha" if fell else "not seen here",
             }
         )
     judge(
         "phi is unable to learn the desired transformation",
         own,
-        lambda: f"false: the same network learns, {changed[able]}" if able else "not refuted",
+        lambda: f"false: the same network learns, {OWN_NETWORK[able]}" if able else "not refuted",
     )
     judge(
         "the issue lies in the architecture",
         [unet, *own],
         lambda: (
-            "false: another architecture stands still with the report's optimiser, its own learns with another"
-            if able and stands(unet)
-            else "in part: a larger phi learns, with other optimisers; with the report's it stands still"
-            if learns(gain.get(mended, [])) and stands(unet)
+            "false: another architecture fails with the report's optimiser, its own network learns with another"
+            if able and fails(unet)
+            else "in part: a larger phi learns with other optimisers, and fails with the report's"
+            if learns(gain.get(WORKING, [])) and fails(unet)
             else "not refuted"
         ),
     )
-    zoo = [
-        name for name in gain if name.startswith("zoo: ") and name not in ("zoo: identity",) and "pixels" not in name
-    ]
+    controls = ("identity", "pixels")
+    zoo = [row for row in gain if row[0] == "zoo" and groups[row][0]["settings"]["phi"] not in controls]
     if zoo:
-        able = [name.partition(": ")[2] for name in zoo if learns(gain[name])]
+        able = [", ".join(row[1:]) for row in zoo if learns(gain[row])]
         rows.append(
             {
                 "claim": "a range of architectures fails",
-                "seen": f"by Adam, {len(able)} of {len(zoo)} learn: {', '.join(able)}",
+                "measured": f"by Adam, {len(able)} of {len(zoo)} learn: {', '.join(able)}",
                 "verdict": "false" if able else "not refuted",
             }
         )
-    pixels, long = "long: pixels, MTT's SGD 100", "long: U-Net"
     judge(
         "phi only has to do what pixels do",
-        [long, pixels],
+        [LONG, LONG_PIXELS],
         lambda: (
             "true of a phi that is large enough: it reaches the pixels"
-            if np.mean(gain[long]) > np.mean(gain[pixels]) - 0.01
+            if np.mean(gain[LONG]) > np.mean(gain[LONG_PIXELS]) - 0.01
             else "not reached here"
         ),
     )
     judge(
         "noise in phi may help it",
-        ["mended: no noise", mended],
-        lambda: (
-            "seen"
-            if learns([a - b for a, b in zip(gain[mended], gain["mended: no noise"], strict=True)])
-            else "not seen"
-        ),
+        [QUIET, WORKING],
+        lambda: "seen" if learns([a - b for a, b in zip(gain[WORKING], gain[QUIET], strict=True)]) else "not seen",
     )
     return rows

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from augdistill_core import DistillConfig, Distilled, Phi, distill, diverged, make_phi
+from augdistill_core import DistillConfig, Distilled, Phi, Stop, distill, diverged, make_phi
 from augdistill_report.data.augmentations import augmentation, without_flips
 from augdistill_report.files.checkpoints import Checkpoint
 from augdistill_report.files.store import Store, a_count, a_finite_number, check_form, restore
@@ -113,7 +113,8 @@ class Distillation(Job):
             )
         if checkpoint and result.stopped and not diverged(result.stopped):
             checkpoint.write()  # with more minutes it goes on from there
-        meta = {"alpha": result.alpha, "history": result.history, "stopped": result.stopped}
+        stopped = dataclasses.asdict(result.stopped) if result.stopped else {}
+        meta = {"alpha": result.alpha, "history": result.history, "stopped": stopped}
         return moments | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
 
     def tidy(self, store):
@@ -124,7 +125,9 @@ class Distillation(Job):
                 checkpoint.remove()
 
     def stored_phi(self, store: Store) -> Distilled:
-        return Distilled(self.stored_moments(store)["last"], **self.stored(store)[1])
+        meta = self.stored(store)[1]
+        stopped = Stop(**meta["stopped"]) if meta["stopped"] else None
+        return Distilled(self.stored_moments(store)["last"], meta["alpha"], meta["history"], stopped)
 
     def stored_moments(self, store: Store) -> dict[str, Phi]:
         """phi before iterations "0", "1", "2", "4", "8" ..., and "last": what the run returned."""

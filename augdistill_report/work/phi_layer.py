@@ -4,6 +4,8 @@ augment = load_phi("runs/digits/phis/unet.safetensors")  # pixels in [0, 1] go i
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,43 +28,103 @@ def by(shape) -> str:
     return "x".join(map(str, shape))
 
 
+def default_labels(sample) -> Any:
+    """The labels in a sample, found as `v2.MixUp` finds them; None where there are none.
+
+    The second of a tuple or list, or in it (or in a sample that is a dictionary) the value of the key "labels", or else
+    of the first key with "label" in it, in any case. Unlike there a number counts, as data sets give it.
+    """
+    if isinstance(sample, tuple | list):
+        sample = sample[1] if len(sample) > 1 else None
+    if isinstance(sample, Mapping):
+        keys = [key for key in sample if isinstance(key, str) and "label" in key.lower()]
+        exact = [key for key in keys if key.lower() == "labels"]
+        sample = sample[(exact or keys)[0]] if keys else None
+    return sample if isinstance(sample, int) or type(sample) is Tensor else None
+
+
 class Augment(nn.Module):
     """A trained phi on pixels: one line of a torchvision pipeline, or a layer.
 
-    `about` is what its file says: the phi's name, what it was trained on and how. Random like torchvision's own: from
-    torch's global generator, which DataLoader seeds in each worker, unless a `generator` is passed. A phi that was
-    trained on whitened images brings the `whitening` along (the mean image, and the two matrices `[d, d]`).
+    `about` is what its file says: the phi's name, what it was trained on and how. A phi that was trained on whitened
+    images brings the `whitening` along (the mean image, and the two matrices `[d, d]`). `labels_getter(sample)` finds
+    the labels for a phi that reads them; it may be set later, too.
+
+    Random like torchvision's own transforms: from torch's global generator, which DataLoader seeds in each worker,
+    unless a `generator` is passed. And like them, and like kornia's augmentations (both never look at `training`, so
+    in `eval()` they still augment), it does the same in `train()` and in `eval()`: it is no dropout. Leave it out of
+    the pipeline that evaluates, or load it with strength 0.
     """
 
-    def __init__(self, phi: Phi, about: dict, use: Use, whitening: list[Tensor] | None = None):
+    def __init__(
+        self,
+        phi: Phi,
+        about: dict,
+        use: Use,
+        whitening: list[Tensor] | None = None,
+        labels_getter: Callable[[Any], Any] = default_labels,
+    ):
         super().__init__()
         self.applied = Applied(phi, use.strength, use.probability).requires_grad_(False)
-        self.about = about
+        self.about, self.labels_getter = about, labels_getter
         data = about["data"]
         mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
         for name, value in zip(("mean", "whiten", "colour"), whitening or (mean, None, None), strict=True):
             self.register_buffer(name, value)
         self.register_buffer("std", std)
 
-    @torch.no_grad()
-    def forward(self, images: Tensor, *, labels=None, generator: torch.Generator | None = None) -> Tensor:
-        """`[C, H, W]` or `[B, C, H, W]` in [0, 1], augmented: the same shape and type, in [0, 1].
+    def forward(self, *inputs: Any, labels=None, generator: torch.Generator | None = None) -> Any:
+        """A sample with its images augmented: the same structure, all else in it untouched.
 
-        `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads them. A `ValueError`
-        says what does not fit.
+        A sample is what torchvision's v2 transforms take: images, or tuples, lists and dictionaries that hold them, or
+        several arguments. Images are `[C, H, W]` or `[B, C, H, W]`, floats in [0, 1], and come back with their shape
+        and type: every `tv_tensors.Image`, or, where there is none, the first plain tensor. Images of one sample share
+        their draw. `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads them; None
+        takes those in the sample. A `ValueError` says what does not fit.
         """
+        sample = inputs[0] if len(inputs) == 1 else inputs
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        if type(sample) in (Tensor, nn.Parameter):
+            return self.on_images(sample, labels, generator)
+        if labels is None and self.applied.conditional:
+            labels = self.labels_getter(sample)
+        return self.on_sample(sample, labels, generator)
+
+    def on_sample(self, sample, labels, generator: torch.Generator):
+        """What v2's own base class makes of a sample, with phi in the place of a transform."""
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
+        layer, state, done = self, generator.get_state(), []
+
+        class OnImages(v2.Transform):
+            def transform(self, found, params):
+                if isinstance(found, tv_tensors.TVTensor) and not isinstance(found, tv_tensors.Image):
+                    return found  # boxes, masks, key points
+                done.append(found)
+                generator.set_state(state)
+                out = layer.on_images(found, labels, generator)
+                return tv_tensors.wrap(out, like=found) if isinstance(found, tv_tensors.Image) else out
+
+        out = OnImages()(sample)
+        if not done:
+            self.check(sample)
+        return out
+
+    @torch.no_grad()
+    def on_images(self, images: Tensor, labels, generator: torch.Generator) -> Tensor:
+        """Images `[C, H, W]` or `[B, C, H, W]` in [0, 1], augmented: a plain tensor of their shape and type."""
         self.check(images)
         batch = images.as_subclass(Tensor).reshape(-1, *images.shape[-3:])
         if not len(batch):
             return images
         labels = self.checked(labels, len(batch))
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         x = (batch.to(self.mean) - self.mean) / self.std
         x = x if self.whiten is None else mixed(x, self.whiten)
         x = augmented(self.applied, x, labels, torch.arange(len(x), device=x.device), generator)
         x = x if self.colour is None else mixed(x, self.colour)
-        return (x * self.std + self.mean).clamp(0, 1).to(images).reshape(images.shape)
+        return (x * self.std + self.mean).clamp(0, 1).to(images.as_subclass(Tensor)).reshape(images.shape)
 
     def check(self, images) -> None:
         """A `ValueError` unless phi can take these."""
@@ -70,7 +132,10 @@ class Augment(nn.Module):
         if self.applied.bound:
             raise ValueError(f"phi {name!r} is bound to the base images that it was trained on: it takes no others")
         if not isinstance(images, Tensor):
-            raise ValueError(f"phi {name!r} takes tensors, not {type(images).__name__}: put v2.ToImage() before it")
+            what = type(images).__name__
+            if isinstance(images, tuple | list | Mapping):
+                what = f"a {what} without images"
+            raise ValueError(f"phi {name!r} takes tensors, not {what}: put v2.ToImage() before it")
         if not images.is_floating_point():
             kind = str(images.dtype).removeprefix("torch.")
             right = "ToTensor() or v2.ToDtype(torch.float32, scale=True)"
@@ -89,7 +154,10 @@ class Augment(nn.Module):
     def checked(self, labels, images: int) -> Tensor:
         """Labels of so many images: zeros for a phi that does not read them."""
         if labels is None and self.applied.conditional:
-            raise ValueError(f"phi {self.about['phi']!r} reads the labels: pass labels= with the images")
+            raise ValueError(
+                f"phi {self.about['phi']!r} reads the labels: pass labels= with the images, or samples that hold them "
+                "((image, label), {'image': ..., 'label': ...}), or set labels_getter"
+            )
         labels = torch.as_tensor(0 if labels is None else labels, device=self.mean.device)
         count = len(self.about["classes"])
         if labels.numel() not in (1, images) or labels.is_floating_point() or labels.dtype == torch.bool:

@@ -143,8 +143,8 @@ class Evaluation(Job):
     def trained(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
         """The students, and the validation accuracy of each."""
         data, config = self.data, self.config
-        if not config.eval_lr:  # a raw alpha that ran below zero teaches nothing: then students stay as they are
-            config = dataclasses.replace(config, eval_lr=max(self.distilled.stored_phi(store).alpha, 0.0))
+        if not config.eval_lr:
+            config = dataclasses.replace(config, eval_lr=learned_step_size(self.distilled, store))
         train, validation = data.train.take(self.subset.index(data)), data.validation.made()
         arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
@@ -153,6 +153,11 @@ class Evaluation(Job):
         learner = functools.partial(InstaAug, reward=config.eval_reward) if learns else None
         options = dict(augment=self.augment(), learner=learner, teacher=teacher)
         return evaluate(*arguments, **options, on_student=lambda done: tick(done, total))
+
+    def stopped(self, store: Store) -> str:
+        """The kind of `Stop` that ended phi's training early; "" if it ran to its end, or there is no phi."""
+        stop = self.distilled and self.distilled.stored(store)[1]["stopped"]
+        return stop["kind"] if stop else ""
 
     def students(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
         """The same; those that a choice has stored, or trained now and not stored (they may be large)."""
@@ -164,8 +169,16 @@ class Evaluation(Job):
         return models, meta["validation"]
 
 
+def learned_step_size(distilled: "Distillation", store: Store) -> float:
+    """alpha, which the students take where eval_lr is 0; a `ValueError` if it is no step size."""
+    alpha = distilled.stored_phi(store).alpha
+    if not alpha > 0:
+        raise ValueError(f"eval_lr=0: phi {distilled.phi!r} learned alpha {alpha:g}, must be above 0; set eval_lr")
+    return alpha
+
+
 def images_of(setup: Setup) -> tuple:
-    """What images a phi takes in this world."""
+    """What images a phi takes in this setup."""
     return public_name(setup.dataset), setup.size, setup.zca
 
 
@@ -191,7 +204,8 @@ class Score(Job):
     def work(self, store, tick):
         models, validation = self.evaluation.students(store, tick)
         test = self.data.test.opened().made()
-        return {}, {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
+        accuracies = {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
+        return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
 
 
 def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:

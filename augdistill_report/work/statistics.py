@@ -3,12 +3,14 @@
 import dataclasses
 
 import numpy as np
-from scipy.special import stdtrit
+
+BASELINE = "no augmentation"  # the label of what every gain is over
 
 
 def summary(values: list[float]) -> dict:
-    """Mean, standard deviation (n - 1 in the denominator), n, and the values themselves, in their order."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "n": len(values), "values": values}
+    """Mean, standard deviation (n - 1 in the denominator; None for one value), n, and the values, in their order."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "n": len(values), "values": values}
 
 
 def tenths(history: list[dict]) -> list[float]:
@@ -19,10 +21,14 @@ def tenths(history: list[dict]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing."""
+    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing.
+
+    `stopped` is the kind of `Stop` that ended the training of their phi early, "" for none: the text shows it.
+    """
 
     test: list[float]
     validation: list[float]
+    stopped: str = ""
 
     @property
     def mean(self) -> float:
@@ -30,14 +36,39 @@ class Accuracy:
 
     @property
     def std(self) -> float:
-        return summary(self.test)["std"]
+        """The standard deviation over students; 0 for one student."""
+        return summary(self.test)["std"] or 0.0
 
     def __str__(self):
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+        return f"{mean_and_std([100 * v for v in self.test])} %{stop_mark(self.stopped)}"
+
+    def numbers(self) -> dict:
+        """The `summary` of the test accuracies, and `stopped`, if it did."""
+        return summary(self.test) | ({"stopped": self.stopped} if self.stopped else {})
 
     def __sub__(self, other: "Accuracy") -> dict:
         """The `summary` of the differences, student by student: each pair shares initialisation and batches."""
         return summary([a - b for a, b in zip(self.test, other.test, strict=True)])
+
+
+def stop_mark(stopped) -> str:
+    """What follows a row's name or number if its run stopped early (a `Stop`, or its kind); "" if it did not."""
+    return f" (stopped: {getattr(stopped, 'kind', stopped)})" if stopped else ""
+
+
+def outcomes(results: dict) -> list[dict]:
+    """Rows for `markdown_table`: a `Distilled` each, with its loss (means over tenths), alpha, why it stopped."""
+    return [
+        {"": name, "loss, first to last tenth": tenths(r.history), "alpha": r.alpha, "stopped": str(r.stopped or "")}
+        for name, r in results.items()
+    ]
+
+
+def mean_and_std(values: list[float], form: str = ".1f", std_form: str = "") -> str:
+    """ "mean ± standard deviation", each in its number format; "mean (n = 1)" for one value."""
+    found = summary(values)
+    deviation = f"± {found['std']:{std_form or form.lstrip('+')}}" if len(values) > 1 else "(n = 1)"
+    return f"{found['mean']:{form}} {deviation}"
 
 
 def shown(value) -> str:
@@ -45,7 +76,8 @@ def shown(value) -> str:
     if value is None or value != value:
         return "not finite"
     if isinstance(value, dict) and "mean" in value:
-        return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f} % (n = {value['n']})"
+        deviation = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
+        return f"{100 * value['mean']:.1f}{deviation} % (n = {value['n']}){stop_mark(value.get('stopped'))}"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(shown, value)) + ")"
     if isinstance(value, list):
@@ -62,19 +94,22 @@ def brief(value, most: int = 400) -> str:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Rows of equal keys as a Markdown table; True is a dot."""
-    cells = [[("●" if v else "") if isinstance(v, bool) else shown(v) for v in row.values()] for row in rows]
-    return text_table(list(rows[0]), cells)
+    """A Markdown table: a line a row, a column a key; "" where a row lacks a key. True is a dot, a number is `shown`.
+
+    What has several lines or a bar stays in its cell. The one place where Markdown tables are written.
+    """
+    head = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value) -> str:
+        text = ("●" if value else "") if isinstance(value, bool) else shown(value)
+        return " ".join(text.split()).replace("|", "\\|")
+
+    lines = [[cell(name) for name in head], *([cell(row.get(name, "")) for name in head] for row in rows)]
+    first, *others = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([first, "|---" * len(head) + "|", *others]) + "\n"
 
 
-def text_table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table. What has several lines or a bar stays in its cell."""
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
-
-
-# --- reading what was found -------------------------------------------------------------------------------------------
+# --- what a sweep found: cells ----------------------------------------------------------------------------------------
 
 
 def level(value) -> float | None:
@@ -84,44 +119,80 @@ def level(value) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def over_seeds(cells: list[dict]) -> dict[str, list[dict]]:
-    """The cells by what they are apart from their seed: a name, and its cells in the order of their seeds."""
-    groups: dict[str, list[dict]] = {}
+def over_seeds(cells: list[dict]) -> dict[tuple[str, ...], list[dict]]:
+    """The cells that differ in their seed alone, in the order of their seeds.
+
+    By (panel, row, and where the grid has other axes than the seed "key value" for each).
+    """
+    groups: dict[tuple[str, ...], list[dict]] = {}
     for cell in cells:
-        rest = [f"{key} {value}" for key, value in cell["point"].items() if key != "seed"]
-        groups.setdefault(", ".join([part for part in (cell["row"], *rest) if part]) or "all", []).append(cell)
+        axes = [f"{key} {value}" for key, value in cell["point"].items() if key != "seed"]
+        groups.setdefault((cell["panel"], cell["row"], *axes), []).append(cell)
     return groups
 
 
-def spread(values: list[float]) -> str:
-    """A number over repetitions: mean ± deviation; alone, if there is one."""
-    return f"{np.mean(values):.3f}" + (f" ± {summary(values)['std']:.3f}" if len(values) > 1 else "")
+def row_label(row: tuple[str, ...]) -> str:
+    """A row of a grid, (panel, name, "axis value" ...), in words; without its panel where that is empty."""
+    panel, *rest = row
+    name = ", ".join(part for part in rest if part) or "all"
+    return f"{panel}: {name}" if panel else name
+
+
+# --- accuracies of methods over repetitions, by (method, repetition) --------------------------------------------------
 
 
 def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
-    """Scores by (method, repetition) as scores by method: the students of all repetitions together."""
+    """The accuracies of each method: the students of all repetitions together."""
     methods: dict[str, list[Accuracy]] = {}
     for (method, _), score in scores.items():
         methods.setdefault(method, []).append(score)
     return {
-        method: Accuracy([v for s in several for v in s.test], [v for s in several for v in s.validation])
+        method: Accuracy(
+            [v for s in several for v in s.test],
+            [v for s in several for v in s.validation],
+            ", ".join(sorted({s.stopped for s in several} - {""})),
+        )
         for method, several in methods.items()
     }
 
 
-def gain(scores: dict[tuple, Accuracy], method: str, plain: str = "plain images") -> dict:
-    """What a method adds to plain images: mean and 95 % interval, and over how many of what."""
-    mean, half, over = difference(scores, method, plain)
-    return {"gain in points": f"{100 * mean:+.1f} ± {100 * half:.1f}", "over": over}
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A mean difference in accuracy: `half` of its 95 % interval (None for one value), and what it is `over`."""
+
+    mean: float
+    half: float | None
+    over: str
+
+    @property
+    def significant(self) -> bool:
+        """Whether the 95 % interval excludes 0."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    def __str__(self):
+        """In points of accuracy."""
+        return f"{100 * self.mean:+.1f} " + ("(n = 1)" if self.half is None else f"± {100 * self.half:.1f}")
 
 
-def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> tuple[float, float, str]:
-    """How much better a method is than another: mean, half of its 95 % interval (Student's t), and over what.
+def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Difference:
+    """How much better a method is than another, with its 95 % interval (Student's t).
 
-    `scores` are by (method, repetition). Over repetitions, where there are several (students of one world share images,
-    experts and phi); else over students.
+    Over repetitions, where there are several (students of one repetition share images, experts and phi); else over
+    students.
     """
+    from scipy import stats  # takes a second to import
+
     found = [(score - scores[other, k])["values"] for (name, k), score in scores.items() if name == method]
-    values, of = ([np.mean(v) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
-    half = stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(half), f"{len(values)} {of}"
+    values, of = ([float(np.mean(v)) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
+    n, half = len(values), None
+    if n > 1:
+        half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return Difference(float(np.mean(values)), half, f"{n} {of if n > 1 else of.removesuffix('s')}")
+
+
+GAIN = f"gain over {BASELINE} (points, 95 % CI)"  # the head of a table's column
+
+
+def gain(scores: dict[tuple, Accuracy], method: str, baseline: str) -> str:
+    """What a method adds to the baseline, in points with the 95 % interval; "" for the baseline itself."""
+    return "" if method == baseline else str(difference(scores, method, baseline))

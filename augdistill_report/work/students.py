@@ -15,12 +15,15 @@ from augdistill_report.data.datasets import Split
 
 @torch.no_grad()
 def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
-    """The fraction of `split` that `student` with parameters `theta` `[P]` classifies right."""
+    """The fraction of `split` that `student` with parameters `theta` `[P]` classifies right.
+
+    An image with a logit that is not finite counts as wrong: `argmax` would take it for one of the first class.
+    """
     pieces = unflatten(student, theta)
     right = 0
     for part in split.batches(512):
         logits = logits_of(student, pieces, part.images)
-        right += int((logits.argmax(1) == part.labels).sum())
+        right += int(((logits.argmax(1) == part.labels) & logits.isfinite().all(1)).sum())
     return right / len(split)
 
 

@@ -20,8 +20,10 @@ from augdistill_core import DistillConfig
 from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.cli import main
+from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store
 from augdistill_report.settings import resolve
+from augdistill_report.studies import why
 from augdistill_report.studies.grid import read_grid, sweep_table
 from augdistill_report.work.crew import Crew
 from augdistill_report.work.distillation import Distillation
@@ -46,11 +48,13 @@ def swept(tmp_path_factory):
 def test_a_cell_that_fails_is_a_row_that_says_why(swept):
     _, _, sweep = swept
     cells = over_seeds(found(sweep))
-    assert list(cells) == ["U-Net", "cut", "dies", "none"] and all(len(group) == 2 for group in cells.values())
+    assert list(cells) == [("", row) for row in ("U-Net", "cut", "dies", "none")] and all(
+        len(group) == 2 for group in cells.values()
+    )
     for name in ("U-Net", "none"):
-        assert all("numbers" in cell and "error" not in cell for cell in cells[name])
-    assert all("no gradient reaches phi (Cut)" in cell["error"] for cell in cells["cut"])
-    assert all("kernel died" in cell["error"] for cell in cells["dies"])
+        assert all("numbers" in cell and "error" not in cell for cell in cells["", name])
+    assert all("no gradient reaches phi (Cut)" in cell["error"] for cell in cells["", "cut"])
+    assert all("kernel died" in cell["error"] for cell in cells["", "dies"])
     text = (sweep / "table.md").read_text()
     assert re.search(r"\| cut \|.*no gradient reaches phi", text) and re.search(r"\| U-Net \|.*± .*\| 2 \|  \|", text)
     assert (sweep / "mine.png").read_bytes().startswith(b"\x89PNG")
@@ -65,12 +69,12 @@ def test_results_do_not_say_where_files_lie(swept):
 
 
 def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path):
-    """`run.study` makes its cells without papermill: other processes, another store, the same numbers."""
+    """`why.study` makes its cells without papermill: other processes, another store, the same numbers."""
     path, _, sweep = swept
     run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "why_iterations": 0})
-    cells, cases = run.study(read_grid(path), short=False)
+    cells, cases = why.study(run, read_grid(path), short=False)
     expected = {(c["row"], c["point"]["seed"]): c for c in found(sweep) if c["row"] in ("U-Net", "none", "cut")}
-    assert set(cases) == {"U-Net", "cut", "dies", "none"}
+    assert set(cases) == {("", row) for row in ("U-Net", "cut", "dies", "none")}
     for cell in cells:
         other = expected.get((cell["row"], cell["point"]["seed"]))
         if other:
@@ -95,12 +99,12 @@ def test_a_second_sweep_runs_what_is_missing_and_nothing_else(swept, capsys):
 
 def test_the_identity_s_row_is_its_own_control(swept):
     cells = over_seeds(found(swept[2]))
-    for cell in cells["none"]:
+    for cell in cells["", "none"]:
         numbers = cell["numbers"]
         assert numbers["test accuracy"] == numbers["real images"] and numbers["gain"]["mean"] == 0
         assert numbers["matching loss"] == pytest.approx(numbers["identity at the same alpha"])
         assert numbers["change of x"] == numbers["spread of draws"] == 0
-    seeds = [[cell["numbers"]["test accuracy"] for cell in group] for group in (cells["none"], cells["U-Net"])]
+    seeds = [[cell["numbers"]["test accuracy"] for cell in group] for group in (cells["", "none"], cells["", "U-Net"])]
     assert seeds[0][0] != seeds[0][1]  # a seed is another experiment
 
 
@@ -110,9 +114,9 @@ def test_a_sweep_is_published_alone_unless_its_code_is_uncommitted(swept, tmp_pa
     shutil.copytree(run / "sweeps", other / "sweeps")
     path = other / "sweeps" / "mine" / "mine.json"
     for uncommitted in (True, False):
-        result = json.loads(path.read_text())
+        result = read_json(path, "sweep")
         result["environment"] |= {"uncommitted": uncommitted, "commit": "0" * 40}
-        path.write_text(json.dumps(result))
+        write_json(path, "sweep", result)
         if uncommitted:
             with pytest.raises(ValueError, match="mine was swept with uncommitted code"):
                 gallery.publish_sweeps("smoke", str(other), tmp_path / "gallery")
@@ -139,7 +143,7 @@ def test_a_sweep_of_which_every_cell_fails_says_so(tmp_path):
     path = grid_file(tmp_path / "grid", notebook="ill.ipynb", axes={"seed": [0]})
     nbformat.write(notebook, tmp_path / "grid" / "ill.ipynb")
     assert main(["sweep", str(path), "--out", str(tmp_path / "run")]) == 1
-    assert "RuntimeError: ill / here" in (tmp_path / "run" / "sweeps" / "mine" / "table.md").read_text()
+    assert r"RuntimeError: ill \| here" in (tmp_path / "run" / "sweeps" / "mine" / "table.md").read_text()
 
 
 def test_short_keeps_the_rows_that_the_grid_names_and_set_changes_all(tmp_path):
@@ -158,7 +162,7 @@ def test_short_keeps_the_rows_that_the_grid_names_and_set_changes_all(tmp_path):
 
 def test_a_table_groups_seeds_and_shows_means():
     def cell(row, seed, **outcome):
-        return {"row": row, "point": {"seed": seed, "width": 8}} | outcome
+        return {"panel": "", "row": row, "point": {"seed": seed, "width": 8}} | outcome
 
     numbers = [{"score": {"mean": m, "std": 0.0, "n": 2, "values": [m, m]}, "note": "x"} for m in (0.2, 0.4)]
     text = sweep_table([cell("a", k, numbers=n) for k, n in enumerate(numbers)] + [cell("b", 0, error="no\nway")])

@@ -22,8 +22,7 @@ from augdistill_report.explorer.page import Page
 from augdistill_report.explorer.state import Explorer, Noised, View, choice_titles, frames
 from augdistill_report.explorer.training import Background, Stopped, Training
 from augdistill_report.files.store import SealedFile, open_stored, write_sealed
-from augdistill_report.places import NOTEBOOKS
-from augdistill_report.settings import MENDED, REPORT_NETWORK, STUDENT_REPORT
+from augdistill_report.settings import REPORT_NETWORK, STUDENT_REPORT
 from augdistill_report.show.image_grids import difference_image, film, image_grid, png
 from augdistill_report.work.probes import phi_images
 
@@ -435,7 +434,7 @@ def test_the_report_s_setting_dies_and_the_mended_one_learns(tmp_path, opened):
     assert 'role="alert"' in status and "distnet2, SGD 1000 diverged at iteration" in status
     (died,) = page.here()
     job = died.store()
-    assert job.stored(page.run.store)[1]["stopped"] == died.stopped and job.config.iterations == 30
+    assert job.stored(page.run.store)[1]["stopped"]["reason"] == died.stopped and job.config.iterations == 30
     page.train.click()
     wait(page)
     told(page, "diverged.*start anew with other settings")
@@ -608,13 +607,3 @@ def count_of(kind: type) -> int:
 def test_the_page_says_where_it_is_live_when_it_is_not(finished, opened):
     shown = opened(finished[0])._repr_mimebundle_()
     assert "make app" in shown["text/html"] and "application/vnd.jupyter.widget-view+json" in shown
-
-
-def test_the_settings_are_those_of_notebook_03():
-    source = json.loads((NOTEBOOKS / "03_phi_distillation.ipynb").read_text())
-    code = "\n".join("".join(cell["source"]) for cell in source["cells"])
-    (line,) = (line for line in code.splitlines() if line.startswith("report = dict("))
-    scope: dict = {}
-    exec(line, scope)
-    assert scope["report"] | {"phi_lr": 1000.0} == STUDENT_REPORT
-    assert f'run.distillation("{REPORT_NETWORK}", run.base, phi_lr={MENDED["phi_lr"]})' in code

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from augdistill_core import ConvNet, DistillConfig, ExpertConfig, Phi, distill, diverged, make_phi, train_experts
+from augdistill_core import ConvNet, DistillConfig, ExpertConfig, Phi, Stop, distill, diverged, make_phi, train_experts
 from augdistill_report.files import checkpoints
 from augdistill_report.files.checkpoints import packed, unpacked
 from augdistill_report.files.store import Store
@@ -176,7 +176,7 @@ def test_a_state_after_the_last_step_gives_the_result_at_once(world):
     # what only a look after the last step finds, it finds again
     far = dict(iterations=1, phi_optimizer="SGD", phi_lr=1e8)
     undisturbed = run(world, "distnet2", **far)
-    assert undisturbed[0].stopped.startswith("diverged in the last step") and len(undisturbed[0].history) == 1
+    assert undisturbed[0].stopped.reason.startswith("diverged in the last step") and len(undisturbed[0].history) == 1
     assert same(outcome(run(world, "distnet2", resume=undisturbed[2], **far)), outcome(undisturbed))
 
 
@@ -222,7 +222,8 @@ def test_a_state_that_does_not_fit_is_refused(world, change):
 def test_minutes_stop_after_the_iteration_under_way_and_more_of_them_go_on(world):
     undisturbed = run(world, "unet_noise")
     short = run(world, "unet_noise", minutes=1e-6)
-    assert short[0].stopped == "minutes=1e-06 ran out at iteration 1 of 5" and not diverged(short[0].stopped)
+    assert short[0].stopped == Stop("minutes", "minutes=1e-06 ran out at iteration 1 of 5")
+    assert not diverged(short[0].stopped)
     assert same(short[0].history, undisturbed[0].history[:1])
     assert same(short[2]["phi"], dict(short[1]))  # what it returns is where it goes on from
     for more in (0, 60):
@@ -236,13 +237,13 @@ def test_minutes_count_what_came_before(world):
     state = run(world, "unet_noise", stop=2)[2]
     assert 0 < state["seconds"] < 60
     spent = run(world, "unet_noise", resume=state | {"seconds": 6.0}, minutes=0.1)
-    assert spent[0].stopped == "minutes=0.1 ran out at iteration 2 of 5"
+    assert spent[0].stopped == Stop("minutes", "minutes=0.1 ran out at iteration 2 of 5")
     left = run(world, "unet_noise", resume=state | {"seconds": 6.0}, minutes=60)
-    assert left[0].stopped == "" and left[2]["seconds"] > 6
+    assert left[0].stopped is None and left[2]["seconds"] > 6
 
 
 def test_a_run_that_ends_in_time_is_not_stopped(world):
-    assert run(world, "unet_noise", iterations=1, minutes=1e-6)[0].stopped == ""
+    assert run(world, "unet_noise", iterations=1, minutes=1e-6)[0].stopped is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,8 +267,8 @@ def test_a_run_that_ends_in_time_is_not_stopped(world):
 def test_an_explosion_names_its_iteration_its_setting_and_what_to_try(world, phi, changes, says):
     result, tensors, _ = run(world, phi, **changes)
     last = result.history[-1]["iteration"]
-    assert diverged(result.stopped) and result.stopped.startswith(f"diverged at iteration {last}: ")
-    assert re.search(says, result.stopped), result.stopped
+    assert result.stopped.kind == "diverged" and str(result.stopped).startswith(f"diverged at iteration {last}: ")
+    assert re.search(says, str(result.stopped)), result.stopped
     assert math.isfinite(result.alpha) and all(t.isfinite().all() for t in tensors.values())
     if last:
         assert result.alpha == result.history[last - 1]["alpha"]
@@ -544,7 +545,7 @@ def test_a_budget_leaves_a_valid_result_and_a_checkpoint_to_go_on_from(store, fi
     short = with_config(minutes=1e-6)
     short.run(store)
     result = short.stored_phi(store)
-    assert result.stopped == "minutes=1e-06 ran out at iteration 1 of 70" and len(result.history) == 1
+    assert str(result.stopped) == "minutes=1e-06 ran out at iteration 1 of 70" and len(result.history) == 1
     assert progress(store) == 1
     scored = Evaluation(SETUP, JOB.subset, EvalConfig(eval_students=2, eval_steps=4), short).stored(store)[1]
     assert len(scored["validation"]) == 2
@@ -617,7 +618,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=2m none '{disk}'"
     script = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    script += f"import {Path(__file__).stem} as here; here.on_a_full_disk(Path({str(disk)!r}))"
+    script += f"import test_checkpoints; test_checkpoints.on_a_full_disk(Path({str(disk)!r}))"
 
     def apart(command: str) -> subprocess.CompletedProcess:
         apart = ["unshare", "--map-root-user", "--mount", "sh", "-c", command, sys.executable, script]

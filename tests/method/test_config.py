@@ -105,7 +105,7 @@ def test_a_configuration_is_frozen():
 
 def test_part_takes_its_values_from_the_whole_then_changes_them():
     whole = Whole(steps=9, rate=0.1, mode="b")
-    assert whole.part(Part) == Part(steps=9, rate=0.1)
-    assert whole.part(Part, rate="0.2") == Part(steps=9, rate=0.2)
+    assert whole.select(Part) == Part(steps=9, rate=0.1)
+    assert whole.select(Part, rate="0.2") == Part(steps=9, rate=0.2)
     with pytest.raises(ValueError, match="steps=0"):
-        whole.part(Part, steps=0)
+        whole.select(Part, steps=0)

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 
 from augdistill_core import (
     PHIS,
+    Added,
+    Applied,
     ConvNet,
     DistillConfig,
     ExpertConfig,
     Phi,
+    Stored,
     distill,
     make_phi,
     register_phi,
@@ -350,3 +353,23 @@ def test_the_same_definition_may_be_registered_again_and_another_may_not():
             register_phi("mine")(DistNet)
     finally:
         phi_module._REGISTRY.pop("mine", None)
+
+
+def test_what_wraps_phis_claims_what_they_claim():
+    images = torch.zeros(3, 1, 8, 8)
+    claims = ("stochastic", "conditional", "positional", "bound", "starts_as_identity")
+    noisy, stored, plain = make_phi("unet_noise", images, 3, 0), make_phi("pixels", images, 3, 0), torch.nn.Identity()
+
+    def claimed(phi):
+        return {claim for claim in claims if getattr(phi, claim)}
+
+    for phi, expected in {
+        phi_module.Chain([noisy, stored]): {"stochastic", "positional", "bound", "starts_as_identity"},
+        phi_module.Chain([noisy, plain]): {"stochastic"},
+        Applied(stored): {"positional", "bound", "starts_as_identity"},
+        Applied(stored, probability=0.5): {"stochastic", "positional", "bound", "starts_as_identity"},
+        Applied(plain): set(),
+        Stored(noisy): {"stochastic"},  # a blank image is not x
+        Added(make_phi("unet_class_noise", images, 3, 0)): {"stochastic", "conditional", "positional"},
+    }.items():
+        assert claimed(phi) == expected, phi

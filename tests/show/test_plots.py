@@ -19,3 +19,11 @@ def test_a_number_stands_out_against_its_bar(name):
     axis = plots.bars({name: Accuracy([0.9, 0.8], [0.9, 0.8])}).axes[0]
     inside, behind = brightness(axis.texts[0].get_color()), brightness(axis.patches[0].get_facecolor())
     assert (max(inside, behind) + 0.05) / (min(inside, behind) + 0.05) >= 4.5
+
+
+def test_a_name_has_one_look_and_a_row_brings_its_own():
+    rows = {"mine": plots.Style("my method", "#123456", "^", ":")}
+    assert plots.look("mine", rows) == rows["mine"]
+    assert plots.look(("mine", "10 %"), rows) == plots.Style("my method, 10 %", "#123456", "^", ":")
+    assert plots.look(("pixels (MTT)", "step size .01")).colour == plots.look("pixels (MTT)").colour == "#d55e00"
+    assert plots.look("a phi on 10 %").colour != plots.look("a phi").colour  # names are not parsed

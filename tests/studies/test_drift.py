@@ -1,4 +1,4 @@
-"""What methods miss of where all the data lead: against plain SGD and closed forms."""
+"""How far from the target students end, by each method: against plain SGD and closed forms."""
 
 import itertools
 
@@ -46,16 +46,16 @@ def step(setup: Setup, start: torch.Tensor, images, labels) -> torch.Tensor:
 def test_without_noise_it_is_the_distance_of_two_steps(store, start):
     setup = resolve("smoke", WHOLE).select(Setup)
     train = setup.load().train
-    methods = (("part", evaluation(setup, 0.1)), ("all", evaluation(setup, 1.0)))
+    methods = (("subset", evaluation(setup, 0.1)), ("all", evaluation(setup, 1.0)))
     found = drift.Drift(setup, start, methods).stored(store)[1]
-    for expert, way in enumerate(load_trajectories(setup, store).trajectories):
-        part = train.take(Subset(0, fraction=0.1).index(setup.load()))
-        where, there = (step(setup, way[start], split.images, split.labels) for split in (train, part))
-        length, missed = float(where.square().sum()), float((there - where).square().sum())
+    for expert, trajectory in enumerate(load_trajectories(setup, store).trajectories):
+        subset = train.take(Subset(0, fraction=0.1).index(setup.load()))
+        where, there = (step(setup, trajectory[start], split.images, split.labels) for split in (train, subset))
+        length, remaining = float(where.square().sum()), float((there - where).square().sum())
         assert found["length"][expert] == pytest.approx(length, rel=1e-3)
-        assert found["missed"]["part"][expert] == pytest.approx(missed, rel=1e-3)
-        assert abs(found["noise"][expert]) < 1e-3 * length > abs(found["missed"]["all"][expert])
-        assert missed > 0.01 * length
+        assert found["remaining"]["subset"][expert] == pytest.approx(remaining, rel=1e-3)
+        assert abs(found["noise"][expert]) < 1e-3 * length > abs(found["remaining"]["all"][expert])
+        assert remaining > 0.01 * length
 
 
 def test_what_two_have_in_common_leaves_their_noise_out():
@@ -70,43 +70,43 @@ def test_what_two_have_in_common_leaves_their_noise_out():
     assert across == pytest.approx(float(one @ other))
 
 
-def test_all_the_data_by_the_experts_augmentation_miss_nothing_but_by_chance(store):
-    """Small batches and an augmentation: the noise is left out on both sides; a plain part does miss something."""
+def test_all_the_data_with_the_experts_augmentation_reach_the_target_but_for_chance(store):
+    """Small batches and an augmentation: the noise is left out on both sides; a subset does not reach the target."""
     settings = resolve("smoke", dict(experts=3, expert_augment="affine", max_start_epoch=1, iterations=1))
     setup = settings.select(Setup)
     phi = Distillation(setup, "policy", Subset(0, fraction=0.1), settings.select(DistillConfig))
     methods = {
         "as the experts": evaluation(setup, 1.0, eval_augment="affine"),
-        "part": evaluation(setup, 0.1),
+        "subset": evaluation(setup, 0.1),
         "phi": evaluation(setup, 0.1, phi),
         "phi, not applied": evaluation(setup, 0.1, phi, phi_strength=0.0),
-        "phi, then by hand": evaluation(setup, 0.1, phi, eval_augment="affine"),
+        "phi, then affine": evaluation(setup, 0.1, phi, eval_augment="affine"),
     }
     found = drift.Drift(setup, 2, tuple(methods.items())).stored(store)[1]
-    missed = found["missed"]
-    assert missed["phi, not applied"] == missed["part"] and missed["phi"] != missed["part"]
-    assert missed["phi, then by hand"] != missed["phi"]
+    remaining = found["remaining"]
+    assert remaining["phi, not applied"] == remaining["subset"] and remaining["phi"] != remaining["subset"]
+    assert remaining["phi, then affine"] != remaining["phi"]
     shares = drift.shares(found)
     value, error = shares["as the experts"]
-    assert abs(value) < 4 * error + 0.02 and shares["part"][0] > 0.1 > value
+    assert abs(value) < 4 * error + 0.02 and shares["subset"][0] > 0.1 > value
     assert 0 < shares[drift.NOISE][0] < 1
 
 
-def test_shares_by_hand():
-    found = {"length": [1.0, 3.0], "noise": [1.0, 1.0], "missed": {"a": [0.5, 1.5], "b": [1.0, 0.0]}}
+def test_shares_in_closed_form():
+    found = {"length": [1.0, 3.0], "noise": [1.0, 1.0], "remaining": {"a": [0.5, 1.5], "b": [1.0, 0.0]}}
     shares = drift.shares(found)
     assert shares[drift.NOISE][0] == pytest.approx(2 / 6) and shares["a"] == pytest.approx((0.5, 0.0))
     value, error = shares["b"]  # 1/4: what each differs by from it, .75 and -.75, in mean lengths of 2
     assert (value, error) == pytest.approx((0.25, np.std([0.375, -0.375], ddof=1) / 2**0.5))
-    one = {"length": [2.0], "noise": [2.0], "missed": {"a": [1.0]}}
+    one = {"length": [2.0], "noise": [2.0], "remaining": {"a": [1.0]}}
     assert drift.shares(one) == {drift.NOISE: (0.5, None), "a": (0.5, None)}
 
 
 def test_the_picture_has_a_curve_a_method():
     found = {
-        0: {drift.NOISE: (0.1, 0.0), "plain images": (0.5, 0.1)},
-        40: {drift.NOISE: (0.7, 0.1), "plain images": (2, None)},
+        0: {drift.NOISE: (0.1, 0.0), "no augmentation": (0.5, 0.1)},
+        40: {drift.NOISE: (0.7, 0.1), "no augmentation": (2, None)},
     }
     figure = plots.drift_panels({"1 %": found, "10 %": found}, drift.NOISE)
     assert [len(axis.containers) for axis in figure.axes] == [2, 2]  # a method, and the noise
-    assert [t.get_text() for t in figure.axes[-1].get_legend().get_texts()] == ["plain images", drift.NOISE]
+    assert [t.get_text() for t in figure.axes[-1].get_legend().get_texts()] == ["no augmentation", drift.NOISE]

@@ -13,13 +13,14 @@ from augdistill_report.commands.preflight import preflight
 from augdistill_report.data.datasets import Sealed, load
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.show import plots
-from augdistill_report.studies import drift, subsets
+from augdistill_report.studies import drift, subset_methods, subsets
+from augdistill_report.studies.subset_methods import FULL, HAND, LEARNED, Method, every_method, methods
 from augdistill_report.work import scoring, students
 from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import MAX_LOOKS, EvalConfig, Evaluation, Patience, Score, train_student
 from augdistill_report.work.setup import Setup
-from augdistill_report.work.statistics import Accuracy, brief, markdown_table
+from augdistill_report.work.statistics import GAIN, Accuracy, brief, difference, gain, markdown_table
 from augdistill_report.work.students import STUDENTS, accuracy, accuracy_of
 
 
@@ -29,12 +30,12 @@ class Opened(list):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run of the smoke preset with two parts of one size: choices, scores, and when the test split was opened."""
+    """A run of the smoke preset with two subsets of one size: choices, scores, and when the test split was opened."""
     changes = dict(preset="smoke", out=str(tmp_path_factory.mktemp("run")), fractions="0.1", subset_repeats=2)
     run, opened, real = open_run("05_subset_evaluation", changes), Opened(), Sealed.opened
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sealed, "opened", lambda split: opened.append("opened") or real(split))
-        run.distill({(name, t.number): j for t in subsets.trials(run.settings) for name, j in t.learned(0.1).items()})
+        run.distill({(id, t.number): j for t in subsets.trials(run.settings) for id, j in t.learned(0.1).items()})
         chosen = subsets.choose(run, [0.1])
         before = len(opened)
         jobs = subsets.evaluations(run, chosen)
@@ -84,23 +85,23 @@ def both(data, count=20):
 
 def test_every_method_has_the_same_protocol(world):
     run, jobs = world["run"], world["jobs"]
-    rows = subsets.methods(run.settings, 0.1)
-    assert {name for name, _, _ in jobs} == {*rows, "all the data"}
+    rows = methods(run.settings, 0.1) | {FULL.id: FULL}
+    assert {id for id, _, _ in jobs} == {*rows}
     free = {"eval_augment", "eval_labels", "eval_magnitude", "eval_reward", "eval_lr"}
     free |= {"eval_augment_probability", "phi_strength", "phi_probability"}
     same = [{k: v for k, v in job.config.to_dict().items() if k not in free} for job in jobs.values()]
     assert all(config == same[0] for config in same) and same[0]["eval_steps"] == run.settings.subset_eval_steps
-    for (name, _, k), job in jobs.items():
-        assert job.config.eval_augment == rows.get(name, subsets.Method()).augment
-        if name != "all the data":
+    for (id, _, k), job in jobs.items():
+        assert job.config.eval_augment == rows[id].augment
+        if id != FULL.id:
             assert job.subset == Subset(run.settings.seed + k, fraction=0.1)
-            assert not job.distilled or job.distilled.subset == job.subset  # it learned on that very part
-    assert [k for name, _, k in jobs if name == "all the data"] == [0]
-    identity, plain = ([world["scores"][name, 0.1, k].test for k in (0, 1)] for name in ("identity", "plain images"))
+            assert not job.distilled or job.distilled.subset == job.subset  # it learned on that very subset
+    assert [k for id, _, k in jobs if id == FULL.id] == [0]
+    identity, plain = ([world["scores"][name, 0.1, k].test for k in (0, 1)] for name in ("identity", "none"))
     assert identity == plain
 
 
-def test_parts_are_nested_and_stratified():
+def test_subsets_are_nested_and_stratified():
     data, settings = load("digits", 8), resolve("smoke", {"subset_repeats": 3})
     for trial in subsets.trials(settings):
         parts = [set(trial.subset(f).index(data).tolist()) for f in (0.01, 0.1, 0.5)]
@@ -111,29 +112,40 @@ def test_parts_are_nested_and_stratified():
     assert first != second
 
 
+PLAIN = Method("none", "no augmentation", "control", "black")
+
 RANDAUGMENT_S_OWN = ("eval_magnitude", "eval_augment_probability")
 
 
 def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world):
     run, first = world["run"], subsets.trials(world["run"].settings)[0]
-    for name, method in subsets.methods(run.settings, 0.1).items():
+    for name, method in methods(run.settings, 0.1).items():
         options = method.options(run.settings)
-        if name == subsets.both(run.settings):
-            own = world["chosen"]["RandAugment", 0.1]
+        if name == "phi_randaugment":
+            own = world["chosen"]["randaugment", 0.1]
             options = [o for o in options if all(o[key] == own[key] for key in RANDAUGMENT_S_OWN)]
         jobs = [first.scored(method, 0.1, option) for option in options]
         means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs]
         assert world["chosen"][name, 0.1] == options[means.index(max(means))]
-    ways = [(magnitude, often) for magnitude in (2, 9) for often in (1.0, 0.5)]
-    options = subsets.Method(augment="randaugment").options(run.settings)
-    assert [tuple(o[key] for key in RANDAUGMENT_S_OWN) for o in options] == ways
-    by_hand = subsets.Method(augment="dsa").options(run.settings)
-    assert [o["eval_augment_probability"] for o in by_hand] == [1.0, 0.5]  # a phi has that choice, too
-    for learns_or_none in ("instaaug", "none"):
-        options = subsets.Method(augment=learns_or_none).options(run.settings)
-        assert not any("eval_augment_probability" in option for option in options)
+    rows = methods(run.settings, 0.1)
+    expected = [(magnitude, often) for magnitude in (2, 9) for often in (1.0, 0.5)]
+    options = rows["randaugment"].options(run.settings)
+    assert [tuple(o[key] for key in RANDAUGMENT_S_OWN) for o in options] == expected
+    assert [o["eval_augment_probability"] for o in rows["dsa"].options(run.settings)] == [1.0, 0.5]
+    assert [(o["phi_strength"], o["phi_probability"]) for o in rows["policy"].options(run.settings)] == [
+        (1.0, 1.0),
+        (0.5, 1.0),
+        (1.0, 0.5),
+    ]
+    for learns_or_none in ("instaaug", "none", "identity", "pixels_mtt"):
+        options = rows[learns_or_none].options(run.settings)
+        assert not any({"eval_augment_probability", "phi_probability"} & set(option) for option in options)
+    for taught in ("none", "randaugment", "affine"):  # as many choices as the same augmentation in its own row
+        theirs = methods(dataclasses.replace(run.settings, taught_augment=taught), 0.1)
+        count = {"none": 1, "randaugment": 4, "affine": 2}[taught]
+        assert len(theirs["experts_augmentation"].options(run.settings)) == count
     rates = Settings(subset_lrs="0.01, 0.1")
-    assert [o["eval_lr"] for o in subsets.Method().options(rates)] == [0.01, 0.1]
+    assert [o["eval_lr"] for o in rows["none"].options(rates)] == [0.01, 0.1]
     for wrong in ("", "0.1, x", "0", "-1", "inf"):
         with pytest.raises(ValueError, match=r"subset_lrs=.*must be different step sizes above 0"):
             Settings(subset_lrs=wrong)
@@ -143,7 +155,7 @@ def test_an_augmentation_is_applied_to_as_many_images_as_asked(world):
     run, first = world["run"], subsets.trials(world["run"].settings)[0]
 
     def job(**option):
-        return first.scored(subsets.Method(), 0.1, option)
+        return first.scored(PLAIN, 0.1, option)
 
     never, half, always = (job(eval_augment="crop_flip", eval_augment_probability=p) for p in (0.0, 0.5, 1.0))
     plain, *others = (j.stored(run.store)[0]["0/features.0.weight"] for j in (job(), half, always))
@@ -161,7 +173,7 @@ def test_the_second_budget_is_the_same_but_for_its_end(world):
     settings = dataclasses.replace(world["run"].settings, subset_patience=2, subset_eval_steps=80)
     how = subsets.budgets(settings)
     assert list(how) == ["until it stops"]
-    config = subsets.trials(settings)[0].scored(subsets.Method(), 0.1, {}, **how["until it stops"]).config
+    config = subsets.trials(settings)[0].scored(PLAIN, 0.1, {}, **how["until it stops"]).config
     assert (config.eval_patience, config.eval_steps) == (2, 20)
 
 
@@ -170,24 +182,24 @@ def test_dc_bench_s_budget_is_its_protocol_with_the_row_s_augmentation(world):
     how = subsets.budgets(settings)
     assert list(how) == ["DC-Bench"]
     option = dict(eval_augment="dsa", eval_lr=0.5)
-    config = subsets.trials(settings)[0].scored(subsets.Method(augment="dsa"), 0.5, option, **how["DC-Bench"]).config
+    config = subsets.trials(settings)[0].scored(PLAIN, 0.5, option, **how["DC-Bench"]).config
     assert (config.eval_batch, config.eval_lr, config.eval_momentum, config.eval_decay) == (256, 0.01, 0.9, 5e-4)
     assert config.eval_augment == "dsa" and config.steps(600) == 7 * 3  # batches of 256
 
 
 def test_a_table_may_have_some_rows_only(world):
     def rows(text, fraction=0.1):
-        return list(subsets.methods(dataclasses.replace(world["run"].settings, subset_rows=text), fraction))
+        return list(methods(dataclasses.replace(world["run"].settings, subset_rows=text), fraction))
 
-    assert rows("") == list(subsets.every_method(world["run"].settings))
-    assert rows("policy, DSA, identity") == ["plain images", "identity", "DSA", "policy"]
-    assert rows("policy, DSA", 0.5) == ["plain images", "DSA"]  # above policy_fraction
-    with pytest.raises(ValueError, match="subset_rows='DSA, dropout': no row is 'dropout'; must be among identity, "):
-        rows("DSA, dropout")
+    assert rows("") == [method.id for method in every_method(world["run"].settings)]
+    assert rows("policy, dsa, identity") == ["none", "identity", "dsa", "policy"]
+    assert rows("policy, dsa", 0.5) == ["none", "dsa"]  # above policy_fraction
+    with pytest.raises(ValueError, match="subset_rows='dsa, dropout': no row is 'dropout'; must be among identity, "):
+        rows("dsa, dropout")
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
     assert set(subsets.trials(settings)[0].learned(0.1)) == {"policy", "identity"}
-    few = {key: score for key, score in world["scores"].items() if key[0] in ("plain images", "policy", "all the data")}
-    assert "against" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
+    few = {key: score for key, score in world["scores"].items() if key[0] in ("none", "policy", "all")}
+    assert "compared with" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
 
 
 # --- until it stops improving -----------------------------------------------------------------------------------------
@@ -279,84 +291,150 @@ def test_unknown_students_are_refused():
 
 
 def made_up():
-    """Two trials of three students: phi is clearly better than plain images, RandAugment is not told apart."""
+    """Two trials of three students: phi is significantly better than no augmentation, RandAugment is not."""
     values = {
-        "plain images": [[0.50, 0.52, 0.51], [0.50, 0.50, 0.51]],
-        "RandAugment": [[0.50, 0.62, 0.51], [0.50, 0.49, 0.50]],
-        "unet_noise": [[0.80, 0.82, 0.81], [0.80, 0.80, 0.81]],
+        "none": [[0.50, 0.52, 0.51], [0.50, 0.50, 0.51]],
+        "randaugment": [[0.50, 0.62, 0.51], [0.50, 0.49, 0.50]],
+        "phi": [[0.80, 0.82, 0.81], [0.80, 0.80, 0.81]],
     }
     return {(n, 0.1, k): Accuracy(v, v) for n, several in values.items() for k, v in enumerate(several)}
 
 
 def test_differences_and_words_are_those_of_the_numbers():
-    here = subsets.at(made_up(), 0.1)
-    mean, half, over = subsets.difference(here, "unet_noise", "plain images")
-    assert (mean, half, over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
-    assert subsets.significantly_better(here, "unet_noise", "plain images") and not subsets.significantly_better(
-        here, "plain images", "unet_noise"
-    )
+    here, rows = subsets.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
+    its = difference(here, "phi", "none")
+    assert (its.mean, its.half, its.over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
+    assert its.significant
     # .0333 and -.0067 on average: Student's t with one degree of freedom is 12.7
-    mean, half, _ = subsets.difference(here, "RandAugment", "plain images")
-    assert mean == pytest.approx(0.04 / 3) and half == pytest.approx(12.706 * 0.02, rel=1e-3)
-    assert subsets.against(here, "RandAugment", "plain images") == (
-        "*RandAugment* against *plain images*: +1.3 ± 25.4 points, not told apart"
+    its = difference(here, "randaugment", "none")
+    assert its.mean == pytest.approx(0.04 / 3) and its.half == pytest.approx(12.706 * 0.02, rel=1e-3)
+    assert not its.significant
+    assert subsets.compared(here, "randaugment", "none", rows) == (
+        "*RandAugment* compared with *no augmentation*: +1.3 ± 25.4 points, not significantly different"
     )
-    assert subsets.against(here, "plain images", "unet_noise").endswith("-30.0 ± 0.0 points, worse")
-    assert subsets.by_method(made_up())["RandAugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
+    assert subsets.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
+    assert subsets.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     run, scores = world["run"], world["scores"]
-    cost = subsets.seconds(run, world["jobs"])
-    rows = subsets.subset_table(scores, world["chosen"], cost, 0.1)
-    pooled = subsets.by_method(scores)
-    assert [row["10 % of the data"] for row in rows] == list(subsets.methods(run.settings, 0.1))
-    for row in rows:
-        name = row["10 % of the data"]
-        assert row["test accuracy"] == str(pooled[name][0.1])
-        if name != "plain images":
-            found = subsets.gained(scores, name, 0.1)
-            assert row["gain in points"] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
+    cost, methods_here = subsets.seconds(run, world["jobs"]), methods(run.settings, 0.1)
+    table = subsets.subset_table(run.settings, scores, world["chosen"], cost, 0.1)
+    pooled, stored, gains = subsets.by_method(scores), subsets.as_results(scores), subsets.gains_by_method(scores)
+    assert [row["10 % subset"] for row in table] == [method.label for method in methods_here.values()]
+    for row, (id, method) in zip(table, methods_here.items(), strict=True):
+        assert row["test accuracy (n = 4 students)"] == str(pooled[id][0.1])
+        assert stored[id]["0.1"]["values"] == pooled[id][0.1].test
+        assert row[GAIN] == gain(subsets.at(scores, 0.1), id, "none")
+        if id != "none":
+            found = gains[id]["0.1"]
+            assert row[GAIN] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
             assert found["over"] == "2 repetitions"
-        learning, epoch = cost[name, 0.1]
-        assert epoch > 0 and (learning > 0) == bool(subsets.methods(run.settings, 0.1)[name].learned)
-    assert markdown_table(rows).count("\n") == len(rows) + 2
+        learning, epoch = cost[id, 0.1]
+        assert epoch > 0 and (learning > 0) == bool(method.phi)
+    assert markdown_table(table).count("\n") == len(table) + 2
     words = subsets.verdict(scores, run.settings)
-    best = max((n for n in pooled if n != "all the data"), key=lambda n: pooled[n][0.1].mean)
-    assert f"**10 %**: *{best}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
-    assert f"All the data, plain, give {pooled['all the data'][1.0]}" in words
+    best = max((id for id in pooled if id != FULL.id), key=lambda id: pooled[id][0.1].mean)
+    assert f"**10 %**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    assert f"{FULL.label}: {pooled[FULL.id][1.0]}." in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
     words = subsets.verdict(scores | perfect, run.settings)
-    assert "*identity* is best" in words and "*identity* against" not in words  # it has learned nothing
-    both = subsets.side_by_side(scores, scores, "until it stops")
-    assert both[0]["10 %"] == "; ".join(2 * [str(pooled["plain images"][0.1])]) and both[-1]["100 %"]
+    assert "*identity* is best" in words and "*identity* compared" not in words  # it has learned nothing
+    both = subsets.side_by_side(run.settings, scores, scores, "until it stops")
+    assert both[0]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[-1]["100 %"]
 
 
-def test_readme_s_table_leaves_out_second_budgets_and_other_students():
+def test_readme_s_table_is_of_equal_updates():
     score = {"mean": 0.5, "std": 0.1, "n": 3, "values": [0.4, 0.5, 0.6]}
-    numbers = {
-        f"{prefix}plain images, {part}%": score for prefix in ("", "until it stops: ", "mlp: ") for part in (1, 10)
-    }
+    found = {"none": {"0.01": score, "0.1": score}, "policy": {"0.01": score}}
+    methods_there = {"none": "no augmentation", "policy": "policy"}
+    other = {"test accuracy": {"until it stops": found}, "test accuracy of other students": {"mlp": found}}
+    equal = {"methods": methods_there, "test accuracy": {"equal updates": found} | other["test accuracy"]}
     results = {
-        "03_phi_distillation": {"numbers": {}},
-        "05_subset_evaluation": {"numbers": numbers},
-        "07_unseen_images": {"numbers": {"few: plain images": score}},
+        "03_phi_distillation": {"numbers": {"identity": score}},
+        "05_subset_evaluation": {"numbers": other | equal},
+        "07_unseen_images": {"numbers": {"test accuracy": {"no augmentation": score}}},
     }
-    lines = [line for line in gallery.result_tables(results).splitlines() if "plain images" in line]
-    assert lines == [
-        "| plain images | 50.0 ± 10.0 % (n = 3) | 50.0 ± 10.0 % (n = 3) |",
-        "| plain images | 50.0 ± 10.0 % (n = 3) |",
+    assert gallery.result_tables(results).split("\n\n")[1].splitlines() == [
+        "| subset | 1 % | 10 % |",
+        "|---|---|---|",
+        "| no augmentation | 50.0 ± 10.0 % (n = 3) | 50.0 ± 10.0 % (n = 3) |",
+        "| policy | 50.0 ± 10.0 % (n = 3) |  |",
     ]
+
+
+def test_a_method_is_added_in_one_place(world, monkeypatch):
+    """A row in the list is in the table, the choices, every picture, the drifts and among the carried-over methods."""
+    settings, (first, *_) = world["run"].settings, subsets.trials(world["run"].settings)
+    policy = {method.id: method for method in every_method(settings)}["policy"]
+    mine = dataclasses.replace(policy, id="mine", label="my method", colour="#123456", marker="<", small=False)
+    mine = dataclasses.replace(mine, phi="policy+policy", augment="dsa", carried=True)
+    quiet = dataclasses.replace(mine, id="quiet", label="quiet", phi="", drift=False, carried=False)
+    real = every_method
+    monkeypatch.setattr(subset_methods, "every_method", lambda s: [*real(s), mine, quiet])
+    assert list(methods(settings, 0.5))[-2:] == ["mine", "quiet"]  # not only on small subsets
+    assert list(methods(dataclasses.replace(settings, subset_rows="mine"), 0.1)) == ["none", "mine"]
+    job = first.learned(0.1)["mine"]
+    assert job.phi == "policy+policy" and job.config.draws == 2 and job.setup.expert_augment == settings.taught_augment
+    assert "quiet" not in first.learned(0.1)
+    option = mine.options(settings)[0]
+    assert first.scored(mine, 0.1, option).distilled == job and option["eval_augment"] == "dsa"
+    # what tables and pictures say
+    chosen, ids = world["chosen"] | {(id, 0.1): option for id in ("mine", "quiet")}, ("mine", "quiet")
+    scores = world["scores"] | {(id, 0.1, k): Accuracy([0.9, 0.9], [0.9, 0.9]) for id in ids for k in (0, 1)}
+    cost = {(id, f): (1.0, 1.0) for id, f, _ in scores}
+    table = subsets.subset_table(settings, scores, chosen, cost, 0.1)
+    assert [row["10 % subset"] for row in table][-2:] == ["my method", "quiet"]
+    assert "*my method* is best" in subsets.verdict(scores, settings)
+    series, rows = subsets.by_method(scores), subsets.shown_rows(settings)
+    full = series.pop(FULL.id)[1.0]
+    panels = subsets.panels(settings, series)
+    assert "mine" in panels["phi, distilled images and soft labels"] and "quiet" in panels["augmentations"]
+    history = [{"iteration": 0, "loss": 0.5, "alpha": 0.1}]
+    for figure, label in (
+        (plots.by_fraction(panels, full, rows), "my method"),
+        (plots.curves({("mine", "10 %"): history}, rows=rows), "my method, 10 %"),
+        (plots.drift_panels({"": {0: {drift.NOISE: (0.1, None), "mine": (0.2, 0.1)}}}, drift.NOISE, rows), "my method"),
+    ):
+        lines = [
+            h for axis in figure.axes for h, its in zip(*axis.get_legend_handles_labels(), strict=True) if its == label
+        ]
+        colours = [getattr(line, "lines", [line])[0].get_color() for line in lines]
+        assert colours and set(colours) == {"#123456"}
+    # the jobs that its flags ask for
+    student = dataclasses.replace(settings, subset_students="mlp")
+    carried = subsets.other_students(type("Run", (), {"settings": student}), 0.1, chosen)
+    assert ("mlp", "mine", 0) in carried and ("mlp", "quiet", 0) not in carried
+    asked = []
+    watched = type("Run", (), dict(settings=settings, data=world["run"].data, store=world["run"].store))
+    watched.probe = lambda jobs: asked.extend(jobs.values()) or {}
+    subsets.drifts(watched, 0.1, chosen)
+    assert all("mine" in dict(job.methods) and "quiet" not in dict(job.methods) for job in asked) and asked
+
+
+@pytest.mark.parametrize("dataset", ["digits", "fashion"])
+def test_methods_are_told_apart_in_every_picture(dataset):
+    settings = resolve("smoke", {"dataset": dataset})
+    rows = every_method(settings)
+    for key in ("id", "label"):
+        assert len({getattr(row, key) for row in rows}) == len(rows)
+    for panel in subset_methods.PANELS:
+        assert len({row.colour for row in rows if row.panel == panel}) == sum(row.panel == panel for row in rows)
+    assert len({row.colour for row in rows if row.drift}) == sum(row.drift for row in rows)
+    assert all(row.colour == plots.COLOURS[row.label] for row in rows if row.label in plots.COLOURS)
+    assert {row.id for row in rows if row.group == LEARNED and not row.phi} == {"instaaug"}
+    assert all(row.follows in {"", *(other.id for other in rows)} for row in rows)
+    assert {row.id for row in rows if row.group == HAND} >= {"dsa", "crop_flip", "randaugment"}
 
 
 def test_pictures_show_each_method_on_the_same_images(world):
     run = world["run"]
     images, titles = subsets.pictures(run, 0.1, world["chosen"])
-    unchanged = {"plain images", "identity", subsets.SOFT}
-    assert titles == list("01234567") and set(images) == {"x", *subsets.methods(run.settings, 0.1)} - unchanged
+    changed = {row.label for row in methods(run.settings, 0.1).values() if row.group != "control"}
+    assert titles == list("01234567") and set(images) == {"x", *changed} and len(changed) == 15
     assert all(shown.shape == (8, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
     assert not any(torch.equal(images[name], images["x"]) for name in images if name != "x")
-    insta = subsets.insta(subsets.trials(run.settings)[0], 0.1, {"eval_augment": "instaaug"})
+    insta = subsets.trained_instaaug(world["jobs"]["instaaug", 0.1, 0])
     assert not torch.equal(
         insta.ends(run.data.train.images[:2]), insta.limit * torch.sigmoid(insta.start.expand(2, -1, 2))
     )
@@ -390,7 +468,7 @@ def test_a_method_that_changes_the_shape_or_returns_nan_is_named():
 def test_a_phi_that_was_trained_for_another_data_set_is_refused():
     setup = Setup(size=8)
     world = subsets.trials(resolve("smoke"))[0]
-    job = world.learned(0.1)["unet_noise"]
+    job = world.learned(0.1)["phi"]
     for changes, ours in (
         (dict(dataset="fashion", size=8), "fashion, 8, False"),
         (dict(size=16), "digits, 16, False"),
@@ -421,18 +499,20 @@ def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
     experts = load_trajectories(subsets.trials(run.settings)[0].setup(run.settings.taught_augment), run.store)
     every = -(-len(run.data.train) // run.settings.expert_batch)  # a snapshot an epoch
     assert list(found) == [0, every * ((experts.snapshots - 2) // 2), every * (experts.snapshots - 2)]
-    rows = ["plain images", "the experts' augmentation", "RandAugment", *subsets.FOLLOWERS]
+    rows = ["none", "experts_augmentation", "randaugment"]
+    rows += ["policy", "unet_policy", "pixels_policy", "pixels_augmented"]
     for by_name in found.values():
         assert list(by_name) == [drift.NOISE, *rows]
         assert all(error is not None for _, error in by_name.values())
-    table = subsets.drift_table(found, 0.1)
-    assert [row["10 %"] for row in table] == [drift.NOISE, *rows]
-    value, error = found[0]["plain images"]
+    table = subsets.drift_table(run.settings, found, 0.1)
+    labels = [methods(run.settings, 0.1)[id].label for id in rows]
+    assert [row["10 % subset"] for row in table] == [drift.NOISE, *labels]
+    value, error = found[0]["none"]
     assert table[1]["from step 0"] == f"{value:.2f} ± {error:.2f}"
 
 
-def test_one_part_is_a_picture_of_its_own():
-    scores = {name: Accuracy([0.5, 0.52, 0.54], [0.5] * 3) for name in ("plain images", "policy")}
+def test_one_size_is_a_picture_of_its_own():
+    scores = {name: Accuracy([0.5, 0.52, 0.54], [0.5] * 3) for name in ("no augmentation", "policy")}
     (axis,) = plots.accuracy_dots(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
     assert [t.get_text() for t in axis.get_yticklabels()] == [f"{name}   52.0 ± 2.0 %" for name in scores]
     assert 0.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 20 and axis.get_xlim()[0] > 40  # near to one another

@@ -1,4 +1,4 @@
-"""A phi for images that it never saw: what is trained and scored on what, soft labels, choices, sums over worlds."""
+"""A phi for unseen images: what is trained and scored on what, soft labels, choices, statistics over repetitions."""
 
 import dataclasses
 import itertools
@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from augdistill_core import (
     Added,
@@ -22,9 +23,11 @@ from augdistill_report import open_run
 from augdistill_report.commands.preflight import preflight
 from augdistill_report.data.augmentations import RandomAffine
 from augdistill_report.files.store import Store
+from augdistill_report.run import picture
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.show import plots
 from augdistill_report.studies import unseen
+from augdistill_report.studies.grid import sweep_table
 from augdistill_report.work import statistics
 from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
@@ -49,8 +52,8 @@ def test_no_phi_of_episodes_is_scored_on_an_image_that_it_met():
         assert job.subset == world.rest and job.config.episode == 1 and job.config.alpha_mode == "held"
 
 
-def test_repetitions_are_worlds_of_their_own():
-    settings = resolve("smoke", {"repeats": 3, "seed": 5, "taught_augment": "dsa"})
+def test_repetitions_have_seeds_of_their_own():
+    settings = resolve("smoke", {"unseen_repeats": 3, "seed": 5, "taught_augment": "dsa"})
     worlds = unseen.repetitions(settings)
     assert [world.settings.seed for world in worlds] == [5, 6, 7]
     assert {job.setup.seed for world in worlds for job in world.ranges().values()} == {5, 6, 7}
@@ -58,7 +61,7 @@ def test_repetitions_are_worlds_of_their_own():
     assert {name: (job.setup.expert_augment, job.config.draws) for name, job in jobs.items()} == {
         "two draws": ("dsa", 2),
         "ordinary loss": ("dsa", 1),
-        "two draws, plain experts": ("none", 2),
+        "two draws, experts without augmentation": ("none", 2),
     }
     # late: as far as the experts' way allows, or as told
     assert {job.config.max_start_epoch for job in jobs.values()} == {3}  # 4 snapshots, M = 1
@@ -173,7 +176,7 @@ def test_strength_and_probability_reach_the_students(world, tmp_path):
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(ends, 2))
 
 
-def test_sums_over_worlds():
+def test_statistics_over_repetitions():
     scores = {
         ("phi", 0): Accuracy([0.9, 0.8], [0.7, 0.7]),
         ("plain", 0): Accuracy([0.5, 0.6], [0.5, 0.5]),
@@ -182,17 +185,33 @@ def test_sums_over_worlds():
     }
     found = statistics.pooled(scores)
     assert found["phi"].test == [0.9, 0.8, 0.7, 0.9] and found["plain"].validation == [0.5] * 4
-    # over the two worlds: .3 and .25, of which Student's t with one degree of freedom makes 12.706 standard errors
+    # over the two repetitions: .3 and .25; Student's t with one degree of freedom makes that 12.706 standard errors
     half = 12.7062 * 0.05 / 2**0.5 / 2**0.5
-    assert statistics.gain(scores, "phi", "plain") == {
-        "gain in points": f"+27.5 ± {100 * half:.1f}",
-        "over": "2 repetitions",
-    }
+    assert statistics.gain(scores, "phi", "plain") == f"+27.5 ± {100 * half:.1f}"
+    assert statistics.difference(scores, "phi", "plain").over == "2 repetitions"
     one = {key: score for key, score in scores.items() if key[1] == 0}  # .4 and .2
-    assert statistics.gain(one, "phi", "plain") == {
-        "gain in points": f"+30.0 ± {100 * 12.7062 * 0.1:.1f}",
-        "over": "2 students",
-    }
+    assert statistics.gain(one, "phi", "plain") == f"+30.0 ± {100 * 12.7062 * 0.1:.1f}"
+    assert statistics.difference(one, "phi", "plain").over == "2 students"
+    assert statistics.gain(one, "plain", "plain") == ""
+    # against scipy's own interval
+    pair = [scores["phi", k] - scores["plain", k] for k in (0, 1)]
+    expected = stats.ttest_1samp([p["mean"] for p in pair], 0).confidence_interval()
+    its = statistics.difference(scores, "phi", "plain")
+    assert (its.mean - its.half, its.mean + its.half) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_value_has_no_deviation_and_warns_of_nothing(recwarn):
+    one, other = Accuracy([0.9], [0.9]), Accuracy([0.5], [0.5])
+    assert str(one) == "90.0 (n = 1) %" and one.std == 0
+    assert statistics.summary([0.5]) == {"mean": 0.5, "std": None, "n": 1, "values": [0.5]}
+    assert statistics.shown(statistics.summary([0.5])) == "50.0 % (n = 1)"
+    its = statistics.difference({("a", 0): one, ("b", 0): other}, "a", "b")
+    assert str(its) == "+40.0 (n = 1)" and not its.significant and its.over == "1 student"
+    assert statistics.mean_and_std([0.25], ".2f") == "0.25 (n = 1)"
+    cell = {"panel": "", "row": "a", "point": {"seed": 0}, "numbers": {"gain": statistics.summary([0.1])}}
+    assert "| a | 0.1 (n = 1) | 1 |" in sweep_table([cell])
+    assert picture(plots.heat_map([cell], "gain")) and picture(plots.bars({"a": one}))
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 def test_ranges_over_the_last_quarter():
@@ -202,12 +221,15 @@ def test_ranges_over_the_last_quarter():
     ]
     found = unseen.recovered(histories)
     assert found["rotation"] == pytest.approx([0.1 * 2**-6.5, 0.2]) and found["flip"] == pytest.approx([0.5, 0.25])
-    assert statistics.spread([0.1]) == "0.100" and statistics.spread([0.1, 0.2]) == "0.150 ± 0.071"
+    assert statistics.mean_and_std([0.1, 0.2], ".3f") == "0.150 ± 0.071"
     figure = plots.ranges({"a": histories, "b": histories[1:]}, {"rotation": 0.15})
     assert [len(axis.lines) for axis in figure.axes] == [5, 3]  # kinds by histories, and one truth
     unknown = plots.ranges({"a": histories}, {})
     assert {t.get_text() for t in unknown.axes[0].get_legend().get_texts()} == {"rotation", "flip"}
-    assert {t.get_text() for t in figure.axes[1].get_legend().get_texts()} == {"rotation", "not in the experts'"}
+    assert {t.get_text() for t in figure.axes[1].get_legend().get_texts()} == {
+        "rotation",
+        "not in the experts' augmentation",
+    }
 
 
 def test_a_subset_that_skips_is_what_follows(world):

@@ -12,14 +12,17 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from augdistill_core import PHIS, DistillConfig, draw_segment, make_phi, matching_loss, seeded, train_experts
+from augdistill_report.places import ROOT
 from augdistill_report.run import picture
 from augdistill_report.settings import resolve
 from augdistill_report.show import plots
 from augdistill_report.studies import diagnosis
 from augdistill_report.studies import why as study
+from augdistill_report.studies.grid import panel_and_name, read_grid
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.probes import probe
-from augdistill_report.work.statistics import markdown_table, shown, text_table
+from augdistill_report.work.provenance import SOURCES
+from augdistill_report.work.statistics import markdown_table
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +76,8 @@ def test_the_zoo_s_table(world):
 def test_a_table_keeps_lines_and_bars_in_their_cells():
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-    rows = [["verdict", "**1 %**: a is best.\n\nAll the data: |b| = .5"], ["pair", shown((0.25, float("nan")))]]
-    page = markdown2html_mistune(text_table(["results.json", ""], rows))
+    numbers = {"verdict": "**1 %**: a is best.\n\nAll the data: |b| = .5", "pair": (0.25, float("nan"))}
+    page = markdown2html_mistune(markdown_table([{"results.json": k, "": v} for k, v in numbers.items()]))
     cells = [re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", page, re.DOTALL)]
     assert cells == ["verdict", "1 %: a is best. All the data: |b| = .5", "pair", "(0.25, not finite)"]
 
@@ -84,6 +87,11 @@ def test_markdown_shows_what_it_is_given():
         [{"phi": "a", "noise": True, "cost": 0.5}, {"phi": "b", "noise": False, "cost": float("nan")}]
     )
     assert text.splitlines() == ["| phi | noise | cost |", "|---|---|---|", "| a | ● | 0.5 |", "| b |  | not finite |"]
+    assert markdown_table([{"a": "1"}, {"b": "2"}]).splitlines() == ["| a | b |", "|---|---|", "| 1 |  |", "|  | 2 |"]
+
+
+def test_one_function_writes_markdown_tables():
+    assert [module for module, text in SOURCES.text.items() if "|---" in text] == ["augdistill_report.work.statistics"]
 
 
 # --- where the gradient goes ------------------------------------------------------------------------------------------
@@ -190,15 +198,22 @@ def test_phi_is_kept_as_it_was_along_the_way(tmp_path):
 # --- conclusions ------------------------------------------------------------------------------------------------------
 
 
-def cell(row: str, seed: int, gain: float, stopped: str = "", **more) -> dict:
+GRID = read_grid(ROOT / "notebooks" / "sweeps" / "why_phi_failed.yaml")
+
+
+def cell(row: str, seed: int, gain: float, stopped: dict | None = None, **more) -> dict:
+    stopped = stopped or {}
     numbers = {"gain": {"mean": gain, "std": 0.0, "n": 2, "values": [gain] * 2}, "stopped": stopped, "states": {}}
-    settings = {"alpha_mode": "raw" if row.startswith("report: ") else "log"}
-    return {"row": row, "point": {"seed": seed}, "settings": settings, "numbers": numbers | more}
+    panel, name = panel_and_name(row)
+    settings = {"alpha_mode": "raw" if panel == "report" else "log", "phi": name}
+    return {"panel": panel, "row": name, "point": {"seed": seed}, "settings": settings, "numbers": numbers | more}
 
 
 def cells_of(gains: dict[str, list[float]]) -> list[dict]:
     return [cell(row, k, gain) for row, values in gains.items() for k, gain in enumerate(values)]
 
+
+DIVERGED = {"kind": "diverged", "reason": "diverged at iteration 3: loss nan"}
 
 STUCK, LEARNT = [0.0, 0.001, -0.002], [0.05, 0.2, 0.011]
 MEASURED = {
@@ -215,7 +230,7 @@ MEASURED = {
 
 
 def verdict(gains: dict, claim: str) -> str:
-    (row,) = (row for row in study.verdicts(cells_of(gains)) if claim in row["claim"])
+    (row,) = (row for row in study.verdicts(cells_of(gains), GRID) if claim in row["claim"])
     return row["verdict"]
 
 
@@ -240,22 +255,41 @@ def test_verdicts_follow_the_numbers():
     assert not verdict(MEASURED | {"report: Adam for phi": [0.3, 0.3, 0.005]}, "unable").startswith("false")
 
 
+@pytest.mark.parametrize("row", study.JUDGED, ids=": ".join)
+def test_a_verdict_about_a_row_that_the_grid_has_not_is_refused(row):
+    """Renaming a row must not silently drop its verdict; a row that was not run is fine."""
+    renamed = {(*row, "renamed") if key == row else key: changes for key, changes in GRID.rows.items()}
+    with pytest.raises(ValueError, match=re.escape(f"has no row {': '.join(row)!r}, which a verdict")):
+        study.verdicts([], dataclasses.replace(GRID, rows=renamed))
+    assert study.verdicts([], GRID) == []
+
+
+def test_every_verdict_of_the_whole_study_is_given():
+    """Each claim that the code can judge is judged where every row of the committed grid was run."""
+    cells = [
+        cell("", k, 0.0) | {"panel": panel, "row": name, "settings": {"alpha_mode": "raw", "phi": "unet"}}
+        for panel, name in GRID.rows
+        for k in range(3)
+    ]
+    assert len(study.verdicts(cells, GRID)) == 9
+
+
 def test_an_alpha_that_fell_is_counted():
     cells = cells_of({"report: SGD .01": STUCK, "mended: distnet2": STUCK})
     cells[1]["numbers"]["states"] = {"alpha below zero": 24, "alpha at zero": 4}
-    (row,) = (row for row in study.verdicts(cells) if "runs to zero" in row["claim"])
-    assert row["seen"].startswith("in 1 of 3") and row["verdict"].startswith("true")
+    (row,) = (row for row in study.verdicts(cells, GRID) if "runs to zero" in row["claim"])
+    assert row["measured"].startswith("in 1 of 3") and row["verdict"].startswith("true")
 
 
 def test_a_claim_without_its_cells_is_left_out():
-    rows = study.verdicts(cells_of({"report: SGD 1000": STUCK}))
+    rows = study.verdicts(cells_of({"report: SGD 1000": STUCK}), GRID)
     claims = ["phi does not learn with SGD at 1000", "a learned alpha runs to zero, and below"]
     assert [row["claim"] for row in rows] == claims and rows[1]["verdict"] == "not seen here"
-    failed = {"row": "report: Adam for phi", "point": {"seed": 0}, "error": "ValueError: no"}
-    assert study.verdicts([failed]) == []
+    failed = {"panel": "report", "row": "Adam for phi", "point": {"seed": 0}, "error": "ValueError: no"}
+    assert study.verdicts([failed], GRID) == []
 
 
-def test_losses_say_what_befell_a_row():
+def test_losses_count_the_runs_that_went_wrong():
     more = {
         "matching loss": 0.5,
         "identity at the same alpha": 0.8,
@@ -263,18 +297,18 @@ def test_losses_say_what_befell_a_row():
         "change of x": 0.2,
         "noise in the loss": 0,
     }
-    cells = [cell("a", k, 0.1, stopped, **more) for k, stopped in enumerate(["", "diverged at iteration 3", ""])]
+    cells = [cell("a", k, 0.1, stopped, **more) for k, stopped in enumerate([None, DIVERGED, None])]
     cells[0]["numbers"]["states"] = {"alpha at zero": 7}
-    (row,) = study.losses([*cells, {"row": "b", "point": {"seed": 0}, "error": "no"}])
-    assert row["matching loss"] == 0.5 and row["what befell it"] == "diverged in 1 of 3; alpha at zero in 1 of 3"
+    (row,) = study.losses([*cells, {"panel": "", "row": "b", "point": {"seed": 0}, "error": "no"}])
+    assert row["matching loss"] == 0.5 and row["runs that"] == "diverged in 1 of 3; alpha at zero in 1 of 3"
 
 
 def test_a_heat_map_draws_whatever_a_sweep_finds():
-    failed = {"row": "x: c", "point": {"seed": 0}, "error": "ValueError: no gradient"}
+    failed = {"panel": "x", "row": "c", "point": {"seed": 0}, "error": "ValueError: no gradient"}
     for cells in (
         [*cells_of({"x: a": [0.1, -0.2], "y: b": [0.3]}), failed],
         cells_of({"a": [0.1], "b": [0.2]}),
-        [cell("a", 0, float("nan"), "diverged"), cell("a", 1, 0.1)],
+        [cell("a", 0, float("nan"), DIVERGED), cell("a", 1, 0.1)],
         [failed],
     ):
         assert picture(plots.heat_map(cells, "gain")).startswith(b"\x89PNG")
@@ -282,13 +316,13 @@ def test_a_heat_map_draws_whatever_a_sweep_finds():
 
 
 def test_a_run_out_of_minutes_is_no_divergence():
-    out = "minutes=5 ran out at iteration 3 of 9"
+    out = {"kind": "minutes", "reason": "minutes=5 ran out at iteration 3 of 9"}
     measured = {"alpha": 0.1, "change of x": 0.0, "noise in the loss": 0.0, "matching loss": 1.0}
     measured["identity at the same alpha"] = 1.0
-    stops = ["", out, "diverged at iteration 2: phi(x)", out]
+    stops = [None, out, DIVERGED, out]
     cells = [cell("report: SGD 1000", k, 0.0, stop, **measured) for k, stop in enumerate(stops)]
     (row,) = study.losses(cells)
-    assert row["what befell it"] == "ran out of minutes in 2 of 4; diverged in 1 of 4"
-    assert "diverged in 1 of 4 runs" in str([v["seen"] for v in study.verdicts(cells)])
+    assert row["runs that"] == "ran out of minutes in 2 of 4; diverged in 1 of 4"
+    assert "diverged in 1 of 4 runs" in str([v["measured"] for v in study.verdicts(cells, GRID)])
     crosses = [line for axis in plots.heat_map(cells, "gain").axes for line in axis.lines if line.get_marker() == "x"]
     assert len(crosses) == 1

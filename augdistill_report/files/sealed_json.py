@@ -1,0 +1,128 @@
+"""JSON files that our own code reads back: a person can read them, and any change of their content is noticed.
+
+Each holds its content in the order in which it was put together, between "kind" (what the file is) and "sha256" (a
+digest of all the rest, its order included). Only spaces and line breaks may change.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from augdistill_report.files.store import as_json, write
+
+
+class JsonKind(NamedTuple):
+    """What a file of some kind must hold (`shape`), and what a user does about a damaged one (`again`).
+
+    `shape` is a type, `[shape]` (a list), `{"key": shape}` (an object with at least these keys) or `{str: shape}` (an
+    object with any keys).
+    """
+
+    shape: dict
+    again: str
+
+
+CODE_STATE = {"commit": str, "uncommitted": bool}
+
+JSON_KINDS = {
+    "run": JsonKind({"preset": str, "settings": dict}, "delete it and run the same command again"),
+    "results": JsonKind(
+        {
+            "notebook": str,
+            "settings": dict,
+            "fingerprint": str,
+            "configuration": str,
+            "environment": CODE_STATE,
+            "numbers": dict,
+            "figures": [str],
+            "films": [str],
+            "headline": str,
+            "figure": str,
+        },
+        "delete it and run its notebook again (or publish it again, if it lies in figures/)",
+    ),
+    "sweep": JsonKind(
+        {
+            "grid": str,
+            "notebook": str,
+            "preset": str,
+            "environment": CODE_STATE,
+            "cells": [{"row": str, "point": dict, "settings": dict}],
+        },
+        "delete it and run the sweep again: finished cells are kept (or publish it again, if it lies in figures/)",
+    ),
+    "timings": JsonKind({"seconds": {str: float}}, "delete it and run the report again, which measures them anew"),
+    "tracked": JsonKind({"sent": {str: str}}, "delete it and run the notebooks again: all is sent again"),
+    "apply": JsonKind({"phi": str, "to": str, "of": str, "state": str}, "delete its folder, or choose an empty one"),
+}
+
+
+def write_json(path: Path, kind: str, content: dict) -> None:
+    """Write `content` (JSON values, by text keys) as a sealed file of a kind in `JSON_KINDS`.
+
+    What is not finite becomes null. A `ValueError` that names the file if the content is not what that kind holds.
+    """
+    try:
+        content = strict_json(as_json(content))  # as it will be read: lists, text as keys
+        check_json(content, JSON_KINDS[kind].shape, "it")
+        if {"kind", "sha256"} & set(content):
+            raise ValueError("its keys 'kind' and 'sha256' are the seal's own")
+        text = as_json({"kind": kind, **content, "sha256": json_seal(kind, content)})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
+    write(path, text)
+
+
+def read_json(path: Path, kind: str) -> dict:
+    """The content that `write_json` wrote, or a `ValueError` that names the file and says what to do about it."""
+    try:
+        content = strict_json(path.read_bytes().decode())
+        if not isinstance(content, dict) or "sha256" not in content:
+            raise ValueError("it has no seal: not ours, or written by an earlier version")
+        if (said := content.pop("kind", None)) != kind:
+            raise ValueError(f"its kind is {said!r}, must be {kind!r}")
+        if content.pop("sha256") != json_seal(kind, content):
+            raise ValueError("its content is not what was written")
+        check_json(content, JSON_KINDS[kind].shape, "it")
+        return content
+    except (ValueError, RecursionError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{path}: is damaged or not ours ({reason}); {JSON_KINDS[kind].again}") from None
+
+
+def strict_json(text: str):
+    """The value of a JSON text; a `ValueError` for what another reader may read otherwise (NaN, a key that repeats)."""
+
+    def distinct(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("it has the same key twice")
+        return found
+
+    def refused(name: str):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, object_pairs_hook=distinct, parse_constant=refused)
+
+
+def json_seal(kind: str, content: dict) -> str:
+    """The SHA-256 of a file's kind and content, in the content's order: tables follow it."""
+    return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()
+
+
+def check_json(value, shape, place: str) -> None:
+    """A `ValueError` that says where `value` (at `place`) is not of a `JsonKind`'s shape."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{place} must be of type {kind.__name__}, is {type(value).__name__}")
+    if isinstance(shape, list):
+        for number, item in enumerate(value):
+            check_json(item, shape[0], f"{place}[{number}]")
+    elif isinstance(shape, dict):
+        if missing := [key for key in shape if key is not str and key not in value]:
+            raise ValueError(f"{place} has no {missing[0]!r}")
+        for key, inner in value.items():
+            expected = shape.get(key, shape.get(str))
+            if expected is not None:
+                check_json(inner, expected, f"{place}[{key!r}]")

@@ -1,0 +1,195 @@
+"""The methods of the subset table (notebook 05): a `Method` is one row, and `every_method` is the one list of them.
+
+A row says how its phi learns, what students see, what validation chooses, and how tables and pictures show it. To add
+a method, add a `Method` to the list in `every_method`; everything else follows from it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+from augdistill_core import DistillConfig
+from augdistill_report.data.augmentations import DIFFERENTIABLE, NEVER_FLIPPED
+from augdistill_report.settings import Settings
+from augdistill_report.show.plots import COLOURS, look
+from augdistill_report.studies.unseen import CONDITIONED, POLICY, Repetition
+from augdistill_report.work.statistics import BASELINE
+
+CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"  # groups
+
+# what validation chooses between, as changes of `EvalConfig`: the first is taken where several are equally good
+MAGNITUDES = ({"eval_magnitude": 2}, {"eval_magnitude": 9})  # of RandAugment
+
+REWARDS = ({"eval_reward": 1.0}, {"eval_reward": 0.1})  # of InstaAug, for wide ranges
+
+APPLIED = ({"eval_augment_probability": 1.0}, {"eval_augment_probability": 0.5})  # an augmentation
+
+USES = tuple(dict(phi_strength=s, phi_probability=p) for s, p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)))  # of a phi
+
+STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
+
+
+# --- how a phi learns on a subset: changes of `DistillConfig` ---------------------------------------------------------
+
+
+def batches(repetition: Repetition) -> dict:
+    return dict(iterations=repetition.settings.subset_iterations, batch_syn=repetition.settings.subset_batch)
+
+
+def by_own_settings(repetition: Repetition) -> dict:
+    """As the run's settings say."""
+    return repetition.settings.select(DistillConfig, **batches(repetition)).to_dict()
+
+
+def one_iteration(repetition: Repetition) -> dict:
+    """As the run's settings say, but for one iteration: for a phi with nothing to learn."""
+    return by_own_settings(repetition) | {"iterations": 1}
+
+
+def by_mtt(repetition: Repetition) -> dict:
+    """MTT's objective for free images."""
+    return dataclasses.replace(repetition.settings.pixel_config, **batches(repetition)).to_dict()
+
+
+def by_2018(repetition: Repetition) -> dict:
+    """The objective of 2018 for free images: the loss on real images after a few student steps."""
+    return dict(objective="real_loss", alpha_mode="log", syn_steps=STEPS_2018, phi_lr=0.05) | batches(repetition)
+
+
+def by_two_draws(repetition: Repetition) -> dict:
+    """Two-draw matching on late segments of the expert trajectories."""
+    return dict(draws=2) | repetition.late
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the subset table. Students train on `augment`(phi(x)) of a subset, by hard or soft labels.
+
+    id: its key in results, and its name in `subset_rows`
+    label, colour, marker, line: how every table and picture shows it (matplotlib's terms)
+    group: one of `CONTROL`, `HAND`, `LEARNED`, `IMAGES`
+    phi: which phi learns on the subset ("" = none): any name in PHIS
+    recipe: how it learns, a function of the repetition that gives changes of `DistillConfig`
+    experts: the augmentation that its experts were trained with
+    under: the augmentation inside the unroll ("" = as the run's settings say)
+    augment, labels: of the students' steps, as in `EvalConfig`
+    choices: what validation chooses, beside the step size: a tuple of alternatives for each choice
+    follows: the id of the method whose chosen augmentation it keeps; then only the rest is chosen
+    small: whether it learns on subsets up to `policy_fraction` alone, since it takes long
+    drift: whether it is in the drift table
+    carried: whether students of other architectures are trained by it, too
+    """
+
+    id: str
+    label: str
+    group: str
+    colour: str
+    marker: str = "o"
+    line: str = "-"
+    phi: str = ""
+    recipe: Callable[[Repetition], dict] | None = None
+    experts: str = ""
+    under: str = ""
+    augment: str = "none"
+    labels: str = "hard"
+    choices: tuple[tuple[dict, ...], ...] = ()
+    follows: str = ""
+    small: bool = False
+    drift: bool = False
+    carried: bool = False
+
+    @property
+    def panel(self) -> str:
+        """Which of the two panels of the accuracy picture it is in; the baseline is in both."""
+        return PANELS[bool(self.phi) or self.labels == "soft"]
+
+    def options(self, settings: Settings) -> list[dict]:
+        """What the validation split may choose between, as changes of `EvalConfig`."""
+        rates = [dict(eval_lr=rate) for rate in settings.lr_list]
+        always = dict(eval_augment=self.augment, eval_labels=self.labels)
+        return [
+            always | {k: v for change in changes for k, v in change.items()}
+            for changes in itertools.product(rates, *self.choices)
+        ]
+
+
+PANELS = ("augmentations", "phi, distilled images and soft labels")
+
+NONE, PHI = "none", "phi"  # ids: of the row that every gain is over, and of the run's own phi
+
+EXPERTS = "experts' augmentation"
+
+FULL = Method("all", "all the data, no augmentation", CONTROL, "#222222")
+
+
+def every_method(settings: Settings) -> list[Method]:
+    """Every row that the table can have, in its order."""
+    given, taught = settings.expert_augment, settings.taught_augment
+    crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
+    of_taught = {"none": (), "randaugment": (MAGNITUDES, APPLIED)}.get(taught, (APPLIED,))
+    own = dict(phi=settings.phi, recipe=by_own_settings, experts=given, carried=True)
+    late = dict(recipe=by_two_draws, experts=taught, small=True, drift=True)
+    randaugment = dict(augment="randaugment", choices=(MAGNITUDES, APPLIED))
+    both, under = dict(phi=f"{CONDITIONED}+{POLICY}"), dict(phi="pixels", under=taught, augment=taught)
+    known = COLOURS  # of labels that other notebooks show, too
+    orange, blue, green, sky, pink, brown = "#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#8c6d31"
+    rows = [
+        Method(NONE, BASELINE, CONTROL, known[BASELINE], drift=True, carried=True),
+        Method("identity", "identity", CONTROL, known["identity"], "s", ":", "identity", one_iteration, given),
+        Method("soft_labels", "soft labels", CONTROL, known["soft labels"], "D", labels="soft"),
+        Method(
+            "experts_augmentation", EXPERTS, HAND, known[EXPERTS], "s", augment=taught, choices=of_taught, drift=True
+        ),
+        Method("dsa", "DSA", HAND, pink, "D", augment="dsa", choices=(APPLIED,)),
+        Method("crop_flip", crop, HAND, sky, "^", augment="crop_flip", choices=(APPLIED,)),
+        Method("autoaugment", "AutoAugment", HAND, green, "v", augment="autoaugment", choices=(APPLIED,)),
+        Method("randaugment", "RandAugment", HAND, orange, "P", **randaugment, drift=True, carried=True),
+        Method("trivialaugment", "TrivialAugment", HAND, brown, "X", augment="trivialaugment", choices=(APPLIED,)),
+        # it learns with the student, and how often it does what
+        Method("instaaug", "InstaAug", LEARNED, blue, "*", augment="instaaug", choices=(REWARDS,)),
+        Method(
+            "pixels_mtt", "pixels (MTT)", IMAGES, known["pixels (MTT)"], "^", "-", "pixels", by_mtt, given, carried=True
+        ),
+        Method(
+            "pixels_2018", "pixels (2018 loss)", IMAGES, known["pixels (2018 loss)"], "v", "-", "pixels", by_2018, given
+        ),
+        Method(PHI, f"phi ({settings.phi})", LEARNED, look(settings.phi).colour, "P", choices=(USES,), **own),
+        Method("policy", "policy", LEARNED, sky, "X", choices=(USES,), phi=POLICY, **late),
+        Method("unet_policy", "U-Net + policy", LEARNED, blue, "*", choices=(USES,), **both, **late),
+        Method("pixels_policy", "pixels + policy", IMAGES, "#000000", choices=(USES,), phi=f"pixels+{POLICY}", **late),
+        Method("pixels_augmented", f"pixels + {EXPERTS}", IMAGES, pink, "h", choices=of_taught, **under, **late),
+        Method(
+            *("phi_randaugment", f"phi ({settings.phi}) + RandAugment", LEARNED, "#6a3d9a", "d"),
+            **dict(augment="randaugment", choices=(MAGNITUDES, APPLIED, USES), follows="randaugment"),
+            **own,
+        ),
+    ]
+    return [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+
+
+def methods(settings: Settings, fraction: float) -> dict[str, Method]:
+    """The rows of the table at a fraction by id, in its order: those of `subset_rows`, or all, and no augmentation.
+
+    A `ValueError` for a row that there is not.
+    """
+    every = {method.id: method for method in every_method(settings)}
+    named = [part.strip() for part in settings.subset_rows.split(",") if part.strip()]
+    if unknown := [name for name in named if name not in every]:
+        known = ", ".join(name for name in every if name != NONE)
+        raise ValueError(f"subset_rows={settings.subset_rows!r}: no row is {unknown[0]!r}; must be among {known}")
+    small = fraction <= settings.policy_fraction
+    return {
+        id: method
+        for id, method in every.items()
+        if id == NONE or ((not named or id in named) and (small or not method.small))
+    }
+
+
+def shown_rows(settings: Settings) -> dict[str, Method]:
+    """The rows of all fractions by id, and that of all the data: what pictures and tables are handed."""
+    found = {id: method for f in settings.fraction_list for id, method in methods(settings, f).items()}
+    order = [method.id for method in every_method(settings) if method.id in found]
+    return {id: found[id] for id in order} | {FULL.id: FULL}

@@ -1,0 +1,95 @@
+"""Students are scored with what the page shows: the step size of their row, and whether its run stopped early."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from augdistill_core import Phi, Stop, register_phi
+from augdistill_report.run import Run
+from augdistill_report.settings import resolve
+from augdistill_report.show import plots
+from augdistill_report.work import scoring
+from augdistill_report.work.statistics import Accuracy, markdown_table, pooled
+from augdistill_report.work.students import accuracy_of
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Notebook 02's pixels, with a learned alpha that leaves the positive numbers before the run diverges."""
+    changes = dict(iterations=8, pixel_alpha_lr=0.03, pixel_lr=0.0001, eval_lr=0.0)
+    return Run("mine", resolve("smoke", changes), tmp_path)
+
+
+def test_a_row_whose_run_stopped_is_marked_and_scored_with_the_alpha_that_it_shows(run, monkeypatch):
+    job = run.distillation("pixels", run.base, run.settings.pixel_config)
+    result = run.distill({"pixels": job})["pixels"]
+    assert result.stopped.kind == "diverged" and min(record["alpha"] for record in result.history) < 0 < result.alpha
+    rates = []
+
+    def train(student, phi, images, labels, config, *seed, **options):
+        rates.append(config.eval_lr)
+        return student
+
+    monkeypatch.setattr(scoring, "train_student", train)
+    monkeypatch.setattr(
+        scoring.Score, "run", lambda self, store, tick: store.save(self.kind, self.spec(), *self.work(store, tick))
+    )
+    evaluation = run.evaluation(run.base, job)
+    scored = Accuracy(**scoring.Score(job.setup, evaluation).stored(run.store)[1])
+    assert rates == [result.alpha] * run.settings.eval_students and scored.stopped == "diverged"
+    # the mark stands in whatever shows the row
+    assert str(scored).endswith(" % (stopped: diverged)")
+    (axis,) = plots.bars({"pixels": scored}).axes
+    assert [text.get_text() for text in axis.texts] == [str(scored)]
+    run.number("pixels", scored)
+    assert run.numbers["pixels"]["stopped"] == "diverged"
+    assert "(n = 2) (stopped: diverged) |" in markdown_table([{"": "pixels", "accuracy": run.numbers["pixels"]}])
+    both = pooled({("pixels", 0): scored, ("pixels", 1): Accuracy([0.5], [0.5])})
+    assert both["pixels"].stopped == "diverged"
+    # and plain images have none
+    assert (
+        scoring.Evaluation(job.setup, run.base, dataclasses.replace(evaluation.config, eval_lr=0.1)).stopped(run.store)
+        == ""
+    )
+
+
+def test_a_row_that_ran_to_its_end_is_not_marked():
+    assert str(Accuracy([0.5, 0.5], [0.5, 0.5])) == "50.0 ± 0.0 %"
+    assert "stopped" not in Accuracy([0.5, 0.5], [0.5, 0.5]).numbers()
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.92, float("nan")])
+def test_a_learned_alpha_that_is_no_step_size_is_refused(run, monkeypatch, alpha):
+    """It used to become 0: students that never moved, scored like any other."""
+    job = run.distillation("identity", run.base, iterations=1)
+    run.make([*scoring.own_experts(job.setup), job], "distillation")
+    tensors, meta = job.stored(run.store)
+    run.store.save(job.kind, job.spec(), tensors, meta | {"alpha": alpha})
+    with pytest.raises(ValueError, match=rf"eval_lr=0: phi 'identity' learned alpha {alpha:g}, must be above 0"):
+        run.evaluation(run.base, job).work(run.store, lambda *_: None)
+
+
+def test_logits_that_are_not_finite_are_wrong_and_not_of_the_first_class(run):
+    validation = run.data.validation.made()
+    student = run.student
+    assert accuracy_of(student, validation) > 0
+    with torch.no_grad():
+        student.classifier.bias.fill_(float("nan"))
+    assert accuracy_of(student, validation) == 0
+
+
+def test_a_stop_comes_back_from_the_store_as_it_was(run):
+    @register_phi("louder than all")
+    class Louder(Phi):
+        def __init__(self, images, classes):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images, **_):
+            return images * self.gain
+
+    job = run.distillation("louder than all", run.base, phi_optimizer="SGD", phi_lr=1e12, iterations=3)
+    stopped = run.distill({"louder": job})["louder"].stopped
+    assert isinstance(stopped, Stop) and stopped.kind == "diverged"
+    assert job.stored(run.store)[1]["stopped"] == {"kind": "diverged", "reason": str(stopped)}
