@@ -106,6 +106,37 @@ class TrainingState:
     rest: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, of the steps since the last snapshot
     seconds: float = 0.0  # spent so far
 
+    def state_dict(self) -> dict:
+        """All of it as lists of tensors and plain values (the live ones, no copies)."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"generators": [own.get_state() for own in self.generators]}
+
+    @classmethod
+    def from_state_dict(cls, state: dict, rows: Sequence[int], parameters: int, images: Tensor) -> "TrainingState":
+        """The experts of these rows of a state, to go on from, on the device of the images.
+
+        A `ValueError` unless it is whole, of students of so many parameters, and of the images' type.
+        """
+        wide, narrow = (len(rows), parameters), (len(rows),)
+        try:
+            every = {key: state[key] for key in ("snapshots", "losses", "rest")}
+            every |= {"theta": [state["theta"]], "velocity": [state["velocity"]]}
+            own = {key: [t[list(rows)].to(images.device) for t in tensors] for key, tensors in every.items()}
+            for key, tensors in own.items():
+                right = wide if key in ("theta", "velocity", "snapshots") else narrow
+                for t in tensors:
+                    if (tuple(t.shape), t.dtype) != (right, images.dtype):
+                        raise ValueError(f"{key} is {tuple(t.shape)} {t.dtype}, must be {right} {images.dtype}")
+            if not own["snapshots"] or len(own["snapshots"]) != len(own["losses"]) + 1:
+                raise ValueError(f"{len(own['snapshots'])} snapshots with {len(own['losses'])} losses")
+            generators = [torch.Generator() for _ in rows]
+            for generator, row in zip(generators, rows, strict=True):
+                generator.set_state(state["generators"][row])
+            single = {"theta": own.pop("theta")[0], "velocity": own.pop("velocity")[0]}
+            return cls(**single, **own, generators=generators, seconds=float(state["seconds"]))
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"no state of these experts in training ({error})") from None
+
 
 def train_expert(
     student: nn.Module,

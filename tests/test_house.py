@@ -89,7 +89,7 @@ def edited(tmp_path):
         "augdistill_report.data.datasets": {EXPERT, DISTILLATION, SCORING},
         "augdistill_report.data.downloads": set(),
         "augdistill_report.data.instaaug": {SCORING},
-        "augdistill_report.files.checkpoints": {DISTILLATION},
+        "augdistill_report.files.checkpoints": {EXPERT, DISTILLATION, SCORING},
         "augdistill_method.zoo.distnets": set(),
         "augdistill_report.explorer.page": set(),
         "augdistill_report.show.plots": set(),

@@ -18,7 +18,7 @@ from augdistill_report.data.datasets import DATASETS, load
 from augdistill_report.data.folders import IMAGE_SUFFIXES, read_images, scan_folder
 from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.sealed_json import read_json, write_json
-from augdistill_report.files.store import checksum, digest, write
+from augdistill_report.files.store import digest, tensor_digest, write
 from augdistill_report.run import picture
 from augdistill_report.settings import Settings
 from augdistill_report.show.image_grids import image_grid, is_whole_png
@@ -171,7 +171,7 @@ def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") 
         made = {
             "phi": augment.about["phi"],
             "trained on": trained_on(augment.about),
-            "state": checksum({}, augment.state_dict())[:12],
+            "state": digest({name: tensor_digest(t) for name, t in augment.state_dict().items()}),
             "strength": augment.applied.strength,
             "probability": augment.applied.probability,
             "to": public_name(to),

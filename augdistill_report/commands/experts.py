@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from augdistill_report.commands.preflight import preflight
-from augdistill_report.files.expert_files import EXPERT, FLOATS, ExpertFile, in_folder, sha256
-from augdistill_report.files.store import Store, digest
+from augdistill_report.files.expert_files import EXPERT, FLOATS, ExpertFile, content_of, in_folder, snapshot_tensors
+from augdistill_report.files.store import Store, tensor_digest
 from augdistill_report.run import run_folder, start_folder
 from augdistill_report.settings import resolve
 from augdistill_report.work.experts import expert_jobs, missing_experts, with_accuracy
@@ -54,7 +54,7 @@ def check(paths: list[Path]) -> list[str]:
 
 
 def train(preset: str, out: str = "", changes: dict | None = None) -> list[ExpertFile]:
-    """Train the experts that a run lacks; those that were under way go on from their last whole epoch."""
+    """Train the experts that a run lacks; those that were under way go on from their checkpoints."""
     settings = resolve(preset, changes)
     preflight(settings)
     if settings.expert_files:
@@ -130,13 +130,11 @@ def import_buffers(buffers: list[str], preset: str, out: str, changes: dict | No
             progress(b + position / len(buffer), len(buffers))
             try:
                 theta = way_of(snapshots, student).to(FLOATS[setup.expert_float])
-                spec = {
-                    "setup": setup.expert_key(),
-                    "content": digest({"sha256": [sha256(snapshot) for snapshot in theta]}),
-                }
+                digests = {name: tensor_digest(t) for name, t in snapshot_tensors(theta, position).items()}
+                spec = {"setup": setup.expert_key(), "content": content_of(digests)}
                 if not store.has(EXPERT, spec):
                     about = {"expert": number, "imported": {"file": path.name, "position": position}, "loss": []}
-                    store.save(EXPERT, spec, *with_accuracy(setup, spec, theta, about))
+                    store.save(EXPERT, spec, *with_accuracy(setup, theta, about))
                     number += 1
             except ValueError as error:
                 fits = f"for {preset}: size={setup.size}, width={setup.width}, depth={setup.depth}"

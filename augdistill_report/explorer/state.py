@@ -6,7 +6,6 @@ A `Choice` is a phi along its training (found on disk, fresh, or in training now
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +28,14 @@ from augdistill_core import (
     rms,
     seeded,
 )
-from augdistill_report.files.phi_files import load_phi
-from augdistill_report.files.store import Store, opened
+from augdistill_report.files.phi_files import load_phi, open_phi, unregistered
+from augdistill_report.files.store import Store, open_stored
 from augdistill_report.places import PRESETS
 from augdistill_report.run import Run
 from augdistill_report.settings import resolve
 from augdistill_report.show.image_grids import difference_image, image_grid
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
-from augdistill_report.work.phi_layer import by
 from augdistill_report.work.probes import phi_images
 from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import Evaluation
@@ -127,21 +125,22 @@ def run_beside(run: Run, preset: str) -> Run:
     return Run(run.notebook, settings, run.folder.parent / preset)
 
 
-def job_of(path: Path, run: Run) -> Distillation | None:
-    """The job whose result a file of the store is; None if it is of other data or other code than `run`."""
-    with opened(path) as file:
-        spec = json.loads((file.metadata() or {})["spec"])
-    setup, ours = spec["setup"], run.settings.select(Setup)
-    here = {"dataset": run.data.fingerprint, "zca": ours.zca, "device": ours.device}
-    if any(setup[key] != value for key, value in here.items()):
+def job_of(spec: dict, run: Run) -> Distillation | None:
+    """The job whose result has this specification; None if it is of other data or other code than `run`."""
+    try:
+        setup, ours = spec["setup"], run.settings.select(Setup)
+        here = {"dataset": run.data.fingerprint, "zca": ours.zca, "device": ours.device}
+        if any(setup[key] != value for key, value in here.items()):
+            return None
+        # what results do not depend on stands there as None; data and experts' files stand there by content
+        setup = {key: getattr(ours, key) if value is None else value for key, value in setup.items()}
+        setup |= {"dataset": ours.dataset, "expert_files": ours.expert_files if setup["expert_files"] else ""}
+        setup = Setup.from_dict(setup)
+        subset, config = Subset(**spec["subset"]), DistillConfig.from_dict(spec["config"])
+        job = Distillation(setup, spec["phi"], subset, config, own_source(spec["phi"]))
+        return job if job.spec() == spec else None
+    except (ValueError, LookupError, TypeError, AttributeError):  # a setting, say, that there is no more
         return None
-    # what results do not depend on stands there as None; data and experts' files stand there by content
-    setup = {key: getattr(ours, key) if value is None else value for key, value in setup.items()}
-    setup |= {"dataset": ours.dataset, "expert_files": ours.expert_files if setup["expert_files"] else ""}
-    setup = Setup.from_dict(setup)
-    subset, config = Subset(**spec["subset"]), DistillConfig.from_dict(spec["config"])
-    job = Distillation(setup, spec["phi"], subset, config, own_source(spec["phi"]))
-    return job if job.spec() == spec else None
 
 
 def choice_title(job: Distillation) -> str:
@@ -174,43 +173,56 @@ def from_job(job: Distillation, store: Store, name: str) -> Choice:
 
 
 def from_file(path: Path, run: Run) -> Choice:
-    """A phi that was saved; a `ValueError` if it is damaged, or was trained on other data."""
+    """A phi that was saved on the run's data; a `ValueError` if it is damaged."""
     augment = load_phi(path)
-    about, ours = augment.about, f"{run.data.name}, {by(run.data.shape)}"
-    if (about["data"]["fingerprint"], tuple(about["shape"])) != (run.data.fingerprint, run.data.shape):
-        raise ValueError(f"{path.name}: phi of {about['data']['name']}, {by(about['shape'])}, not of these ({ours})")
-    if about["setup"]["zca"] != run.settings.zca:
-        raise ValueError(f"{path.name}: phi of images with zca={about['setup']['zca']}; these are not")
     way = {"last": augment.applied.phi.to(run.settings.device)}
 
     def alpha():
         raise ValueError(f"{path.name}: does not say which step size it learned (eval_lr=0): score what trained it")
 
-    return Choice(f"file {path.stem}", Subset(**about["subset"]), lambda: way, alpha)
+    return Choice(f"file {path.stem}", Subset(**augment.about["subset"]), lambda: way, alpha)
+
+
+def fits(about: dict, run: Run) -> bool:
+    """Whether a saved phi that says this of itself was trained on the run's data."""
+    found = about["data"]["fingerprint"], tuple(about["shape"]), about["setup"]["zca"]
+    return found == (run.data.fingerprint, run.data.shape, run.settings.zca)
 
 
 def find_trained(run: Run) -> tuple[list[Choice], list[str]]:
-    """The phis in this run's folder and those beside it that fit its data, and a line on each that was left out."""
-    jobs, choices, left_out, others = [], [], [], 0
+    """The phis in this run's folder and those beside it that fit its data; and what was left out: a line on each file
+    that cannot be read, and one each on how many fit no data or code of ours, or are of phis that nobody registered.
+    """
+    jobs, choices, left_out, others, unknown = {}, [], [], Counter(), Counter()
     for path in sorted(run.folder.parent.glob("*/artefacts/distilled-*.safetensors")):
         try:
-            job = job_of(path, run)
-            others += job is None
-            if job and job not in [found for found, _ in jobs]:
-                jobs.append((job, Store(path.parent)))
-        except (ValueError, KeyError, TypeError) as error:
-            left_out.append(f"{path.name} is damaged or not ours ({error}): delete it")
+            spec = open_stored(path, Distillation.kind).about["spec"]
+            if isinstance(spec.get("phi"), str) and (strange := unregistered(spec["phi"])):
+                unknown.update(strange[:1])
+            elif job := job_of(spec, run):
+                jobs.setdefault(job, Store(path.parent))
+            else:
+                others["results"] += 1
+        except (ValueError, OSError) as error:
+            left_out.append(str(error))
     # first what its own settings made, then as few images as possible
-    jobs.sort(key=lambda found: (found[0] != default(run), found[0].subset.about(run.data), choice_title(found[0])))
+    jobs = sorted(jobs.items(), key=lambda j: (j[0] != default(run), j[0].subset.about(run.data), choice_title(j[0])))
     names = choice_titles([job for job, _ in jobs])
     choices += [from_job(job, store, name) for (job, store), name in zip(jobs, names, strict=True)]
     for path in sorted(run.folder.parent.glob("*/phis/*.safetensors")):
         try:
-            choices.append(from_file(path, run))
-        except ValueError as error:
+            about = open_phi(path).about
+            if not fits(about, run):
+                others["saved phis"] += 1
+            elif strange := unregistered(about["phi"]):
+                unknown.update(strange[:1])
+            else:
+                choices.append(from_file(path, run))
+        except (ValueError, OSError) as error:
             left_out.append(str(error))
-    if others:
-        left_out.append(f"{others} results of other data, or of another version of the code")
+    if unknown:
+        left_out.append(f"{unknown.total()} of phis that are not registered here ({', '.join(sorted(unknown))})")
+    left_out += [f"{count} {what} of other data, or of another version of the code" for what, count in others.items()]
     return choices, left_out
 
 
@@ -256,7 +268,12 @@ class Explorer:
         )
         self.problems: list[str] = []
         self.refresh()
-        self.choose(next(iter(self.choices.values())))
+        for choice in self.choices.values():  # the first that can be read; an untrained one always can
+            try:
+                self.choose(choice)
+                break
+            except (ValueError, OSError) as error:
+                self.problems.append(str(error))
 
     def refresh(self) -> None:
         """Look for phis again."""
@@ -274,7 +291,7 @@ class Explorer:
         job = self.run.distillation("pixels", self.run.base, self.run.settings.pixel_config)
         try:
             return job.stored_phi(self.run.store).phi.pixels.detach() if self.stored(job) else None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.problems.append(str(error))
             return None
 

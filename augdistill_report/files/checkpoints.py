@@ -1,7 +1,7 @@
 """How far a long piece of work has come, on disk: one that is killed goes on from there instead of starting anew.
 
-A state is nested dictionaries and lists of tensors and plain values. Like everything in the store it is a safetensors
-file that is whole or not there, says what it belongs to, and holds no code.
+A state is nested dictionaries and lists of tensors and plain values. Like everything in the store it is a sealed file
+that is whole or not there, says what it belongs to, and holds no code.
 """
 
 import time
@@ -22,11 +22,15 @@ TENSOR = "tensor "  # with its number: what stands for a tensor in the JSON
 
 
 class Checkpoint:
-    """The state of the work with this specification, beside its future result."""
+    """The state of the work with this specification, beside its future result.
+
+    `seconds` is the CPU time that went into the state that was read, in all the processes that worked on it.
+    """
 
     def __init__(self, store: Store, spec: dict):
         self.store, self.spec = store, spec
         self.state, self.due = None, time.monotonic() + SECONDS
+        self.seconds, self.began = 0.0, time.process_time()
 
     def held(self) -> AbstractContextManager:
         """While work goes on from here: other processes that would, wait."""
@@ -36,11 +40,19 @@ class Checkpoint:
     def there(self) -> bool:
         return self.store.has(CHECKPOINT, self.spec)
 
-    def read(self) -> dict | None:
-        """The state that was written last, or None; a `ValueError` that names a damaged or foreign file."""
+    def read(self, build: Callable[[dict], object] = lambda state: state):
+        """What `build` makes of the state that was written last, or None if there is none.
+
+        A `ValueError` names a file that is damaged or foreign, or of which `build` can make nothing.
+        """
         if not self.there:
             return None
-        return unpacked(*self.store.load(CHECKPOINT, self.spec))
+        file = self.store.open(CHECKPOINT, self.spec)
+        tensors = file.read()
+        with file.checking():
+            found = build(unpacked(tensors, file.about["meta"]))
+        self.seconds = file.about["seconds"]
+        return found
 
     def offer(self, state: Callable[[], dict]) -> None:
         """Write what `state` gives, if the last one that was written is old enough."""
@@ -53,7 +65,8 @@ class Checkpoint:
         if self.state is None:
             return
         begun = time.monotonic()
-        self.store.save(CHECKPOINT, self.spec, *packed(self.state()))
+        spent = self.seconds + time.process_time() - self.began
+        self.store.save(CHECKPOINT, self.spec, *packed(self.state()), spent)
         now = time.monotonic()
         self.due = now + max(SECONDS, (now - begun) / SHARE)
 
@@ -67,7 +80,7 @@ def packed(state: dict) -> tuple[dict[str, Tensor], dict]:
 
     def named(value):
         if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.clone()  # safetensors refuses tensors that share their memory
+            tensors[str(len(tensors))] = value
             return {TENSOR: len(tensors) - 1}
         if isinstance(value, dict):
             return {key: named(v) for key, v in value.items()}

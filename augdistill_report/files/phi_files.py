@@ -4,25 +4,62 @@ augment = load_phi("runs/digits/phis/unet.safetensors")  # pixels in [0, 1] go i
 """
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from augdistill_core import PHIS, Phi, augmented, make_phi, seeded
+from augdistill_core import PHIS, Phi, augmented, builders, is_ours, make_phi, seeded
 from augdistill_report.data.augmentations import without_flips
-from augdistill_report.files.store import Store, checksum, digest, read_tensors, separate, write
+from augdistill_report.files.store import (
+    SealedFile,
+    Store,
+    a_count,
+    a_finite_number,
+    a_fraction,
+    digest,
+    restore,
+    separate,
+    write_sealed,
+)
 from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.jobs import Subset
 from augdistill_report.work.phi_layer import Augment, Use
 from augdistill_report.work.provenance import own_source
 from augdistill_report.work.setup import public_name
 
-KIND, FORMAT = "augdistill phi", 1
+KIND = "phi"
 
 WHITENING = ("data/mean", "data/whiten", "data/colour")  # tensors beside those of a phi that saw whitened images
+
+
+def a_deviation(value) -> bool:
+    """A form: a standard deviation that can be divided by."""
+    return a_finite_number(value) and 1e-12 < value < 1e12
+
+
+def a_side(value) -> bool:
+    """A form: an image's height and width, as in the settings."""
+    return a_count(value) and 4 <= value <= 256
+
+
+ABOUT = {
+    "phi": str,
+    "own_source": str,
+    "shape": [a_count],
+    "base_images": a_count,
+    "classes": [str],
+    "data": {"name": str, "fingerprint": str, "mean": [a_finite_number], "std": [a_deviation]},
+    "subset": {"seed": a_count, "per_class": (None, a_count), "fraction": (None, a_fraction), "skip": a_fraction},
+    "setup": {"zca": bool, "size": a_side},
+    "config": dict,
+    "stopped": (str, dict),
+    "source": str,
+    "torch": str,
+    "strength": a_finite_number,
+    "probability": a_fraction,
+}
 
 
 def save_phi(
@@ -69,55 +106,103 @@ def save_phi(
         )
     if data.colour is not None:
         tensors |= dict(zip(WHITENING, (t.cpu() for t in (data.mean, data.train.whiten, data.colour)), strict=True))
-    # under one key, since safetensors writes several in any order: the same phi is the same bytes
-    header = {KIND: json.dumps({"format": FORMAT, "sha256": checksum(about, tensors), "about": about})}
-    write(Path(path), to_safetensors(tensors, header))
+    write_sealed(Path(path), KIND, about, tensors)
     return Path(path)
+
+
+def made_for(about: dict, base: Tensor) -> Phi:
+    """A fresh phi of that name and classes, for such base images."""
+    return without_flips(make_phi(about["phi"], base, len(about["classes"]), 0), about["data"]["name"])
 
 
 def rebuilt(about: dict, tensors: dict[str, Tensor]) -> Phi:
     """The phi of that name, shape and classes, with this state."""
-    base = torch.zeros(1, *about["shape"]).expand(about["base_images"], -1, -1, -1)
-    phi = without_flips(make_phi(about["phi"], base, len(about["classes"]), 0), about["data"]["name"])
+    phi = made_for(about, torch.zeros(1, 1, 1, 1).expand(about["base_images"], *about["shape"]))
     try:
-        phi.load_state_dict(tensors)
-    except RuntimeError:
-        raise ValueError(f"phi {about['phi']!r}, as it is registered here, has other tensors than the file") from None
-    return phi
+        return restore(phi, tensors)
+    except ValueError as error:
+        raise ValueError(f"phi {about['phi']!r}, as it is registered here, has other tensors ({error})") from None
 
 
-def read_phi(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a phi's file and what it says of itself; a `ValueError` that says what is wrong with it."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; must be a phi that `run.save` or `save_phi` wrote")
-    try:
-        tensors, header = read_tensors(path)
-        if KIND not in header:
-            raise ValueError("a safetensors file, but of something else")
-        said = json.loads(header[KIND])
-        if said["format"] != FORMAT:
-            raise ValueError(f"of format {said['format']}; this version of augdistill reads {FORMAT}")
-        if said["sha256"] != checksum(said["about"], tensors):
-            raise ValueError("its contents are not those that were written")
-        return tensors, said["about"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no phi of ours ({error})") from None
+def open_phi(path: Path | str) -> SealedFile:
+    """The file of a saved phi, its header checked whole and its tensors unread; a `ValueError` says what is wrong."""
+    file = SealedFile(path, KIND)
+    file.check(ABOUT)
+    about, shapes = file.about, file.shapes
+    with file.checking():
+        channels, *sides = about["shape"]
+        if sides != 2 * [about["setup"]["size"]]:
+            raise ValueError(f"shape={about['shape']}: must be channels and twice the size {about['setup']['size']}")
+        if (
+            not channels
+            or not about["base_images"]
+            or not about["classes"]
+            or len(set(about["classes"])) < len(about["classes"])
+        ):
+            raise ValueError("it must have channels, base images, and classes of different names")
+        Use(about["strength"], about["probability"])
+        subset = Subset(**about["subset"])
+        if (subset.per_class is None) == (subset.fraction is None):
+            raise ValueError(f"subset={about['subset']}: must have per_class or fraction")
+        pixels = channels * sides[0] ** 2
+        whitening = dict(zip(WHITENING, (tuple(about["shape"]), (pixels, pixels), (pixels, pixels)), strict=True))
+        whitened = about["setup"]["zca"]
+        for name, shape in whitening.items():
+            if (shapes.get(name) != ("F32", shape)) if whitened else (name in shapes):
+                raise ValueError(f"zca={whitened}, but {name} is {shapes.get(name)}")
+        lengths = [len(about["data"][key]) for key in ("mean", "std")]
+        if lengths not in ([[0, 1], [0, channels]] if whitened else [[channels, channels]]):
+            raise ValueError(f"{lengths} means and deviations of {channels} channels")
+    return file
+
+
+def check_sizes(file: SealedFile) -> None:
+    """A `ValueError` unless the tensors have the sizes of such a phi's, which is made without memory for it.
+
+    A user's own phi is passed over: it may need values of its base images.
+    """
+    about = file.about
+    if not all(map(is_ours, builders(about["phi"]))):
+        return
+    with file.checking(), torch.device("meta"):
+        base = torch.empty(about["base_images"], *about["shape"])
+        wanted = {name: tuple(t.shape) for name, t in made_for(about, base).state_dict().items()}
+    found = {name: shape for name, (_, shape) in file.shapes.items() if name not in WHITENING}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            sizes = f"{name} is {found.get(name, 'missing')}, must be {wanted.get(name, 'absent')}"
+            raise ValueError(
+                f"{file.path}: phi {about['phi']!r}, as it is registered here, has other tensors ({sizes})"
+            )
+
+
+def unregistered(phi: str) -> list[str]:
+    """The parts of a phi's name that nothing is registered under."""
+    return [part for part in phi.split("+") if part not in PHIS]
 
 
 def load_phi(path: Path | str, strength: float | None = None, probability: float | None = None) -> Augment:
-    """A saved phi, ready for use as it was saved, or with another strength or probability."""
-    tensors, about = read_phi(path)
-    for part in about["phi"].split("+"):
-        if part not in PHIS:
-            own = "it is of its user's own: register it before (--set phis=FILE on the command line)"
-            known = f"must be one of {', '.join(PHIS)}"
-            raise ValueError(f"{path}: unknown phi {part!r}; {own if about['own_source'] else known}")
+    """A saved phi, ready for use as it was saved, or with another strength or probability.
+
+    A `ValueError` names a file that is damaged, no phi's, or of a phi that is not registered here.
+    """
+    file = open_phi(path)
+    about = file.about
+    for part in unregistered(about["phi"]):
+        own = "it is of its user's own: register it before (--set phis=FILE on the command line)"
+        known = f"must be one of {', '.join(PHIS)}"
+        raise ValueError(f"{path}: unknown phi {part!r}; {own if about['own_source'] else known}")
     own = own_source(about["phi"])
     if (own and digest({"source": own})) != about["own_source"]:
         warnings.warn(f"{path}: phi {about['phi']!r} was trained with other source than it has here", stacklevel=2)
     given = {"strength": strength, "probability": probability}
     use = Use(**{key: about[key] if value is None else value for key, value in given.items()})
+    check_sizes(file)
+    tensors = file.read()
+    with file.checking():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
     whitening = [tensors.pop(name) for name in WHITENING if name in tensors]
     try:
         return Augment(rebuilt(about, tensors), about, use, whitening)

@@ -238,8 +238,8 @@ def receive(token: str, name: str, content: bytes, dask_worker: Worker) -> None:
 
 
 def seen(store: Store) -> set[tuple[Path, int]]:
-    """Every file of a run's folder, with its time, but those that are hidden or of a training under way."""
-    inside = [p for p in store.folder.parent.rglob("[!.]*") if p.is_file() and p.parent.suffix != ".training"]
+    """Every file of a run's folder, with its time, but those that are hidden."""
+    inside = [p for p in store.folder.parent.rglob("[!.]*") if p.is_file()]
     return {(path, path.stat().st_mtime_ns) for path in inside}
 
 

@@ -4,13 +4,29 @@ import dataclasses
 import math
 import warnings
 
+import torch
+from torch import Tensor
+
 from augdistill_core import DistillConfig, Distilled, Phi, Stop, distill, diverged, make_phi
 from augdistill_report.data.augmentations import augmentation, without_flips
 from augdistill_report.files.checkpoints import Checkpoint
-from augdistill_report.files.store import Store
+from augdistill_report.files.store import Store, a_count, a_finite_number, check_form, restore
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.provenance import phi_modules
+
+RECORD = {"iteration": a_count, "loss": float, "alpha": float, "state": str}  # what is read of one
+
+STATE = {  # of a run, in a checkpoint
+    "phi": {str: Tensor},
+    "step_size": {str: Tensor},
+    "optimizers": [[{str: (Tensor, float)}]],
+    "good": [Tensor],
+    "generators": [Tensor],
+    "history": [RECORD],
+    "memory": str,
+    "seconds": a_finite_number,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +39,7 @@ class Distillation(Job):
     phi_source: str = ""  # of a phi that a user registered: what it says is part of what the result depends on
 
     kind = "distilled"
+    form = {"alpha": a_finite_number, "history": [RECORD], "stopped": (str, dict)}  # noqa: RUF012
 
     def modules(self):
         return [*super().modules(), *phi_modules(self.phi)]
@@ -48,10 +65,19 @@ class Distillation(Job):
     def work(self, store, tick):
         checkpoint = self.checkpoint(store)
         with checkpoint.held():
-            found, budget = checkpoint.read(), 60 * self.config.minutes or math.inf
+            found, budget = checkpoint.read(self.checked), 60 * self.config.minutes or math.inf
             if found and found["run"]["seconds"] > budget:  # of a run with more minutes: neither used nor replaced
-                found = checkpoint = None
-            return self.from_checkpoint(store, tick, found or {"run": None, "moments": {}}, checkpoint)
+                return self.from_checkpoint(store, tick, {"run": None, "moments": {}}, None)
+            result = self.from_checkpoint(store, tick, found or {"run": None, "moments": {}}, checkpoint)
+            return *result, checkpoint.seconds
+
+    def checked(self, found: dict) -> dict:
+        """What a checkpoint holds; a `ValueError` that says what is wrong with it."""
+        check_form(found, {"run": STATE, "moments": {str: Tensor}}, "state")
+        restore(self.fresh_phi(), found["run"]["phi"])
+        for state in found["run"]["generators"]:
+            torch.Generator().set_state(state)
+        return found
 
     def from_checkpoint(self, store: Store, tick: Tick, found: dict, checkpoint: Checkpoint | None) -> tuple:
         """The work from what was `found`; how far it comes goes to the checkpoint, where there is one."""
@@ -94,7 +120,7 @@ class Distillation(Job):
     def tidy(self, store):
         checkpoint = self.checkpoint(store)
         if checkpoint.there:
-            stopped = store.load(self.kind, self.spec())[1]["stopped"]
+            stopped = store.open(self.kind, self.spec(), self.form).about["meta"]["stopped"]
             if not stopped or diverged(stopped):  # else more minutes may go on from it
                 checkpoint.remove()
 
@@ -107,11 +133,7 @@ class Distillation(Job):
         """phi before iterations "0", "1", "2", "4", "8" ..., and "last": what the run returned."""
         tensors, meta = self.stored(store)
         names = [str(r["iteration"]) for r in meta["history"] if kept(r["iteration"])] + ["last"]
-        phis = {moment: self.fresh_phi() for moment in names}
-        for moment, phi in phis.items():
-            start = f"{moment}/"
-            phi.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
-        return phis
+        return {moment: self.restored(self.fresh_phi(), tensors, moment, store) for moment in names}
 
 
 def kept(iteration: int) -> bool:

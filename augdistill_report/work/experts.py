@@ -1,14 +1,17 @@
 """The jobs that train experts."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from augdistill_core import Trajectories, snapshots_every, train_expert, train_together
+from augdistill_core import TrainingState, Trajectories, snapshots_every, train_expert, train_together
 from augdistill_report.data.augmentations import augmentation
-from augdistill_report.files.expert_files import FLOATS, ExpertFile, TrainingFiles, sealed
-from augdistill_report.files.store import Store
+from augdistill_report.files.checkpoints import Checkpoint
+from augdistill_report.files.expert_files import FLOATS, ExpertFile, snapshot_tensors
+from augdistill_report.files.store import Store, a_count, check_form
 from augdistill_report.work.jobs import Job, Tick
 from augdistill_report.work.provenance import versions
 from augdistill_report.work.setup import Setup, given_experts, public_name
@@ -17,7 +20,7 @@ from augdistill_report.work.students import accuracy
 
 @dataclasses.dataclass(frozen=True)
 class Expert(Job):
-    """One expert's way, and its accuracy on the validation split at every snapshot."""
+    """One expert trajectory, and its accuracy on the validation split at every snapshot."""
 
     expert: int
 
@@ -29,11 +32,13 @@ class Expert(Job):
         return spec | {"setup": spec["setup"] | {"experts": None, "augment": None, "expert_files": None}}
 
     def work(self, store, tick):
-        return self.with_accuracy(*train_resumable(self, train_expert, self.expert, store, tick))
+        checkpoint = checkpoint_of(self, store)
+        theta, losses = train_resumable(self, train_expert, self.expert, checkpoint, tick)
+        return *self.with_accuracy(theta, losses), checkpoint.seconds
 
     def with_accuracy(self, theta: torch.Tensor, losses: list[float]) -> tuple[dict, dict]:
         theta = theta.to(FLOATS[self.setup.expert_float])
-        return with_accuracy(self.setup, self.spec(), theta, {"expert": self.expert, "loss": losses})
+        return with_accuracy(self.setup, theta, {"expert": self.expert, "loss": losses})
 
     def file(self, store: Store) -> ExpertFile:
         """Its file in the store, made if it is missing, to be read by the snapshot."""
@@ -44,13 +49,13 @@ class Expert(Job):
         return file
 
     def tidy(self, store):
-        training_files(self, [self.expert], store).clear()
+        checkpoint_of(self, store).remove()
         ExpertFile(store.path(self.kind, self.spec())).write_json()
 
 
 @dataclasses.dataclass(frozen=True)
 class Together(Job):
-    """Some of a set-up's experts, those that the store lacks trained at once; each is stored as if made alone."""
+    """Some of a setup's experts, those that the store lacks trained at once; each is stored as if made alone."""
 
     which: tuple[int, ...]
 
@@ -62,53 +67,66 @@ class Together(Job):
     def work(self, store, tick):
         missing = [job for job in self.needs() if not store.has(job.kind, job.spec())]
         if missing:
-            ways, losses = train_resumable(self, train_together, [job.expert for job in missing], store, tick)
-            for job, *found in zip(missing, ways, torch.stack(losses, 1).tolist(), strict=True):
-                store.save(job.kind, job.spec(), *job.with_accuracy(*found))
+            began, checkpoint = time.process_time(), checkpoint_of(self, store)
+            experts = [job.expert for job in missing]
+            trajectories, losses = train_resumable(self, train_together, experts, checkpoint, tick)
+            each = (checkpoint.seconds + time.process_time() - began) / len(missing)
+            for job, *found in zip(missing, trajectories, torch.stack(losses, 1).tolist(), strict=True):
+                store.save(job.kind, job.spec(), *job.with_accuracy(*found), each)
         return {}, {"made": [job.expert for job in missing]}
 
     def tidy(self, store):
-        training_files(self, [], store).clear()
+        checkpoint_of(self, store).remove()
 
 
-def with_accuracy(setup: Setup, spec: dict, theta: torch.Tensor, about: dict) -> tuple[dict, dict]:
-    """What is kept of an expert's way `[snapshots, P]`: with its accuracy on the validation split at every snapshot."""
-    data = setup.load()
+def with_accuracy(setup: Setup, theta: torch.Tensor, about: dict) -> tuple[dict, dict]:
+    """What is kept of a trajectory `[snapshots, P]`: with its accuracy on the validation split at every snapshot."""
+    tensors, data = snapshot_tensors(theta.cpu(), about["expert"]), setup.load()
     student, validation = setup.student(data).to(setup.device), data.validation.made()
-    about = about | {
+    return tensors, about | {
         "dataset": public_name(data.name),
         "classes": list(data.classes),
         "versions": versions(setup.device),
         "validation": [accuracy(student, t.to(setup.device).float(), validation) for t in theta],
     }
-    return {"theta": theta}, sealed(theta, spec, about)
 
 
-def training_files(job: Expert | Together, which: list[int], store: Store) -> TrainingFiles:
-    """Where a job keeps its training until it is done: beside its result."""
-    return TrainingFiles(store.path(job.kind, job.spec()).with_suffix(".training"), job.spec(), which)
+def checkpoint_of(job: Expert | Together, store: Store) -> Checkpoint:
+    """Where a training keeps how far it is, until its result is there."""
+    return Checkpoint(store, job.spec())
 
 
 def train_resumable(
-    job: Expert | Together, how: Callable, which: int | list[int], store: Store, tick: Tick
+    job: Expert | Together, how: Callable, which: int | list[int], checkpoint: Checkpoint, tick: Tick
 ) -> tuple[torch.Tensor, list]:
-    """The experts `which` by `how` (one of the core's two ways), and their losses by snapshot.
+    """The experts `which` by `how` (`train_expert` or `train_together`), and their losses by snapshot.
 
-    Killed at any moment, the next one goes on from the last whole epoch.
+    Killed at any moment, the next one goes on from the checkpoint, which is written at the end of an epoch.
     """
     setup, data, losses = job.setup, job.data, []
     images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
-    kept = training_files(job, which if isinstance(which, list) else [which], store)
+    student, experts = job.student(), which if isinstance(which, list) else [which]
 
     def on_snapshot(snapshot, loss):
         losses.append(loss)
         tick(snapshot, snapshots)
 
+    def on_epoch(at):
+        checkpoint.offer(lambda: {"experts": experts, "training": at.state_dict()})
+
+    def resumed(state):
+        check_form(state, {"experts": [a_count], "training": dict}, "state")
+        rows = [state["experts"].index(k) for k in experts]  # those that are not stored yet
+        at = TrainingState.from_state_dict(state["training"], rows, parameters_of(student), images)
+        if len(at.losses) > snapshots:
+            raise ValueError(f"{len(at.losses)} snapshots, of a training that takes {snapshots}")
+        return at
+
     # all of it as floats meanwhile (CIFAR-10: 550 MB), since the core takes tensors of floats
-    arguments = (job.student(), images, data.train.labels, setup, setup.seed, which)
+    arguments = (student, images, data.train.labels, setup, setup.seed, which)
     augment = augmentation(setup.expert_augment, data)
-    options = dict(augment=augment, on_snapshot=on_snapshot, on_epoch=kept.save, resume=kept.load(setup.device))
-    return how(*arguments, **options), losses
+    resume = checkpoint.read(resumed)
+    return how(*arguments, augment=augment, on_snapshot=on_snapshot, on_epoch=on_epoch, resume=resume), losses
 
 
 def expert_jobs(setup: Setup) -> list[Expert]:
@@ -121,7 +139,7 @@ def own_experts(setup: Setup) -> list[Expert]:
 
 
 def missing_experts(setup: Setup) -> list[Job]:
-    """The jobs that make a set-up's own experts: so many at once on a GPU, one a process on a CPU."""
+    """The jobs that make a setup's own experts: so many at once on a GPU, one a process on a CPU."""
     own = own_experts(setup)
     if setup.device != "cuda" or not own:
         return own
@@ -129,7 +147,19 @@ def missing_experts(setup: Setup) -> list[Job]:
     return [Together(setup, tuple(range(len(own))[i : i + at_once])) for i in range(0, len(own), at_once)]
 
 
+def parameters_of(student: nn.Module) -> int:
+    """How many numbers its parameters are."""
+    return sum(p.numel() for p in student.parameters())
+
+
 def load_trajectories(setup: Setup, store: Store) -> Trajectories:
-    """The experts' ways, each read from its file by the snapshot."""
+    """The expert trajectories, each read from its file by the snapshot."""
     files = given_experts(setup) or [job.file(store) for job in expert_jobs(setup)]
-    return Trajectories(setup.student(setup.load()).to(setup.device), files)
+    student = setup.student(setup.load()).to(setup.device)
+    parameters = parameters_of(student)
+    for file in files:
+        if file.parameters != parameters:
+            raise ValueError(
+                f"{file.path}: has snapshots of {file.parameters} parameters, the student has {parameters}"
+            )
+    return Trajectories(student, files)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from augdistill_report.data.datasets import Dataset
-from augdistill_report.files.store import Store
+from augdistill_report.files.store import Store, restore
 from augdistill_report.work.provenance import SOURCES
 from augdistill_report.work.setup import Setup, given_experts
 
@@ -22,6 +23,7 @@ class Task:
     """A piece of work whose result is stored under what it depends on. `kind` names its files."""
 
     kind = "task"
+    form: dict | None = None  # of the plain values of its result: see `check_form`
     cost = 0.0  # about how much work it is beside others of its kind: what takes longest had better start first
 
     def spec(self) -> dict:
@@ -29,7 +31,8 @@ class Task:
         raise NotImplementedError
 
     def work(self, store: Store, tick: Tick) -> tuple[dict, dict]:
-        """Make the result: (tensors, plain JSON values)."""
+        """Make the result: (tensors, plain JSON values), and, where it went on from a checkpoint, the CPU seconds of
+        the processes before this one."""
         raise NotImplementedError
 
     def run(self, store: Store, tick: Tick = lambda done, total, note="": None) -> None:
@@ -38,8 +41,9 @@ class Task:
             with store.making(self.kind, self.spec()):
                 if not store.has(self.kind, self.spec()):
                     began = time.process_time()  # what others do on the machine does not count
-                    result = self.work(store, tick)
-                    store.save(self.kind, self.spec(), *result, time.process_time() - began)
+                    tensors, meta, *before = self.work(store, tick)
+                    seconds = sum(before) + time.process_time() - began
+                    store.save(self.kind, self.spec(), tensors, meta, seconds)
         self.tidy(store)
 
     def found(self, store: Store) -> dict:
@@ -59,12 +63,21 @@ class Task:
     def stored(self, store: Store, tick: Tick = lambda done, total, note="": None) -> tuple[dict, dict]:
         """The result, made if it is missing: (tensors, plain JSON values)."""
         self.run(store, tick)
-        return store.load(self.kind, self.spec())
+        return store.load(self.kind, self.spec(), self.form)
+
+    def restored(self, module: nn.Module, tensors: dict[str, Tensor], part: str, store: Store) -> nn.Module:
+        """`module` with the state that the result's `tensors` hold below "part/"; a `ValueError` names a misfit."""
+        start = f"{part}/"
+        try:
+            return restore(module, {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
+        except ValueError as error:
+            path = store.path(self.kind, self.spec())
+            raise ValueError(f"{path} is damaged ({part}: {error}): delete it, and run again") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Job(Task):
-    """A piece of work in a world: data, student, experts, machine."""
+    """A piece of work in a setup: data, student, experts, machine."""
 
     setup: Setup
 

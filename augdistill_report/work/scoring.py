@@ -27,7 +27,7 @@ from augdistill_core import (
 from augdistill_report.data.augmentations import AUGMENTATIONS, augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.data.instaaug import InstaAug
-from augdistill_report.files.store import Store
+from augdistill_report.files.store import Store, a_fraction
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.setup import Setup, public_name
@@ -91,6 +91,7 @@ class Evaluation(Job):
     only: str = ""
 
     kind = "students"
+    form = {"validation": [a_fraction]}  # noqa: RUF012
 
     @property
     def cost(self):
@@ -163,10 +164,8 @@ class Evaluation(Job):
         if not store.has(self.kind, self.spec()):
             return self.trained(store, tick)
         tensors, meta = self.stored(store)
-        models = [self.student().eval() for _ in meta["validation"]]
-        for k, model in enumerate(models):
-            start = f"{k}/"
-            model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+        count = len(meta["validation"])
+        models = [self.restored(self.student().eval(), tensors, str(k), store) for k in range(count)]
         return models, meta["validation"]
 
 
@@ -190,6 +189,7 @@ class Score(Job):
     evaluation: Evaluation
 
     kind = "accuracy"
+    form = {"validation": [a_fraction], "test": [a_fraction]}  # noqa: RUF012
 
     @property
     def cost(self):

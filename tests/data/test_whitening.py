@@ -14,7 +14,7 @@ from augdistill_core import DistillConfig, seeded
 from augdistill_report.data import whitening
 from augdistill_report.data.datasets import load, load_data, standardised, whitened
 from augdistill_report.files.phi_files import load_phi, save_phi
-from augdistill_report.files.store import read_tensors
+from augdistill_report.files.store import SealedFile
 from augdistill_report.run import Run, configuration
 from augdistill_report.settings import resolve
 from augdistill_report.work.distillation import Distillation
@@ -139,7 +139,7 @@ def test_to_moves_everything():
 def test_it_is_fitted_once_and_kept(cache, monkeypatch):
     white = whitened(a_set())
     (file,) = cache.glob("zca-*.safetensors")
-    assert read_tensors(file)[0]["matrix"].shape == (48, 48)
+    assert SealedFile(file, "zca")["matrix"].shape == (48, 48)
     with monkeypatch.context() as changed:
         changed.setattr(whitening, "fit", lambda raw: pytest.fail("fitted again"))
         again = whitened(a_set())
@@ -153,7 +153,7 @@ def test_a_damaged_file_and_a_place_that_cannot_be_written_are_named(cache, monk
     (file,) = cache.glob("zca-*.safetensors")
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged or not ours .*delete it, and run again"):
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*delete it, and run again"):
         whitened(a_set())
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

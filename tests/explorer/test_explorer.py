@@ -13,12 +13,15 @@ import pytest
 import torch
 from ipywidgets import Widget
 from PIL import Image
+from safetensors.torch import save_file
 
 from augdistill_core import PHIS, DistillConfig, Phi, augmented, register_phi, seeded
+from augdistill_method import phi as phi_module
 from augdistill_report import load_phi, open_run
 from augdistill_report.explorer.page import Page
 from augdistill_report.explorer.state import Explorer, Noised, View, choice_titles, frames
 from augdistill_report.explorer.training import Background, Stopped, Training
+from augdistill_report.files.store import SealedFile, open_stored, write_sealed
 from augdistill_report.settings import REPORT_NETWORK, STUDENT_REPORT
 from augdistill_report.show.image_grids import difference_image, film, image_grid, png
 from augdistill_report.work.probes import phi_images
@@ -235,8 +238,8 @@ def test_runs_beside_this_one_are_found_and_other_data_are_not(copy, tmp_path, o
     assert "file mine" in page.phi.options
     bigger = opened(run_in(tmp_path, "bigger", size=16))
     assert not any(choice.trained for choice in bigger.explorer.choices.values())
-    assert "mine.safetensors: phi of digits, 1x8x8, not of these (digits, 1x16x16)" in bigger.status.value
     assert "5 results of other data, or of another version of the code" in bigger.status.value
+    assert "1 saved phis of other data" in bigger.status.value
 
 
 def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
@@ -264,10 +267,78 @@ def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
 
 
 def job_spec(path: Path) -> dict:
-    from safetensors import safe_open
+    return open_stored(path, "distilled").about["spec"]
 
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["spec"])
+
+@pytest.fixture
+def shaken(tmp_path):
+    """A run with a stored and a saved phi whose name nobody has registered any more."""
+    run = run_in(tmp_path)
+
+    @register_phi("shaky")
+    class Shaky(Phi):
+        def __init__(self, images, classes):
+            super().__init__()
+            self.far = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images, **_):
+            return images * self.far
+
+    run.save("shaken", run.distillation("shaky", run.base, iterations=1))
+    run.distill({"chain": run.distillation("shaky+policy", run.base, iterations=1)})
+    del phi_module._REGISTRY["shaky"]
+    return run
+
+
+def test_phis_that_are_not_registered_here_are_counted_quietly(shaken, opened):
+    page = opened(shaken)
+    assert page.explorer.problems == ["3 of phis that are not registered here (shaky)"]
+    assert "delete" not in page.status.value and "damaged" not in page.status.value
+    assert not any("shaky" in name for name in page.phi.options)
+
+
+def test_it_opens_whatever_lies_in_the_folders(copy, opened):
+    """Files that are none, are foreign, or are sealed and say what nobody can use; and the first one to be shown."""
+    results, phis = copy.folder / "artefacts", copy.folder / "phis"
+    good = next(results.glob("distilled-*.safetensors"))
+    content = SealedFile(good, "distilled").about
+    said = SealedFile(phis / "mine.safetensors", "phi").about
+    (results / "distilled-folder.safetensors").mkdir()
+    (results / "distilled-link.safetensors").symlink_to(results / "nowhere")
+    (phis / "link.safetensors").symlink_to(results / "nowhere")
+    (phis / "folder.safetensors").mkdir()
+    shutil.copy(next(results.glob("expert-*.safetensors")), results / "distilled-expert.safetensors")
+    nested = {"augdistill 1": '{"about": ' + "[" * 10**5}
+    for place in (results / "distilled-nested.safetensors", phis / "nested.safetensors"):
+        save_file({"a": torch.zeros(2)}, place, nested)
+    for number, spec in enumerate(({}, {"setup": []}, content["spec"] | {"subset": 1}, content["spec"] | {"phi": 7})):
+        write_sealed(results / f"distilled-{number}.safetensors", "distilled", content | {"spec": spec}, {})
+    for key in ("data", "shape", "subset", "setup", "phi"):
+        without = {name: value for name, value in said.items() if name != key}
+        write_sealed(phis / f"without-{key}.safetensors", "phi", without, {})
+    huge = said | {"shape": [1, 200000, 200000]}
+    write_sealed(phis / "huge.safetensors", "phi", huge, {"a": torch.zeros(1)})
+    job = copy.distillation(copy.settings.phi, copy.base)
+    first = copy.store.path(job.kind, job.spec())
+    first.write_bytes(first.read_bytes()[:-3] + b"\1\2\3")  # a tensor of what it opens with
+    page = opened(copy)
+    said = page.status.value
+    damaged = [
+        "distilled-nested",
+        "nested",
+        "huge",
+        *(f"without-{key}" for key in ("data", "shape", "subset", "setup")),
+    ]
+    for name in [*damaged, first.stem]:
+        assert f"{name}.safetensors is damaged" in said
+    for name in ("distilled-folder", "distilled-link", "folder", "link"):
+        assert f"{name}.safetensors: no such file" in said
+    assert "distilled-expert.safetensors is not ours" in said and "4 results of other data" in said
+    assert page.phi.value and "file mine" in page.phi.options
+    for preset in page.data.options:
+        if preset in ("digits", "smoke"):
+            page.data.value = preset
+            assert "Error" not in page.status.value
 
 
 def test_damaged_pixels_leave_their_row_out(copy, opened):

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -19,20 +20,37 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from augdistill_core import DistillConfig, Trajectories, logits_of, train_expert, train_together, unflatten
+from augdistill_core import (
+    DistillConfig,
+    TrainingState,
+    Trajectories,
+    logits_of,
+    train_expert,
+    train_together,
+    unflatten,
+)
 from augdistill_report.commands import cli
 from augdistill_report.commands.preflight import preflight
-from augdistill_report.data.augmentations import augmentation
-from augdistill_report.files.expert_files import ExpertFile, TrainingFiles, in_folder, sealed
-from augdistill_report.files.store import Store, digest
+from augdistill_report.files import checkpoints
+from augdistill_report.files.checkpoints import Checkpoint
+from augdistill_report.files.expert_files import ExpertFile, in_folder, snapshot_tensors
+from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.studies.unseen import Repetition
 from augdistill_report.work.distillation import Distillation
-from augdistill_report.work.experts import Expert, expert_jobs, load_trajectories, missing_experts
+from augdistill_report.work.experts import (
+    Expert,
+    Together,
+    checkpoint_of,
+    expert_jobs,
+    load_trajectories,
+    missing_experts,
+    train_resumable,
+)
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import EvalConfig, Evaluation
 from augdistill_report.work.setup import Setup
@@ -60,9 +78,8 @@ def folder(made, tmp_path):
 
 
 def same(one: ExpertFile, other: ExpertFile) -> bool:
-    """Whether two files say the same, bit for bit (safetensors orders the keys of its header anew each time)."""
-    tensors = [load_file(file.path)["theta"] for file in (one, other)]
-    return torch.equal(*tensors) and (one.spec, one.about) == (other.spec, other.about)
+    """Whether two files say the same, bit for bit, but for the seconds that it took."""
+    return (one.spec, one.about, one.file.digests) == (other.spec, other.about, other.file.digests)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,23 +91,27 @@ class Killed(Exception):
     pass
 
 
-def interrupted(how, setup, which, folder, epochs):
-    """Train through files, and stop after each of `epochs` once; then to the end."""
-    data = setup.load()
-    arguments = (setup.student(data), data.train.images, data.train.labels, setup, setup.seed, which)
-    augment = augmentation(setup.expert_augment, setup.load())
-    for stop in [*epochs, None]:
-        kept = TrainingFiles(folder, {"a": 1}, which if isinstance(which, list) else [which])
+class Every(Checkpoint):
+    """A checkpoint after every epoch; after so many of them the training is stopped."""
 
-        def on_epoch(at, kept=kept, stop=stop):
-            kept.save(at)
-            if kept.parts == stop:
-                raise Killed
+    left = math.inf
 
-        told = []
-        options = dict(augment=augment, on_epoch=on_epoch, on_snapshot=lambda *now, to=told: to.append(now))
+    def offer(self, state):
+        self.state = state
+        self.write()
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def interrupted(how, setup, which, folder, epochs, job=None):
+    """Train by checkpoints, and stop after each of `epochs` once; then to the end. The trajectory, and its losses."""
+    job = job or (Together(setup, tuple(which)) if isinstance(which, list) else Expert(setup, which))
+    for begin, stop in zip([0, *epochs], [*epochs, math.inf], strict=True):
+        checkpoint = Every(Store(folder), job.spec())
+        checkpoint.left = stop - begin
         try:
-            return how(*arguments, resume=kept.load("cpu"), **options), told
+            return train_resumable(job, how, which, checkpoint, lambda *_: None)
         except Killed:
             pass
 
@@ -113,17 +134,19 @@ def test_a_training_goes_on_from_any_epoch_with_the_same_bits(tmp_path, how, whi
     whole, told = interrupted(how, setup, which, tmp_path / "whole", [])
     parts, told_again = interrupted(how, setup, which, tmp_path / "parts", [1, 2, 4])
     assert torch.equal(whole, parts)
-    for (number, loss), (again, the_same) in zip(told, told_again, strict=True):
-        assert number == again and torch.equal(torch.as_tensor(loss), torch.as_tensor(the_same))
-    # an epoch each, but the last if it ends after the last snapshot
-    assert len(list((tmp_path / "parts").iterdir())) == (4 if changes.get("snapshot_steps") == 7 else 5)
+    for loss, the_same in zip(told, told_again, strict=True):
+        assert torch.equal(torch.as_tensor(loss), torch.as_tensor(the_same))
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 1
 
 
 def test_some_of_the_experts_that_were_trained_together_go_on(tmp_path):
     """As when some of them were stored before the process was killed."""
     setup = Setup(**SMALL)
-    whole, _ = interrupted(train_together, setup, [0, 1, 2], tmp_path, [])
-    rest, _ = interrupted(train_together, setup, [2, 0], tmp_path, [])
+    job = Together(setup, (0, 1, 2))
+    whole, _ = interrupted(train_together, setup, [0, 1, 2], tmp_path / "whole", [])
+    with pytest.raises(TypeError):  # stopped after its second epoch, and not taken up again
+        interrupted(train_together, setup, [0, 1, 2], tmp_path, [2, None], job)
+    rest, _ = interrupted(train_together, setup, [2, 0], tmp_path, [], job)
     assert torch.equal(rest, whole[[2, 0]])
 
 
@@ -145,28 +168,84 @@ def break_file(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "bit", "pickle", "archive", "foreign", "another's"])
-def test_a_damaged_checkpoint_is_named_and_costs_an_epoch(tmp_path, how):
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, how):
     setup = Setup(**SMALL)
-    whole, _ = interrupted(train_expert, setup, 0, tmp_path / "whole", [])
-    interrupted(train_expert, setup, 0, tmp_path / "parts", [2])
-    path = tmp_path / "parts" / "00002.safetensors"
+    interrupted(train_expert, setup, 0, tmp_path, [])
+    (path,) = tmp_path.glob("checkpoint-*.safetensors")
     if how == "another's":
         interrupted(train_expert, setup, 1, tmp_path / "other", [])
-        shutil.copy(tmp_path / "other" / path.name, path)
+        shutil.copy(next((tmp_path / "other").glob("checkpoint-*.safetensors")), path)
     else:
         break_file(path, how)
-    with pytest.warns(UserWarning, match="00002.safetensors is damaged or not ours"):
-        again, _ = interrupted(train_expert, setup, 0, tmp_path / "parts", [])
-    assert torch.equal(again, whole)
+    with pytest.raises(ValueError, match=rf"{path.name} is (damaged|not ours) "):
+        interrupted(train_expert, setup, 0, tmp_path, [])
+    path.unlink()
+    assert len(interrupted(train_expert, setup, 0, tmp_path, [])[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("theta", None),
+        ("theta", torch.zeros(1, 3)),
+        ("velocity", "fast"),
+        ("snapshots", []),
+        ("losses", [torch.zeros(1)]),
+        ("rest", [torch.zeros(1, dtype=torch.int64)]),
+        ("generators", [torch.zeros(3, dtype=torch.uint8)]),
+        ("generators", []),
+        ("seconds", {}),
+    ],
+)
+def test_a_whole_checkpoint_with_a_state_that_is_none_is_refused_by_name(tmp_path, part, value):
+    setup = Setup(**SMALL)
+    interrupted(train_expert, setup, 0, tmp_path, [])
+    kept = Checkpoint(Store(tmp_path), Expert(setup, 0).spec())
+    state = kept.read()
+    state["training"][part] = value
+    kept.offer(lambda: state)
+    kept.write()
+    with pytest.raises(ValueError, match=r"checkpoint-.*safetensors is damaged \(.*\): delete it, and run again"):
+        interrupted(train_expert, setup, 0, tmp_path, [])
+
+
+def test_seconds_count_every_process_that_worked_on_a_result(tmp_path, monkeypatch):
+    """Experts alone and together, and a distillation: stopped on the way, as if 1,000 seconds had been spent."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
+    setup = Setup(**SMALL)
+    config = DistillConfig(iterations=4, syn_steps=1, max_start_epoch=1, expert_epochs=1)
+    distillation = Distillation(setup, "distnet2", Subset(0, per_class=1), config)
+    make(tmp_path / "distilled", setup)
+    for job, folder in ((Expert(setup, 0), "one"), (Together(setup, (0, 1)), "two"), (distillation, "distilled")):
+        store = Store(tmp_path / folder)
+
+        def stop(done, total, note=""):
+            if done == 3:
+                raise Killed
+
+        with pytest.raises(Killed):
+            job.run(store, stop)
+        (path,) = store.folder.glob("checkpoint-*.safetensors")
+        spec = job.checkpoint(store).spec if job is distillation else job.spec()
+        kept = store.open("checkpoint", spec)
+        assert 0 < kept.about["seconds"] < 100
+        store.save("checkpoint", spec, kept.read(), kept.about["meta"], 1000.0)
+        job.run(store)
+        made = job.needs() if isinstance(job, Together) else [job]
+        spent = [store.seconds(one.kind, one.spec()) for one in made]
+        assert 1000 < sum(spent) < 1100 and not path.exists()
 
 
 SERVANT = """
 import os, random, signal, sys, time
-from augdistill_report.files.store import Store, digest
+from augdistill_report.files import checkpoints
+from augdistill_report.files.store import SealedFile, Store
 from augdistill_report.work.experts import Expert
 from augdistill_report.work.setup import Setup
 import torch
 torch.set_num_threads(1)
+checkpoints.SECONDS, checkpoints.SHARE = 0.0, float("inf")  # one after every epoch
 setup = Setup(**{setup})
 Expert(setup, 1).run(Store(sys.argv[1] + "/first"))  # what is imported and loaded once
 job = Expert(setup, 0)
@@ -190,15 +269,16 @@ while True:
         time.sleep(draw.uniform(0, whole / 3))
         os.kill(child, signal.SIGKILL)
     code = wait(child)
-    parts = [n for _, _, names in os.walk(sys.argv[1] + "/killed") for n in names if n.startswith("0")]
-    under_way.add(len(parts))
+    found = [n for _, _, names in os.walk(sys.argv[1] + "/killed") for n in names if n.startswith("checkpoint")]
+    for name in found:
+        under_way.add(len(SealedFile(sys.argv[1] + "/killed/" + name, "checkpoint").shapes))
     if code == 0:
         break
     assert code == -signal.SIGKILL, code
     kills += 1
 two = [start(sys.argv[1] + "/two") for _ in range(2)]
 assert [wait(child) for child in two] == [0, 0]
-print(kills, len(under_way - {{0}}))
+print(kills, len(under_way))
 """
 
 
@@ -220,9 +300,9 @@ def test_an_expert_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_pa
     for other in (killed, two):
         assert same(other, whole)
         other.check()
-        # nothing is left but the expert, what is said of it, and the lock
-        names = {path.suffix for path in other.path.parent.iterdir()}
-        assert names == {".safetensors", ".json", ".lock"} and len(os.listdir(other.path.parent)) == 3
+        # nothing is left but the expert, what is said of it, and the locks
+        assert {path.suffix for path in other.path.parent.iterdir()} == {".safetensors", ".json", ".lock"}
+        assert len(list(other.path.parent.glob("*.safetensors"))) == 1
 
 
 def test_a_full_disk_loses_nothing_that_was_finished(made, tmp_path, monkeypatch):
@@ -236,6 +316,8 @@ def test_a_full_disk_loses_nothing_that_was_finished(made, tmp_path, monkeypatch
         fsync(handle)
 
     monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
     first, second = expert_jobs(SETUP)
     first_writes = SETUP.epochs + 2  # checkpoints, the expert, its .json
     for room in (first_writes + 2, 1, 0):
@@ -264,13 +346,14 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_state(
         last = generator is list(calls)[-1]
         return images * (float("nan") if last and calls[generator] == 2 * steps + 5 else 1)
 
-    kept = TrainingFiles(tmp_path / "kept", {}, [4])
+    states = []
     arguments = (SETUP.student(data), data.train.images, data.train.labels, config, 0)
     message = f"expert 4 diverged: its loss is nan at step {2 * steps + 5} .*use a smaller expert_lr"
     with pytest.raises(ValueError, match=message):
-        train_expert(*arguments, 4, augment=poison, on_epoch=kept.save)
+        train_expert(*arguments, 4, augment=poison, on_epoch=lambda at: states.append(copy.deepcopy(at.state_dict())))
     good = train_expert(*arguments, 4)
-    assert torch.equal(TrainingFiles(tmp_path / "kept", {}, [4]).load("cpu").theta[0], good[2])
+    last = TrainingState.from_state_dict(states[-1], [0], good.shape[1], data.train.images)
+    assert torch.equal(last.theta[0], good[2])
     calls.clear()
     with pytest.raises(ValueError, match=message):
         train_together(*arguments, [2, 4], augment=poison)
@@ -285,9 +368,12 @@ def test_what_a_killed_process_left_is_removed(folder):
     assert path.is_file() and not rubbish.exists()
     # killed between the last two steps: the expert is there, its checkpoint too, and nobody has described it
     path.with_suffix(".json").unlink()
-    path.with_suffix(".training").mkdir()
+    kept = checkpoint_of(job, Store(folder))
+    kept.offer(dict)
+    kept.write()
+    assert kept.there
     job.run(Store(folder))
-    assert path.with_suffix(".json").is_file() and not path.with_suffix(".training").exists()
+    assert path.with_suffix(".json").is_file() and not kept.there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +383,8 @@ def test_what_a_killed_process_left_is_removed(folder):
 
 def test_ways_that_are_read_by_the_snapshot_are_those_that_are_read_whole(folder):
     lazy = load_trajectories(SETUP, Store(folder))
-    theta = torch.stack([job.stored(Store(folder))[0]["theta"] for job in expert_jobs(SETUP)])
+    stored = [job.stored(Store(folder))[0] for job in expert_jobs(SETUP)]
+    theta = torch.stack([torch.stack([tensors[str(t)] for t in range(4)]) for tensors in stored])
     whole = Trajectories(lazy.student, theta)
     assert torch.equal(lazy.theta, theta) and lazy.snapshots == whole.snapshots == 4
     for segment in [(0, 0, 1), (1, 2, 1), (1, 0, 3)]:
@@ -318,7 +405,7 @@ def test_an_expert_kept_as_float16_comes_back_as_float32(folder):
     student, data = SETUP.student(SETUP.load()), SETUP.load()
     assert way.about["validation"] == [accuracy(student, t, data.validation) for t in way]
     with pytest.raises(ValueError, match="expert 7 has parameters that are not finite"):
-        sealed(torch.full((2, 3), 1e6).half(), {}, {"expert": 7})
+        snapshot_tensors(torch.full((2, 3), 1e6).half(), 7)
 
 
 MEASURE = """
@@ -350,8 +437,8 @@ def test_a_segment_of_a_long_expert_takes_little_memory(folder, tmp_path):
     mapped file that is touched. Reading all of it is the control.
     """
     theta = torch.arange(320010.0).repeat(51, 1) + torch.arange(51.0)[:, None]
-    spec = {"setup": {}}
-    Store(tmp_path).save("expert", spec, {"theta": theta}, sealed(theta, spec, {"expert": 0}))
+    about = ExpertFile(in_folder(folder)[0])
+    Store(tmp_path).save("expert", about.spec, snapshot_tensors(theta, 0), about.about | {"validation": [0.5] * 51})
     code = [sys.executable, "-c", MEASURE, in_folder(folder)[0], in_folder(tmp_path)[0]]
     done = subprocess.run(code, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -371,14 +458,9 @@ def test_a_damaged_expert_is_named_by_check_and_by_a_run(folder, how, capsys):
         shutil.copy(other, path)
     elif how == "not finite":  # as another program might write it, its digests right
         file = ExpertFile(path)
-        theta = load_file(path)["theta"]
-        about = {k: v for k, v in file.about.items() if k not in ("seal", "sha256")}
-        good = sealed(theta, file.spec, about)
-        theta[2, 7] = float("nan")
-        assert good == file.about
-        with pytest.raises(ValueError, match="not finite"):
-            sealed(theta, file.spec, about)
-        write_unchecked(path, file, theta)
+        tensors = file.file.read()
+        tensors["2"][7] = float("nan")
+        Store(folder).save("expert", file.spec, tensors, file.about)
         path.with_suffix(".json").unlink()
     elif how == "cut header":
         path.write_bytes(path.read_bytes()[:100])
@@ -391,14 +473,6 @@ def test_a_damaged_expert_is_named_by_check_and_by_a_run(folder, how, capsys):
     distillation = Distillation(SETUP, "identity", subset, DistillConfig(iterations=12, syn_steps=1, max_start_epoch=1))
     with pytest.raises(ValueError, match=path.name):
         distillation.run(Store(folder))
-
-
-def write_unchecked(path, file, theta):
-    """An expert's file with digests that fit, whatever theta holds."""
-    about = {k: v for k, v in file.about.items() if k != "seal"}
-    about["sha256"] = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in theta]
-    about["seal"] = digest({"spec": file.spec, "about": about})
-    Store(path.parent).save("expert", file.spec, {"theta": theta}, about)
 
 
 def test_no_flipped_bit_goes_unseen(folder):
@@ -437,7 +511,7 @@ def test_json_says_what_an_expert_is_and_check_compares_it(folder):
     assert said["parameters"] == sum(p.numel() for p in student.parameters()) and said["snapshots"] == 4
     assert len(said["loss"]) == 3 and len(said["validation"]) == 4 and said["float"] == "float32"
     assert said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    for wrong in (json.dumps(said | {"expert": 9}), "{"):
+    for wrong in (json.dumps(said | {"expert": 9}), "{", "[" * 10**5, json.dumps(said | {"snapshots": 4.0}, indent=1)):
         path.with_suffix(".json").write_text(wrong)
         with pytest.raises(ValueError, match=r"json does not describe"):
             ExpertFile(path).check()

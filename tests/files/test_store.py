@@ -80,7 +80,7 @@ def test_experts_made_together_are_stored_as_if_each_had_been_made_alone(tmp_pat
     for job in expert_jobs(setup):
         assert together.has(job.kind, job.spec())
         (tensors, meta), (other, other_meta) = job.stored(together), job.stored(alone)
-        torch.testing.assert_close(tensors["theta"], other["theta"], rtol=1e-3, atol=1e-4)  # float32
+        torch.testing.assert_close(tensors, other, rtol=1e-3, atol=1e-4)  # float32
         assert meta["loss"] == pytest.approx(other_meta["loss"], rel=1e-4) and len(meta["validation"]) == 3
     assert missing_experts(setup) == expert_jobs(setup)
     on_gpu = dataclasses.replace(setup, device="cuda")

@@ -189,7 +189,7 @@ def test_experts_and_what_builds_on_them_are_bit_for_bit_those_of_this_machine(t
     assert len(list(there.folder.glob("expert-*.json"))) == 8
     # no worker made again what was in the store, nor was it sent twice
     assert len(sent) == len(set(sent)) and {"expert", "distilled"} <= {n.split("-")[0] for _, n in sent}
-    assert not list(two.folder.rglob("artefacts/expert-*.training"))
+    assert not list(two.folder.rglob("artefacts/checkpoint-*"))
     assert [file.name for file in two.folder.rglob("expert-*.safetensors")]
 
 
