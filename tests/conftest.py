@@ -1,13 +1,17 @@
 """What every test file shares: one thread, every warning reported each time, a check that global randomness is left."""
 
 import contextlib
+import os
 import signal
+from pathlib import Path
 
 import loky
 import pytest
 import torch
+from filelock import FileLock
 
 from augdistill_method import phi as phis
+from augdistill_report.commands.cli import main
 
 # a shell starts what runs in its background deaf to Ctrl-C, and so would be the commands that the tests stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,3 +45,14 @@ def phis_of_one_file():
     loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
     phis._REGISTRY.clear()
     phis._REGISTRY.update(before)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """A finished run of the smoke preset, to be read or copied: one for all processes of a test session."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smoke"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "report.html").exists():
+            assert main(["report", "--preset", "smoke", "--out", str(folder)]) == 0
+    return folder

@@ -1,7 +1,11 @@
 """What several test files share."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +28,20 @@ def make_folder(root: Path, classes=("cat", "dog"), count=10, mode="RGB", size=(
     return root
 
 
-def processes_of(mark: Path) -> list[str]:
-    """The processes (but those of Python's resource trackers) whose environment says that they are of this test."""
+def until(true, seconds: float = 120):
+    """Wait until `true()` is; returns what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def processes_of(mark: Path, kind: str = "") -> list[str]:
+    """The processes (but those of Python's resource trackers) whose environment says that they are of this test.
+
+    `kind` is a part of their command: "ipykernel" for kernels, "loky" for workers.
+    """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -33,7 +49,20 @@ def processes_of(mark: Path) -> list[str]:
                 found.append((folder / "cmdline").read_text().replace("\0", " "))
         except OSError:
             continue
-    return [command for command in found if command and "resource_tracker" not in command]
+    return [command for command in found if command and "resource_tracker" not in command and kind in command]
+
+
+def augdistill(mark: Path, *arguments, **environment) -> subprocess.Popen:
+    """The command line as a process of its own, in a session of its own, which `processes_of(mark)` finds."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "augdistill_report", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+        env=os.environ | {"OF_THIS_TEST": str(mark)} | environment,
+    )
 
 
 def grid_file(folder: Path, **content) -> Path:

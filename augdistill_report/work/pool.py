@@ -11,8 +11,11 @@ import json
 import os
 import signal
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -30,12 +33,13 @@ class Pool:
 
     processes: int = 1
     cluster: str = ""
+    insecure: bool = False  # a cluster on other machines without TLS is wanted
 
     def crew(self, store: Store) -> "Crew":
         if self.cluster:
             from augdistill_report.work.cluster import Cluster  # late: it needs an extra
 
-            return Cluster(self.cluster, store)
+            return Cluster(self.cluster, self.insecure, store)
         return Processes(self.processes, store)
 
 
@@ -46,11 +50,13 @@ class WorkConfig(Config):
     workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
     notebooks_at_once: int = knob(0, "of a report, sharing the workers; 0 = one, or all on a cluster", low=0)
     cluster: str = knob("", "a Dask cluster that shares it instead: its scheduler's address, or its scheduler.json")
+    cluster_insecure: bool = knob(False, "use a cluster on other machines without TLS: trust everyone on that network")
 
     @property
     def pool(self) -> Pool:
         workers = self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
-        return Pool(max(workers // max(self.notebooks_at_once, 1), 1), self.cluster)
+        processes = max(workers // max(self.notebooks_at_once, 1), 1)
+        return Pool(processes, self.cluster, self.cluster_insecure)
 
 
 class Processes(Crew):
@@ -61,8 +67,9 @@ class Processes(Crew):
 
     def __enter__(self):
         # the workers stay for the next call: starting one costs seconds
-        start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(),))
-        self.executor = get_reusable_executor(self.processes, timeout=120, **start)
+        start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(), os.getpid()))
+        with _without_ctrl_c():
+            self.executor = get_reusable_executor(self.processes, timeout=120, **start)
         self.open = contextlib.ExitStack()
         self.folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
         # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
@@ -77,7 +84,8 @@ class Processes(Crew):
 
     def submit(self, job):
         file = self.folder / str(len(self.files))
-        future = self.executor.submit(_run, job, self.store, own_phis(), file)
+        with _without_ctrl_c():
+            future = self.executor.submit(_run, job, self.store, own_phis(), file)
         self.files[future] = file
         return future
 
@@ -88,9 +96,39 @@ class Processes(Crew):
             return 0.0, ""
 
 
-def _start_worker(threads: int) -> None:
+@contextlib.contextmanager
+def _without_ctrl_c():
+    """Hold back Ctrl-C here, and in the processes that are started here: they inherit it, from their first moment.
+
+    Else Ctrl-C in a terminal, which goes to all of them, would end workers that still import with a traceback each.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # would let Ctrl-C through again where it starts later, in here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the workers
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # for a notebook's kernel, started from here
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process within a second of its parent's end: a killed parent cannot end its workers.
+
+    Not by Linux's PR_SET_PDEATHSIG, which looks at the *thread* that started the worker: threads end earlier.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _run(job, store: Store, phis: dict, progress: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -212,84 +211,6 @@ def test_notebooks_side_by_side(tmp_path, monkeypatch, capsys):
     assert "01_a: " in error and "02_b: " in error
     assert {"01_a", "02_b"} == set(json.loads((tmp_path / "out" / "timings.json").read_text()))
     assert len(list((tmp_path / "out" / "artefacts").glob("expert-*.safetensors"))) == 2  # made beforehand, for both
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-def test_a_notebook_that_fails_ends_the_one_beside_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
-    that_meet(tmp_path / "notebooks", a="raise RuntimeError('the last cell is ill')", b="time.sleep(600)")
-    monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))  # for the kernels, which inherit it
-    start = time.monotonic()
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
-    assert main(command) == 1 and time.monotonic() - start < 120
-    assert re.search("01_a failed in cell 4: RuntimeError.*the last cell is ill", capsys.readouterr().err, re.DOTALL)
-    wait_for_the_end_of(tmp_path)
-    assert not (tmp_path / "out" / "notebooks" / "02_b.ipynb").exists()
-
-
-def test_side_by_side_the_numbers_are_the_same(smoke, tmp_path):
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "01,02,03", "--set", "workers=4"]
-    assert main([*command, "--set", "notebooks_at_once=2"]) == 0
-    for name in NAMES[:3]:
-        ours = json.loads((tmp_path / "results" / f"{name}.json").read_text())
-        assert ours["numbers"] == results(smoke)[name]["numbers"]
-        assert ours["configuration"] == results(smoke)[name]["configuration"]
-    page = (tmp_path / "report.html").read_text()
-    assert "Left out" not in page and all(f'<section id="{name}">' in page for name in NAMES[:3])
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-@pytest.mark.parametrize(
-    "everyone, changes, processes",
-    [
-        (True, [], 4),  # the command, a kernel, two workers
-        (False, [], 4),
-        (False, ["--only", "02,03", "--set", "workers=4", "--set", "notebooks_at_once=2"], 9),  # with two that run them
-    ],
-    ids=["Ctrl-C in a terminal", "SIGINT to the command alone", "side by side"],
-)
-def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_path, everyone, changes, processes):
-    out = tmp_path / "out"
-    shutil.copytree(smoke, out)
-    before = results(out)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from augdistill_report.commands.cli import main; sys.exit(main())",
-        "report",
-    ]
-    options = [
-        "--preset",
-        "smoke",
-        "--out",
-        str(out),
-        "--only",
-        "02",
-        "--set",
-        "syn_steps=9999",
-        "--set",
-        "workers=2",
-    ]
-    process = subprocess.Popen(
-        [*command, *options, *changes],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OF_THIS_TEST": str(tmp_path)},
-    )
-    deadline = time.monotonic() + 120
-    while (there := len(processes_of(tmp_path))) < processes and time.monotonic() < deadline:
-        time.sleep(0.2)
-    (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, error
-    assert "stopped" in error and there >= processes
-    assert "never retrieved" not in error  # which asyncio says, pages long, of the cell that was given up
-    wait_for_the_end_of(tmp_path)
-    # 01 has the new settings now or the old ones still, whole; the others were not touched
-    assert {name: r for name, r in results(out).items() if name > "02"} == {n: r for n, r in before.items() if n > "02"}
-    for name in NAMES:
-        nbformat.validate(nbformat.read(out / "notebooks" / f"{name}.ipynb", as_version=4))
 
 
 def wait_for_the_end_of(mark: Path) -> None:

@@ -3,18 +3,12 @@
 import concurrent.futures
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import CUT, SLEEPY, SWEEPS, TINY, found, grid_file
+from helpers import CUT, SWEEPS, TINY, found, grid_file
 
 from augdistill_core import DistillConfig
 from augdistill_report import open_run
@@ -231,42 +225,6 @@ def test_the_study_is_such_a_grid():
     assert set(grid.short) < set(grid.rows)
     for preset in ("smoke", "fashion-small", "cifar10-small"):
         assert len(grid.choices(resolve(preset), {"iterations": 5}, short=True)) == 3 * len(grid.short)
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_keeps_the_cells_that_were_finished_and_leaves_no_process_behind(tmp_path, how):
-    from test_report import processes_of
-
-    (tmp_path / "mine.py").write_text(SLEEPY)
-    rows = {"quick": {"iterations": 4}, "slow": {"phi": "sleepy"}}  # what has more iterations starts first
-    rows["slow too"] = rows["slow"] | {"seed": 1}
-    changes = {"set": TINY | {"phis": str(tmp_path / "mine.py")}}
-    path = grid_file(tmp_path / "grid", rows=rows, **changes)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from augdistill_report.commands.cli import main; sys.exit(main())",
-        "sweep",
-    ]
-    process = subprocess.Popen(
-        [*command, str(path), "--out", str(tmp_path / "run"), "--set", "workers=2"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OF_THIS_TEST": str(tmp_path)},
-    )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("artefacts/cell-*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.kill(process.pid, how)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "stopped" in error, error
-    deadline = time.monotonic() + 20
-    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
-    assert len(list((tmp_path / "run").glob("artefacts/cell-*.safetensors"))) == 1
 
 
 class InTurn(Crew):
