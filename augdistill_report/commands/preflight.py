@@ -15,7 +15,7 @@ def preflight(settings: Settings) -> None:
     if settings.cluster:
         from augdistill_report.work.cluster import check_cluster  # needs an extra
 
-        check_cluster(settings.cluster)
+        check_cluster(settings.cluster, settings.cluster_insecure)
     data = settings.load(whiten=False)
     student = settings.student(data)
     trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case

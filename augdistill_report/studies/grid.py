@@ -25,7 +25,7 @@ from augdistill_report.files.store import Store
 from augdistill_report.places import NOTEBOOKS
 from augdistill_report.settings import Settings
 from augdistill_report.work.jobs import Task
-from augdistill_report.work.pool import Pool, run_jobs
+from augdistill_report.work.pool import Pool, WorkConfig, run_jobs
 from augdistill_report.work.statistics import level, over_seeds, summary
 
 KEYS = ("notebook", "preset", "set", "rows", "axes", "short", "picture")
@@ -120,7 +120,7 @@ def read_grid(path: Path | str) -> Grid:
     if not rows and not axes:
         raise ValueError(f"{path}: has neither rows nor axes; there is nothing to vary")
     for key in [*fixed, *axes, *itertools.chain(*rows.values())]:
-        if key not in Settings.names() or key in ("workers", "notebooks_at_once", "cluster"):
+        if key not in Settings.names() or key in WorkConfig.names():
             raise ValueError(f"{path}: unknown setting {key!r}: must be one of {', '.join(Settings.names())}")
     for key, values in axes.items():
         if len({str(value) for value in values}) < len(values):

@@ -10,9 +10,11 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
+import ipaddress
 import json
 import platform
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -22,6 +24,7 @@ import cloudpickle
 import dask
 import torch
 from distributed import Client, Security, Status, Worker, get_worker
+from distributed.comm import parse_address, parse_host_port
 
 from augdistill_report.files.store import Store, write
 from augdistill_report.work.crew import Crew, own_phis, run_with
@@ -42,21 +45,24 @@ class ClusterLost(concurrent.futures.BrokenExecutor, ConnectionError):
     """The scheduler is gone, and with it all that was under way."""
 
 
-def connect(scheduler: str) -> Client:
-    """A client of the cluster whose scheduler has this address, or wrote this file; a `ValueError` if none answers."""
-    address = scheduler
-    if scheduler.endswith(".json"):
-        try:
-            address = json.loads(Path(scheduler).read_text())["address"]
-        except (OSError, ValueError, KeyError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
-            raise ValueError(
-                f"cluster={scheduler!r}: {reason}; must be written by `dask scheduler --scheduler-file`"
-            ) from None
-    if address.startswith("tls:") and not Security().get_connection_args("client").get("ssl_context"):
+def connect(scheduler: str, insecure: bool = False) -> Client:
+    """A client of the cluster whose scheduler has this address, or wrote this file.
+
+    Raises `ValueError` if none answers, and for one on another machine without TLS, unless `insecure`: whoever is on
+    the network between could read all that is sent, and run code here and there.
+    """
+    address = address_in(Path(scheduler)) if scheduler.endswith(".json") else scheduler
+    protocol, host = address_parts(scheduler, address)
+    if protocol == "tls" and not Security().get_connection_args("client").get("ssl_context"):
         raise ValueError(
             f"cluster={scheduler!r}: takes TLS alone, and Dask's configuration here names no certificates; must have "
             "distributed.comm.tls.ca-file, and client.cert and client.key there"
+        )
+    if protocol not in ("tls", "wss") and not insecure and not is_here(host):
+        raise ValueError(
+            f"cluster={scheduler!r}: {address} is on another machine, and {protocol}:// is neither encrypted nor "
+            "checked; must be tls:// (TLS certificates in Dask's configuration), or say --set cluster_insecure=true "
+            "if you trust everyone on that network"
         )
     try:
         return Client(address, timeout=TIMEOUT, set_as_default=False)
@@ -64,8 +70,43 @@ def connect(scheduler: str) -> Client:
         raise ValueError(f"cluster={scheduler!r}: no Dask scheduler answers there ({error})") from None
 
 
+def address_in(file: Path) -> str:
+    """The address in a scheduler's file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    else:
+        if isinstance(found, dict) and isinstance(found.get("address"), str):
+            return found["address"]
+        reason = "holds no scheduler's address"
+    raise ValueError(f"cluster={str(file)!r}: {reason}; must be written by `dask scheduler --scheduler-file`")
+
+
+def address_parts(scheduler: str, address: str) -> tuple[str, str]:
+    """The protocol and the host of a scheduler's address."""
+    try:
+        protocol, place = parse_address(address)
+        return protocol, parse_host_port(place)[0]
+    except ValueError as error:
+        right = "must be tls://HOST:PORT, or tcp://HOST:PORT on this machine"
+        raise ValueError(f"cluster={scheduler!r}: {address!r} is no scheduler's address ({error}); {right}") from None
+
+
+def is_here(host: str) -> bool:
+    """Whether every address of a host is this machine's own: a socket can be bound to those alone."""
+    try:
+        for family, kind, protocol, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            if not ipaddress.ip_address(place[0].partition("%")[0]).is_loopback:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
 @functools.cache  # the same for every cell of a sweep
-def check_cluster(scheduler: str) -> None:
+def check_cluster(scheduler: str, insecure: bool = False) -> None:
     """Refuse, before anything runs, a cluster that cannot be reached, or has a worker with another version."""
 
     def version():  # a worker gets this as code, since it may lack the package
@@ -75,7 +116,7 @@ def check_cluster(scheduler: str) -> None:
             return f"no such package ({error})"
         return VERSION
 
-    with connect(scheduler) as client:
+    with connect(scheduler, insecure) as client:
         for worker, found in client.run(version).items():
             if found != VERSION:
                 raise UnfitWorker(other_version(worker, found, VERSION))
@@ -91,15 +132,15 @@ def other_version(worker: str, found: str, wanted: str) -> str:
 class Cluster(Crew):
     """Submits jobs to a cluster by Dask's own executor. How far they are, and what they lack, its workers tell."""
 
-    def __init__(self, scheduler: str, store: Store):
-        self.scheduler, self.store = scheduler, store
+    def __init__(self, scheduler: str, insecure: bool, store: Store):
+        self.scheduler, self.insecure, self.store = scheduler, insecure, store
         self.numbers: dict[concurrent.futures.Future, int] = {}
         self.told: dict[int, tuple[float, str]] = {}
         self.asked: queue.SimpleQueue = queue.SimpleQueue()
         self.names: dict = {}  # of the artefacts that jobs build on
 
     def __enter__(self):
-        self.client = connect(self.scheduler)
+        self.client = connect(self.scheduler, self.insecure)
         self.dashboard = self.client.dashboard_link
         self.order = {"version": VERSION, "token": self.store.token(), "folder": str(self.store.folder.absolute())}
         self.order |= {"threads": torch.get_num_threads(), "topic": f"augdistill-{uuid.uuid4().hex}"}
