@@ -19,9 +19,14 @@ torch.set_num_threads(1)
 torch.set_warn_always(True)  # torch reports some warnings once a process, so which test failed would hang on the order
 
 
+# the files that take longest come first, else one of them may start last and run alone; the first makes `smoke`, which
+# others wait for, and the second needs none
+FIRST = ["test_reruns", "test_cluster", "test_endings", "test_own_phis", "test_sweep", "test_subsets", "test_app"]
+
+
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, else one of them may start last and run alone."""
-    items.sort(key=lambda item: item.path.stem not in ("test_cluster", "test_report", "test_sweep"))
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture

@@ -8,13 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import yaml
 from PIL import Image
 
+from augdistill_report.commands.report import notebooks
 from augdistill_report.places import ROOT
 
 SWEEPS = ROOT / "notebooks" / "sweeps"
+NAMES = [path.stem for path in notebooks()]
 TINY = {"iterations": 3, "eval_students": 2}
 
 
@@ -63,6 +66,19 @@ def augdistill(mark: Path, *arguments, **environment) -> subprocess.Popen:
         cwd=ROOT,
         env=os.environ | {"OF_THIS_TEST": str(mark)} | environment,
     )
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """What a finished run's notebooks have found, by notebook."""
+    return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in NAMES}
+
+
+def notebook_of(path: Path, *cells: str) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["language_info"] = {"name": "python"}
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
 
 
 def grid_file(folder: Path, **content) -> Path:

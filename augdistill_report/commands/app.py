@@ -20,7 +20,7 @@ from augdistill_report.run import run_folder
 from augdistill_report.settings import preset_path, resolve
 
 PROTOCOL = "v1.kernel.websocket.jupyter.org"
-IDLE = 120  # seconds that a kernel lives after its page was closed
+CULL = {"idle_timeout": 120, "interval": 30}  # seconds that a kernel lives after its page was closed, between looks
 
 
 def app(preset: str, out: str = "", changes: dict | None = None, port: int = 8866, browser: bool = True) -> None:
@@ -39,7 +39,7 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
             NOTEBOOKS / "06_phi_explorer.ipynb", notebook, parameters, prepare_only=True, progress_bar=False
         )
         server = Server()
-        cull = [f"--MappingKernelManager.cull_{key}" for key in (f"idle_timeout={IDLE}", "interval=30")]
+        cull = [f"--MappingKernelManager.cull_{key}={value}" for key, value in CULL.items()]
         server.initialize([str(notebook), f"--port={port}", *cull])
         # set here, so that no file of Jupyter's or voila's configuration can set them to less
         server.token = secrets.token_urlsafe(24)

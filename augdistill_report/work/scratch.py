@@ -5,6 +5,7 @@ import getpass
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,16 @@ def scratch() -> Iterator[Path]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder in which processes that are ending may still write: for two seconds at most."""
+    for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def remove_abandoned(outer: Path) -> None:

@@ -1,6 +1,5 @@
 """However a command ends, no process and no temporary file outlives it: real commands, real signals."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,12 +8,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import SLEEPY, TINY, augdistill, grid_file, processes_of, until
-
-from augdistill_report.commands.report import notebooks
+from helpers import NAMES, SLEEPY, TINY, augdistill, grid_file, processes_of, results, until
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see processes")
-NAMES = [path.stem for path in notebooks()]
 STOPPED = "augdistill: stopped; what was finished is kept, the same command goes on from there"
 LONG = ["--set", "syn_steps=9999", "--set", "workers=2"]  # nobody waits for its end
 
@@ -126,10 +122,6 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_
     assert {name: r for name, r in results(out).items() if name > "02"} == {n: r for n, r in before.items() if n > "02"}
     for name in NAMES:
         nbformat.validate(nbformat.read(out / "notebooks" / f"{name}.ipynb", as_version=4))
-
-
-def results(folder: Path) -> dict[str, dict]:
-    return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in NAMES}
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
