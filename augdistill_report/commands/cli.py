@@ -14,7 +14,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run the notebooks, write one page to read")
-    report.add_argument("--track", default="", metavar="NAME", help="trackio, wandb or tensorboard: curves there too")
+    report.add_argument("--track", default="", metavar="NAME", help="log curves to trackio, wandb or tensorboard too")
     sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
     sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (report, sweep, app):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     for command in (report, sweep):
-        again = "run every cell again" if command is sweep else "forget finished work and do it again"
+        again = "repeat finished cells" if command is sweep else "repeat finished work"
         command.add_argument("--fresh", action="store_true", help=again)
     figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
     figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
-    apply = commands.add_parser("apply", help="write a set's images as a saved phi makes them")
+    apply = commands.add_parser("apply", help="augment a data set's images by a saved phi")
     apply.add_argument("phi", metavar="PHI", help="a phi's file: runs/<preset>/phis/<name>.safetensors")
     apply.add_argument("--to", required=True, metavar="WHAT", help="a set (its training split), or a folder of classes")
     apply.add_argument("--out", required=True, metavar="DIR", help="where the images go, one sub-folder a class")
@@ -50,19 +50,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     apply.add_argument("--data", default="", metavar="DIR", help="where the set is (AUGDISTILL_DATA, or the cache)")
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
-    check = data.add_parser("check", help="read a set whole and say what it holds")
+    check = data.add_parser("check", help="read a whole data set and describe it")
     check.add_argument("--size", type=int, default=0, help="resize its images (0: as they are)")
-    fetch = data.add_parser("fetch", help="download a set, unless it is there; nothing else ever downloads")
+    fetch = data.add_parser("fetch", help="download a data set, unless it is there; no other command downloads")
     fetch.add_argument("--mirror", default="", metavar="URL", help="a folder on the web that has its files")
     for command in (check, fetch):
         command.add_argument("name", help="a data set's name, or (check) folder:PATH")
         command.add_argument("--data", default="", metavar="DIR", help="where it is (AUGDISTILL_DATA, or the cache)")
     experts = commands.add_parser("experts", help="train, list, check or import experts")
     experts = experts.add_subparsers(dest="what", required=True)
-    train = experts.add_parser("train", help="train the experts that a run lacks; goes on where it was stopped")
-    show = experts.add_parser("list", help="a line an expert: its data, length, accuracy, size")
-    check = experts.add_parser("check", help="read experts whole, name what is damaged (then the exit code is 1)")
-    bring = experts.add_parser("import", help="take over experts of the official MTT code, for expert_files")
+    train = experts.add_parser("train", help="train the experts that a run lacks; continues where it was stopped")
+    show = experts.add_parser("list", help="one line per expert: its data, length, accuracy, size")
+    check = experts.add_parser("check", help="read all of each expert, name damaged files (then the exit code is 1)")
+    bring = experts.add_parser("import", help="convert experts of the official MTT code, for expert_files")
     bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="its files")
     for command in (show, check):
         command.add_argument("files", nargs="*", metavar="FILE", help="experts, or folders of them (those of a run)")
@@ -94,7 +94,7 @@ def settings_changes(pairs: list[str]) -> dict[str, str]:
 
 
 def given(options: argparse.Namespace, *keys: str) -> dict[str, str]:
-    """The settings that have an option of their own, where it was used."""
+    """The settings that have an option of their own, if it was used."""
     return {key: getattr(options, key) for key in keys if getattr(options, key)}
 
 

@@ -24,13 +24,13 @@ def scratch() -> Iterator[Path]:
     """
     outer = Path(tempfile.gettempdir())
     remove_abandoned(outer)
-    before = {key: os.environ.get(key) for key in ("TMPDIR", "JUPYTER_RUNTIME_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    before = {key: os.environ.get(key) for key in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR")}
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=outer))
     try:
         with FileLock(folder / OWNER):
             # what torch compiles is worth keeping: where it would be without this folder
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(outer / f"torchinductor_{getpass.getuser()}"))
-            os.environ["TMPDIR"] = os.environ["JUPYTER_RUNTIME_DIR"] = tempfile.tempdir = str(folder)
+            os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
             yield folder
     finally:
         tempfile.tempdir = str(outer)

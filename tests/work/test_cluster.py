@@ -372,7 +372,7 @@ def test_a_worker_without_the_data_or_with_other_data_is_named(two, tmp_path, mo
 def test_a_worker_that_runs_pieces_side_by_side_is_named(tmp_path):
     with machines(tmp_path / "machines") as own:
         own.worker("wide", threads=2)
-        with pytest.raises(ValueError, match=r"worker tcp://.*: runs 2 pieces at a time .*--nthreads 1"):
+        with pytest.raises(ValueError, match=r"worker tcp://.*: runs 2 jobs at a time .*--nthreads 1"):
             run([Piece("one", tmp_path)], Store(tmp_path / "artefacts"), own.address)
 
 
