@@ -31,8 +31,8 @@ def make_folder(root: Path, classes=("cat", "dog"), count=10, mode="RGB", size=(
     return root
 
 
-def until(true, seconds: float = 120):
-    """Wait until `true()` is; returns what it gave."""
+def until(true, seconds: float = 600):
+    """Wait until `true()` is true, on a machine as busy as it may be; returns what it gave."""
     deadline = time.monotonic() + seconds
     while not (found := true()):
         assert time.monotonic() < deadline, "waited in vain"

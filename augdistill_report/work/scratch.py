@@ -54,7 +54,6 @@ def remove(folder: Path) -> None:
 def remove_abandoned(outer: Path) -> None:
     """Remove the folders in `outer` whose commands have ended without removing them (they were killed)."""
     for folder in outer.glob(f"{PREFIX}[0-9]*"):
-        with contextlib.suppress(OSError, Timeout):  # another user's, or of a command that still runs
-            if (folder / OWNER).is_file():
-                with FileLock(folder / OWNER, timeout=0):
-                    shutil.rmtree(folder, ignore_errors=True)
+        # refused: another user's, or of a command that still runs
+        with contextlib.suppress(OSError, Timeout), FileLock(folder / OWNER, timeout=0):
+            remove(folder)
