@@ -12,6 +12,7 @@ from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.cli import main
 from augdistill_report.studies.grid import read_grid
+from augdistill_report.studies.why import study
 from augdistill_report.work.statistics import over_seeds
 
 
@@ -49,10 +50,10 @@ def test_results_do_not_say_where_files_lie(swept):
 
 
 def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path):
-    """`run.study` makes its cells without papermill: other processes, another store, the same numbers."""
+    """Notebook 04 makes its cells without papermill: other processes, another store, the same numbers."""
     path, _, sweep = swept
     run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "why_iterations": 0})
-    cells, cases = run.study(read_grid(path), short=False)
+    cells, cases = study(run, read_grid(path), short=False)
     expected = {(c["row"], c["point"]["seed"]): c for c in found(sweep) if c["row"] in ("U-Net", "none", "cut")}
     assert set(cases) == {"U-Net", "cut", "dies", "none"}
     for cell in cells:
