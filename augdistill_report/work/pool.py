@@ -11,8 +11,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from multiprocessing import resource_tracker
@@ -25,6 +23,7 @@ from augdistill_core import Config, knob
 from augdistill_report.files.store import Store, write
 from augdistill_report.work.crew import Crew, own_phis, run_with
 from augdistill_report.work.progress import REFRESH
+from augdistill_report.work.worker import start_worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Processes(Crew):
 
     def __enter__(self):
         # the workers stay for the next call: starting one costs seconds
-        start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(), os.getpid()))
+        start = dict(initializer=start_worker, initargs=(torch.get_num_threads(), os.getpid()))
         with _without_ctrl_c():
             self.executor = get_reusable_executor(self.processes, timeout=120, **start)
         self.open = contextlib.ExitStack()
@@ -111,24 +110,6 @@ def _without_ctrl_c():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(threads: int, parent: int) -> None:
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the workers
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the block is not for what a worker starts
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process within a second of its parent's end: a killed parent cannot end its workers.
-
-    Not by Linux's PR_SET_PDEATHSIG, which looks at the *thread* that started the worker: threads end earlier.
-    """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _run(job, store: Store, phis: dict, progress: Path) -> None:
