@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test lab app figures bench clean
+.PHONY: report test fuzz lab app figures bench clean
 
 report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
@@ -14,14 +14,14 @@ report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
 test: $(READY)  ## run the tests, file by file, a process a core
 	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
+fuzz: $(READY)  ## the tests with damaged and hostile input, many times as long
+	AUGDISTILL_FUZZ=1000 $(BIN)/python -m pytest -k fuzz
+
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine
-	@mkdir -p runs/.app
-	$(BIN)/papermill --prepare-only notebooks/06_phi_explorer.ipynb runs/.app/explorer.ipynb \
-		-p preset $(if $(wildcard $(PRESET)),$(abspath $(PRESET)),$(PRESET))
-	$(BIN)/voila runs/.app/explorer.ipynb $(foreach k,idle_timeout=120 interval=30,--MappingKernelManager.cull_$(k))
+app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine; prints its address
+	$(BIN)/augdistill app --preset $(PRESET)
 
 figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
 	$(BIN)/augdistill figures --preset $(PRESET)

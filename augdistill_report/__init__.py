@@ -1,35 +1,38 @@
-"""What the report needs around the method: data, evaluation, artefacts, plots, the runner. Notebooks import from here.
+"""What the report needs around the method: data, evaluation, stored files, plots, commands. Notebooks import from here.
 
-A notebook opens its run with `open_run`; everything else hangs on what that returns.
+A notebook opens its run with `open_run`; everything else hangs on what that returns. Each name below is imported when
+it is first used: the command line answers without torch, and can be stopped while torch is imported.
 """
 
-from augdistill_core import PHIS
-from augdistill_report.files.phi_files import load_phi
-from augdistill_report.places import NOTEBOOKS
-from augdistill_report.run import open_run
-from augdistill_report.show.image_grids import image_grid
-from augdistill_report.studies.grid import read_grid
-from augdistill_report.studies.unseen import repetitions
-from augdistill_report.studies.why import Case
-from augdistill_report.work.jobs import Subset
-from augdistill_report.work.probes import phi_images, student_path
-from augdistill_report.work.statistics import markdown_table, outcomes, stop_mark, summary, tenths
+import importlib
 
-__all__ = [
-    "NOTEBOOKS",
-    "PHIS",
-    "Case",
-    "Subset",
-    "image_grid",
-    "load_phi",
-    "markdown_table",
-    "open_run",
-    "outcomes",
-    "phi_images",
-    "read_grid",
-    "repetitions",
-    "stop_mark",
-    "student_path",
-    "summary",
-    "tenths",
-]
+_DEFINED_IN = {
+    "NOTEBOOKS": "augdistill_report.places",
+    "PHIS": "augdistill_core",
+    "Case": "augdistill_report.studies.why",
+    "Subset": "augdistill_report.work.jobs",
+    "image_grid": "augdistill_report.show.image_grids",
+    "load_phi": "augdistill_report.files.phi_files",
+    "markdown_table": "augdistill_report.work.statistics",
+    "open_run": "augdistill_report.run",
+    "outcomes": "augdistill_report.work.statistics",
+    "phi_images": "augdistill_report.work.probes",
+    "read_grid": "augdistill_report.studies.grid",
+    "repetitions": "augdistill_report.studies.unseen",
+    "stop_mark": "augdistill_report.work.statistics",
+    "student_path": "augdistill_report.work.probes",
+    "summary": "augdistill_report.work.statistics",
+    "tenths": "augdistill_report.work.statistics",
+}
+
+__all__ = list(_DEFINED_IN)
+
+
+def __getattr__(name: str):
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_DEFINED_IN[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

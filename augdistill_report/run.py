@@ -31,7 +31,7 @@ from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset, Task
-from augdistill_report.work.pool import run_jobs
+from augdistill_report.work.pool import WorkConfig, run_jobs
 from augdistill_report.work.progress import Progress
 from augdistill_report.work.provenance import SOURCES, environment, own_source
 from augdistill_report.work.scoring import Evaluation, Score
@@ -47,7 +47,7 @@ def configuration(settings: Settings) -> str:
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
     content |= {"expert_files": [file.content for file in given_experts(settings.select(Setup))]}
     content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files]}
-    content |= {"workers": None, "notebooks_at_once": None, "cluster": None, "track": None}
+    content |= dict.fromkeys([*WorkConfig.names(), "track"])
     return digest({"settings": settings.to_dict() | content, "source": SOURCES.digest()})
 
 

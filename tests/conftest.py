@@ -1,13 +1,17 @@
 """What every test file shares: one thread, every warning reported each time, a check that global randomness is left."""
 
 import contextlib
+import os
 import signal
+from pathlib import Path
 
 import loky
 import pytest
 import torch
+from filelock import FileLock
 
 from augdistill_method import phi as phis
+from augdistill_report.commands.cli import main
 
 # a shell starts what runs in its background deaf to Ctrl-C, and so would be the commands that the tests stop by it
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -15,9 +19,14 @@ torch.set_num_threads(1)
 torch.set_warn_always(True)  # torch reports some warnings once a process, so which test failed would hang on the order
 
 
+# the files that take longest come first, else one of them may start last and run alone; the first makes `smoke`, which
+# others wait for, and the second needs none
+FIRST = ["test_reruns", "test_cluster", "test_endings", "test_own_phis", "test_sweep", "test_subsets", "test_app"]
+
+
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, else one of them may start last and run alone."""
-    items.sort(key=lambda item: item.path.stem not in ("test_cluster", "test_report", "test_sweep"))
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture
@@ -41,3 +50,14 @@ def phis_of_one_file():
     loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
     phis._REGISTRY.clear()
     phis._REGISTRY.update(before)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Path:
+    """A finished run of the smoke preset, to be read or copied: one for all processes of a test session."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smoke"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "report.html").exists():
+            assert main(["report", "--preset", "smoke", "--out", str(folder)]) == 0
+    return folder

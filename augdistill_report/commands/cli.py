@@ -1,34 +1,43 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` one of them over a grid, `figures` publishes a
-run, `data` checks or fetches a set, `experts` trains, checks or imports experts, `apply` augments images by a phi."""
+run, `app` serves the explorer, `data` checks or fetches a set, `experts` trains, checks or imports experts, `apply`
+augments images by a phi."""
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
+from collections.abc import Callable
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run the notebooks, write one page to read")
-    report.add_argument("--track", default="", metavar="NAME", help="trackio, wandb or tensorboard: curves there too")
+    report.add_argument("--track", default="", metavar="NAME", help="log curves to trackio, wandb or tensorboard too")
     sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
     sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
     sweep.add_argument("--short", action="store_true", help="only the rows that the grid names as its short form")
+    app = commands.add_parser("app", help="serve the explorer (notebook 06) to a browser on this machine")
+    app.add_argument("--port", type=int, default=8866, metavar="N", help="or one near it, if it is taken (8866)")
+    app.add_argument("--no-browser", action="store_true", help="only print the address, with its token")
     for command in (report, sweep):
         add_cluster(command)
+    for command in (report, sweep, app):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
-        again = "run every cell again" if command is sweep else "forget finished work and do it again"
+    for command in (report, sweep):
+        again = "repeat finished cells" if command is sweep else "repeat finished work"
         command.add_argument("--fresh", action="store_true", help=again)
     figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
     figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
     for command in (report, figures):
         command.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
-    for command in (report, sweep, figures):
+    for command in (report, sweep, figures, app):
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
-    apply = commands.add_parser("apply", help="write a set's images as a saved phi makes them")
+    apply = commands.add_parser("apply", help="augment a data set's images by a saved phi")
     apply.add_argument("phi", metavar="PHI", help="a phi's file: runs/<preset>/phis/<name>.safetensors")
     apply.add_argument("--to", required=True, metavar="WHAT", help="a set (its training split), or a folder of classes")
     apply.add_argument("--out", required=True, metavar="DIR", help="where the images go, one sub-folder a class")
@@ -41,19 +50,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     apply.add_argument("--data", default="", metavar="DIR", help="where the set is (AUGDISTILL_DATA, or the cache)")
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
-    check = data.add_parser("check", help="read a set whole and say what it holds")
+    check = data.add_parser("check", help="read a whole data set and describe it")
     check.add_argument("--size", type=int, default=0, help="resize its images (0: as they are)")
-    fetch = data.add_parser("fetch", help="download a set, unless it is there; nothing else ever downloads")
+    fetch = data.add_parser("fetch", help="download a data set, unless it is there; no other command downloads")
     fetch.add_argument("--mirror", default="", metavar="URL", help="a folder on the web that has its files")
     for command in (check, fetch):
         command.add_argument("name", help="a data set's name, or (check) folder:PATH")
         command.add_argument("--data", default="", metavar="DIR", help="where it is (AUGDISTILL_DATA, or the cache)")
     experts = commands.add_parser("experts", help="train, list, check or import experts")
     experts = experts.add_subparsers(dest="what", required=True)
-    train = experts.add_parser("train", help="train the experts that a run lacks; goes on where it was stopped")
-    show = experts.add_parser("list", help="a line an expert: its data, length, accuracy, size")
-    check = experts.add_parser("check", help="read experts whole, name what is damaged (then the exit code is 1)")
-    bring = experts.add_parser("import", help="take over experts of the official MTT code, for expert_files")
+    train = experts.add_parser("train", help="train the experts that a run lacks; continues where it was stopped")
+    show = experts.add_parser("list", help="one line per expert: its data, length, accuracy, size")
+    check = experts.add_parser("check", help="read all of each expert, name damaged files (then the exit code is 1)")
+    bring = experts.add_parser("import", help="convert experts of the official MTT code, for expert_files")
     bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="its files")
     for command in (show, check):
         command.add_argument("files", nargs="*", metavar="FILE", help="experts, or folders of them (those of a run)")
@@ -85,14 +94,46 @@ def settings_changes(pairs: list[str]) -> dict[str, str]:
 
 
 def given(options: argparse.Namespace, *keys: str) -> dict[str, str]:
-    """The settings that have an option of their own, where it was used."""
+    """The settings that have an option of their own, if it was used."""
     return {key: getattr(options, key) for key in keys if getattr(options, key)}
 
 
+def serve_app(options: argparse.Namespace) -> None:
+    try:
+        from augdistill_report.commands.app import app
+    except ImportError as error:  # of an extra
+        raise ValueError(f"app: needs voila ({error}): pip install 'augdistill[app]'") from None
+    app(options.preset, options.out, settings_changes(options.set), options.port, not options.no_browser)
+
+
+STOPPED = "augdistill: stopped; what was finished is kept, the same command goes on from there"
+
+
+def on_stop(action: Callable) -> None:
+    """What Ctrl-C and SIGTERM do from now on, unless this process was started with them ignored (`nohup`)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, action)
+
+
+def end_at_once(*_) -> None:
+    """In imports, and when Python itself ends: an exception would be lost there, or shown as a traceback."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, f"\n{STOPPED}\n".encode())
+    os._exit(130)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, 1 if a notebook (or every cell of a sweep) failed, 2 for a wrong argument, 130 for Ctrl-C."""
+    """Run one command; returns the exit code.
+
+    0, or 1 if a notebook (or every cell of a sweep) failed, 2 for a wrong argument, 130 for Ctrl-C or SIGTERM. Without
+    `arguments` they are the process's own, and so are its signals and its folder for temporary files.
+    """
+    whole = arguments is None
+    if whole:
+        on_stop(end_at_once)
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C: no process is left behind
     # imported late, so that --help and a typing error answer at once
     from augdistill_report.commands import apply, execute, experts, sweep
     from augdistill_report.commands import publish as gallery
@@ -100,8 +141,13 @@ def main(arguments: list[str] | None = None) -> int:
     from augdistill_report.data import datasets as data
     from augdistill_report.data import downloads
     from augdistill_report.files import expert_files
+    from augdistill_report.work.scratch import scratch
 
+    own = contextlib.ExitStack()
     try:
+        if whole:
+            on_stop(signal.default_int_handler)
+            own.enter_context(scratch())
         if options.command == "report":
             changes = settings_changes(options.set) | given(options, "track", "cluster")
             page = runner.report(options.preset, options.out, options.only, changes, options.fresh)
@@ -134,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
                 arguments = (options.files, options.preset, options.out, settings_changes(options.set))
                 files = experts.import_buffers(*arguments)
             print(f"{experts.expert_table(files)}\nexperts: {files[0].path.parent}")
+        elif options.command == "app":
+            serve_app(options)
         elif options.command == "apply":
             apply.load_phis(settings_changes(options.set))
             how = apply.How(options.copies, options.count, options.seed)
@@ -152,6 +200,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"augdistill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\naugdistill: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        if whole:
+            on_stop(end_at_once)  # the second Ctrl-C of an impatient person
+            own.close()
+            end_at_once()  # if it came inside of an `exec`, Python would end by SIGINT, whatever is returned here
+        print(f"\n{STOPPED}", file=sys.stderr)
         return 130
+    finally:
+        if whole:
+            on_stop(end_at_once)
+        own.close()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,7 +41,7 @@ class KernelManager(AsyncKernelManager):
 
     @traitlets.default("ip")
     def _ip_default(self):
-        own = f"augdistill-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        own = f"kernel-{uuid.uuid4().hex[:8]}"  # short: a socket's path has at most 103 characters
         return os.path.join(tempfile.gettempdir(), own) if self.transport == "ipc" else super()._ip_default()
 
     def format_kernel_cmd(self, extra_arguments=None):

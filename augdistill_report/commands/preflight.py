@@ -17,7 +17,7 @@ def preflight(settings: Settings) -> None:
     if settings.cluster:
         from augdistill_report.work.cluster import check_cluster  # needs an extra
 
-        check_cluster(settings.cluster)
+        check_cluster(settings.cluster, settings.cluster_insecure)
     data = settings.load(whiten=False)
     with torch.device("meta"):  # sizes without memory
         student = settings.student(data)

@@ -26,11 +26,10 @@ from augdistill_report.files.yaml_files import read_yaml
 from augdistill_report.places import NOTEBOOKS
 from augdistill_report.settings import Settings
 from augdistill_report.work.jobs import Task
-from augdistill_report.work.pool import Pool, run_jobs
+from augdistill_report.work.pool import Pool, WorkConfig, run_jobs
 from augdistill_report.work.statistics import level, markdown_table, mean_and_std, over_seeds, row_label, stop_mark
 
 KEYS = ("notebook", "preset", "set", "rows", "axes", "short", "picture")
-WORKERS = {"workers", "notebooks_at_once", "cluster"}  # settings that change no result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ def read_grid(path: Path | str) -> Grid:
     pieces = [("set", fixed), *((f"row {in_short(name)}", row) for name, row in rows.items())]
     pieces += [("axes", {key: value}) for key, values in axes.items() for value in values]
     for where, part in pieces:
-        for key in WORKERS.intersection(part):
+        for key in set(WorkConfig.names()).intersection(part):
             raise ValueError(f"{path}: {where}: {key}: a grid cannot change who does the work; use --set {key}=...")
         try:
             Settings.from_dict(part)

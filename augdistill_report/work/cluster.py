@@ -1,18 +1,20 @@
 """The workers of a Dask cluster as a `Crew`: the same jobs, the same bits, on other machines.
 
-A worker needs the package and the data set, and shows before it works that both are the same as here. It works in the
-run's own folder where it sees it (and Dask's configuration does not say `augdistill.shared-folder: false`). Where it
-does not, it has a folder of its own: the artefacts that a job builds on are sent there, once, and the files that it
-makes come back as bytes. Dask gives the piece of a worker that dies to another.
+A worker needs the package and the data set. Before it works it proves that both are the same as here. It works in the
+run's folder if it can see it (unless Dask's configuration says `augdistill.shared-folder: false`). Otherwise it has a
+folder of its own: the stored results that a job needs are sent there, once, and the files that it makes come back as
+bytes. If a worker dies, Dask gives its job to another.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
+import ipaddress
 import json
 import platform
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -22,6 +24,7 @@ import cloudpickle
 import dask
 import torch
 from distributed import Client, Security, Status, Worker, get_worker
+from distributed.comm import parse_address, parse_host_port
 
 from augdistill_report.files.store import Store, write
 from augdistill_report.work.crew import Crew, own_phis, run_with
@@ -35,28 +38,31 @@ VERSION = f"augdistill {importlib.metadata.version('augdistill')} (code {SOURCES
 
 
 class UnfitWorker(concurrent.futures.BrokenExecutor, ValueError):
-    """A worker that would make something else, or nothing: it is named, and why."""
+    """A worker that would make a different result, or none. The message names it and the reason."""
 
 
 class ClusterLost(concurrent.futures.BrokenExecutor, ConnectionError):
-    """The scheduler is gone, and with it all that was under way."""
+    """The scheduler is gone, and so are the unfinished jobs."""
 
 
-def connect(scheduler: str) -> Client:
-    """A client of the cluster whose scheduler has this address, or wrote this file; a `ValueError` if none answers."""
-    address = scheduler
-    if scheduler.endswith(".json"):
-        try:
-            address = json.loads(Path(scheduler).read_text())["address"]
-        except (OSError, ValueError, KeyError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error!r})"
-            raise ValueError(
-                f"cluster={scheduler!r}: {reason}; must be written by `dask scheduler --scheduler-file`"
-            ) from None
-    if address.startswith("tls:") and not Security().get_connection_args("client").get("ssl_context"):
+def connect(scheduler: str, insecure: bool = False) -> Client:
+    """A client of the cluster whose scheduler has this address, or wrote this file.
+
+    Raises `ValueError` if none answers, or if it is on another machine without TLS, unless `insecure`: anyone on the
+    network between could read all that is sent, and run code on both machines.
+    """
+    address = address_in(Path(scheduler)) if scheduler.endswith(".json") else scheduler
+    protocol, host = address_parts(scheduler, address)
+    if protocol == "tls" and not Security().get_connection_args("client").get("ssl_context"):
         raise ValueError(
             f"cluster={scheduler!r}: takes TLS alone, and Dask's configuration here names no certificates; must have "
             "distributed.comm.tls.ca-file, and client.cert and client.key there"
+        )
+    if protocol not in ("tls", "wss") and not insecure and not is_here(host):
+        raise ValueError(
+            f"cluster={scheduler!r}: {address} is on another machine, and {protocol}:// is neither encrypted nor "
+            "checked; must be tls:// (TLS certificates in Dask's configuration), or say --set cluster_insecure=true "
+            "if you trust everyone on that network"
         )
     try:
         return Client(address, timeout=TIMEOUT, set_as_default=False)
@@ -64,8 +70,43 @@ def connect(scheduler: str) -> Client:
         raise ValueError(f"cluster={scheduler!r}: no Dask scheduler answers there ({error})") from None
 
 
+def address_in(file: Path) -> str:
+    """The address in a scheduler's file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    else:
+        if isinstance(found, dict) and isinstance(found.get("address"), str):
+            return found["address"]
+        reason = "holds no scheduler's address"
+    raise ValueError(f"cluster={str(file)!r}: {reason}; must be written by `dask scheduler --scheduler-file`")
+
+
+def address_parts(scheduler: str, address: str) -> tuple[str, str]:
+    """The protocol and the host of a scheduler's address."""
+    try:
+        protocol, place = parse_address(address)
+        return protocol, parse_host_port(place)[0]
+    except ValueError as error:
+        right = "must be tls://HOST:PORT, or tcp://HOST:PORT on this machine"
+        raise ValueError(f"cluster={scheduler!r}: {address!r} is no scheduler's address ({error}); {right}") from None
+
+
+def is_here(host: str) -> bool:
+    """Whether every address of a host is this machine's own: a socket can be bound to those alone."""
+    try:
+        for family, kind, protocol, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            if not ipaddress.ip_address(place[0].partition("%")[0]).is_loopback:
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
 @functools.cache  # the same for every cell of a sweep
-def check_cluster(scheduler: str) -> None:
+def check_cluster(scheduler: str, insecure: bool = False) -> None:
     """Refuse, before anything runs, a cluster that cannot be reached, or has a worker with another version."""
 
     def version():  # a worker gets this as code, since it may lack the package
@@ -75,7 +116,7 @@ def check_cluster(scheduler: str) -> None:
             return f"no such package ({error})"
         return VERSION
 
-    with connect(scheduler) as client:
+    with connect(scheduler, insecure) as client:
         for worker, found in client.run(version).items():
             if found != VERSION:
                 raise UnfitWorker(other_version(worker, found, VERSION))
@@ -89,17 +130,17 @@ def other_version(worker: str, found: str, wanted: str) -> str:
 
 
 class Cluster(Crew):
-    """Submits jobs to a cluster by Dask's own executor. How far they are, and what they lack, its workers tell."""
+    """Submits jobs to a cluster by Dask's own executor. The workers report progress, and the files that they lack."""
 
-    def __init__(self, scheduler: str, store: Store):
-        self.scheduler, self.store = scheduler, store
+    def __init__(self, scheduler: str, insecure: bool, store: Store):
+        self.scheduler, self.insecure, self.store = scheduler, insecure, store
         self.numbers: dict[concurrent.futures.Future, int] = {}
         self.told: dict[int, tuple[float, str]] = {}
         self.asked: queue.SimpleQueue = queue.SimpleQueue()
-        self.names: dict = {}  # of the artefacts that jobs build on
+        self.names: dict = {}  # of the stored results that jobs need
 
     def __enter__(self):
-        self.client = connect(self.scheduler)
+        self.client = connect(self.scheduler, self.insecure)
         self.dashboard = self.client.dashboard_link
         self.order = {"version": VERSION, "token": self.store.token(), "folder": str(self.store.folder.absolute())}
         self.order |= {"threads": torch.get_num_threads(), "topic": f"augdistill-{uuid.uuid4().hex}"}
@@ -109,7 +150,7 @@ class Cluster(Crew):
     def __exit__(self, kind, error, trace):
         for future in self.numbers:
             future.cancel()  # on the cluster, too
-        with contextlib.suppress(Exception):  # of a scheduler that is gone; the exception that matters is on its way
+        with contextlib.suppress(Exception):  # the scheduler may be gone; the exception that matters is already raised
             self.client.close(timeout=TIMEOUT)
 
     @property
@@ -127,14 +168,14 @@ class Cluster(Crew):
         return future
 
     def there_of(self, jobs: list) -> list[str]:
-        """The names of those artefacts of the jobs that are in the store."""
+        """The names of those results of the jobs that are in the store."""
         for job in jobs:
             if job not in self.names:
                 self.names[job] = self.store.path(job.kind, job.spec()).name
         return [self.names[job] for job in jobs if (self.store.folder / self.names[job]).is_file()]
 
     def hear(self, event: tuple) -> None:
-        """What a worker tells, in the client's own thread."""
+        """Called with each message of a worker, in the client's own thread."""
         _, said = event
         if "lacks" in said:
             self.asked.put(said)
@@ -149,10 +190,10 @@ class Cluster(Crew):
         return self.told.get(self.numbers[future], (0.0, ""))
 
     def send(self, worker: str, lacks: list[str]) -> None:
-        """Give a worker what it lacks, a file at a time; one that has died meanwhile needs nothing any more."""
+        """Send a worker the files that it lacks, one at a time. A worker that has died meanwhile is ignored."""
         for name in lacks:
             content = (self.store.folder / name).read_bytes()
-            with contextlib.suppress(OSError):  # of a scheduler that is gone: the next look says so
+            with contextlib.suppress(OSError):  # the scheduler may be gone: the next call of `state` says so
                 self.client.run(receive, self.order["token"], name, content, workers=[worker], on_error="ignore")
 
     def take(self, future):
@@ -167,7 +208,7 @@ class Cluster(Crew):
             path = self.store.folder.parent / name
             if path.parent != self.store.folder:
                 write(path, content)
-            elif not path.is_file():  # a piece that was finished twice has made the same twice
+            elif not path.is_file():  # a job that ran twice has made the same file twice
                 with self.store.lock(path):
                     write(path, content)
         if result["error"]:
@@ -184,11 +225,11 @@ class Cluster(Crew):
 
 
 class Cancelled(Exception):
-    """Nobody wants the result any more."""
+    """The client has cancelled the job."""
 
 
 def work(order: dict, packed: bytes) -> dict:
-    """On a worker: run a job. Why the worker is `unfit` for it; or the `files` to be sent back, and the `error`."""
+    """Run a job on a worker. Returns why the worker is `unfit`, or the `files` to send back and the `error`."""
     worker = get_worker()
     if order["version"] != VERSION:
         return {"unfit": other_version(worker.address, VERSION, order["version"])}
@@ -217,9 +258,9 @@ def work(order: dict, packed: bytes) -> dict:
 
 
 def unfit(worker: Worker, job, fingerprint: str | None) -> str:
-    """Why a worker must not run a job, if it must not."""
-    if worker.state.nthreads != 1:  # pieces in threads of one process would share what libraries keep global
-        return f"runs {worker.state.nthreads} pieces at a time in one process; start it with --nthreads 1"
+    """Why a worker must not run a job, or \"\"."""
+    if worker.state.nthreads != 1:  # jobs in threads of one process would share the global state of libraries
+        return f"runs {worker.state.nthreads} jobs at a time in one process; start it with --nthreads 1"
     try:
         found = job.setup.load(whiten=False).fingerprint if fingerprint else None
     except (ValueError, OSError, RuntimeError) as error:  # torch's own, of a GPU that is not there
@@ -229,7 +270,7 @@ def unfit(worker: Worker, job, fingerprint: str | None) -> str:
 
 
 def own_store(worker: Worker, token: str) -> Store:
-    """Where a worker keeps what belongs to a store that it does not see: Dask removes it with the worker."""
+    """A worker's own copy of a store that it cannot see. Dask removes it with the worker."""
     return Store(Path(worker.local_directory) / "augdistill" / token / "artefacts")
 
 
@@ -244,7 +285,7 @@ def seen(store: Store) -> set[tuple[Path, int]]:
 
 
 class Watch:
-    """While a job runs on a worker: tells the client how far it is, and ends it when nobody waits for it any more."""
+    """While a job runs on a worker: reports its progress to the client, and ends it when the client cancels it."""
 
     def __init__(self, worker: Worker, order: dict, job: Task):
         self.worker, self.order, self.job, self.key = worker, order, job, worker.get_current_task()
@@ -262,7 +303,7 @@ class Watch:
 
     @property
     def cancelled(self) -> bool:
-        """Cancelled by its client, or by the client's end; or the worker itself is closing."""
+        """Whether the client has cancelled the job or is gone, or the worker is closing."""
         task = self.worker.state.tasks.get(self.key)
         closing = self.worker.status in (Status.closing, Status.closed, Status.failed)
         return closing or task is None or task.state == "cancelled"
@@ -283,7 +324,7 @@ class Watch:
         self.worker.log_event(self.order["topic"], said)
 
     def wait_for(self, store: Store, names: list[str]) -> None:
-        """Ask the client for what this worker lacks, and wait until it is there."""
+        """Ask the client for the files that this worker lacks, and wait for them."""
         lacks = [name for name in names if not (store.folder / name).is_file()]
         if lacks:
             self.worker.log_event(self.order["topic"], {"worker": self.worker.address, "lacks": lacks})

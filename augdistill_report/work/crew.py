@@ -1,4 +1,4 @@
-"""Who runs jobs: the interface that processes on this machine and workers of a cluster share."""
+"""The interface of whatever runs jobs: processes on this machine, or the workers of a cluster."""
 
 import concurrent.futures
 import contextlib
@@ -11,29 +11,29 @@ from augdistill_report.work.progress import REFRESH
 
 
 class Crew(contextlib.AbstractContextManager):
-    """An executor, and what differs from one to the next. An exception that leaves the context stops all that runs."""
+    """Runs jobs while its context is open. An exception that leaves the context stops all jobs."""
 
-    about = ""  # what a person may want to know of it while it works
+    about = ""  # shown beside the progress
 
     def submit(self, job) -> concurrent.futures.Future:
         raise NotImplementedError
 
     def state(self, future: concurrent.futures.Future) -> tuple[float, str]:
-        """How far a job is that is not done, in [0, 1], and what it says of itself."""
+        """The progress of an unfinished job, in [0, 1], and its note."""
         raise NotImplementedError
 
     def take(self, future: concurrent.futures.Future) -> None:
-        """Have what a job that is done has made in the store; raises what it raised."""
+        """Make sure that the result of a finished job is in the store. Raises the job's own exception."""
         future.result()
 
 
 def own_phis() -> dict:
-    """The phis that a user registered, by name: they travel along with the jobs."""
+    """The phis that the user registered, by name: they are sent to the workers with each job."""
     return {name: build for name, build in PHIS.items() if not is_ours(build)}
 
 
 def run_with(job, store: Store, phis: dict, tell: Callable[[float, str], None]) -> None:
-    """One job in a worker, with the phis that its user registered; it may `tell(part, note)` twice a second."""
+    """Run one job in a worker, with the user's own phis. Calls `tell(part, note)` at most twice a second."""
     for name, build in phis.items():
         register_phi(name)(build)
     last = 0.0

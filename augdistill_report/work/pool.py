@@ -1,7 +1,7 @@
-"""Many independent pieces of work over the cores, with progress, through one seam: a `concurrent.futures.Executor`.
+"""Runs independent jobs in worker processes, with progress: on this machine by loky, on others by Dask.
 
-Every process uses the same number of threads, and a job's draws follow from its own seeds, so the results are the same
-bits however many processes there are.
+Every process uses the same number of threads, and a job's random numbers depend on its own seeds alone. So the results
+are the same bits for any number of processes.
 """
 
 import concurrent.futures
@@ -13,6 +13,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -22,50 +23,55 @@ from augdistill_core import Config, knob
 from augdistill_report.files.store import Store, write
 from augdistill_report.work.crew import Crew, own_phis, run_with
 from augdistill_report.work.progress import REFRESH
+from augdistill_report.work.worker import start_worker
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Who shares the work: so many processes on this machine, or (its scheduler's address or file) a Dask cluster."""
+    """Where jobs run: in `processes` on this machine, or on the Dask cluster of a scheduler's address or file."""
 
     processes: int = 1
     cluster: str = ""
+    insecure: bool = False  # accept a cluster on other machines without TLS
 
     def crew(self, store: Store) -> "Crew":
         if self.cluster:
             from augdistill_report.work.cluster import Cluster  # late: it needs an extra
 
-            return Cluster(self.cluster, store)
+            return Cluster(self.cluster, self.insecure, store)
         return Processes(self.processes, store)
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkConfig(Config):
-    """Who shares the work."""
+    """Where jobs run."""
 
-    workers: int = knob(0, "processes that share the work; 0 = one a core (one, on a GPU)", low=0)
-    notebooks_at_once: int = knob(0, "of a report, sharing the workers; 0 = one, or all on a cluster", low=0)
-    cluster: str = knob("", "a Dask cluster that shares it instead: its scheduler's address, or its scheduler.json")
+    workers: int = knob(0, "worker processes; 0 = one per core (one, on a GPU)", low=0)
+    notebooks_at_once: int = knob(0, "notebooks of a report run at once; 0 = one, or all on a cluster", low=0)
+    cluster: str = knob("", "run jobs on this Dask cluster: its scheduler's address, or its scheduler.json")
+    cluster_insecure: bool = knob(False, "accept a cluster on other machines without TLS: you trust that network")
 
     @property
     def pool(self) -> Pool:
         workers = self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
-        return Pool(max(workers // max(self.notebooks_at_once, 1), 1), self.cluster)
+        processes = max(workers // max(self.notebooks_at_once, 1), 1)
+        return Pool(processes, self.cluster, self.cluster_insecure)
 
 
 class Processes(Crew):
-    """Processes on this machine, by loky. How far a job is stands in a file that its worker writes."""
+    """Worker processes on this machine, by loky. Each writes the progress of its job to a file."""
 
     def __init__(self, processes: int, store: Store):
         self.processes, self.store, self.files = processes, store, {}
 
     def __enter__(self):
         # the workers stay for the next call: starting one costs seconds
-        start = dict(initializer=_start_worker, initargs=(torch.get_num_threads(),))
-        self.executor = get_reusable_executor(self.processes, timeout=120, **start)
+        start = dict(initializer=start_worker, initargs=(torch.get_num_threads(), os.getpid()))
+        with _without_ctrl_c():
+            self.executor = get_reusable_executor(self.processes, timeout=120, **start)
         self.open = contextlib.ExitStack()
         self.folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
-        # loky replaces a worker that has grown by 300 MB and says so; ours may, and nothing is lost
+        # loky replaces a worker that has grown by 300 MB, with a warning: ours may grow, and nothing is lost
         self.open.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="A worker was restarted")
         return self
@@ -77,7 +83,8 @@ class Processes(Crew):
 
     def submit(self, job):
         file = self.folder / str(len(self.files))
-        future = self.executor.submit(_run, job, self.store, own_phis(), file)
+        with _without_ctrl_c():
+            future = self.executor.submit(_run, job, self.store, own_phis(), file)
         self.files[future] = file
         return future
 
@@ -88,9 +95,21 @@ class Processes(Crew):
             return 0.0, ""
 
 
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the workers
+@contextlib.contextmanager
+def _without_ctrl_c():
+    """Block Ctrl-C in this thread for a while, and in the processes that it starts: they inherit the block.
+
+    A terminal sends Ctrl-C to all of them. A worker that is still importing would end with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # if it started inside of the block, it would end the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run(job, store: Store, phis: dict, progress: Path) -> None:
@@ -106,11 +125,11 @@ def _run(job, store: Store, phis: dict, progress: Path) -> None:
 def run_jobs(
     jobs: list, store: Store, pool: Pool, show: Callable[[float, float, str], None], failures: dict | None = None
 ) -> None:
-    """Run the jobs that the store lacks, shared by a pool; `show(done, total, note)` in jobs, parts of one included.
+    """Run the jobs whose results the store lacks. `show(done, total, note)` gets the progress, in (parts of) jobs.
 
-    Each counts by its share of all their `cost`, so that what is left tells how long it will take. An exception in a
-    job ends the others, unless there are `failures` to put it in (by job); Ctrl-C does in any case. What was finished
-    is in the store.
+    A job counts by its share of the whole `cost`, so the progress tells how long the rest will take. An exception in a
+    job stops all jobs, or is put into `failures` (by job) if that is given. Ctrl-C stops all jobs. What was finished is
+    in the store.
     """
     missing = {store.path(job.kind, job.spec()): job for job in jobs}
     missing = [job for path, job in missing.items() if not path.is_file()]
@@ -149,7 +168,7 @@ def run_jobs(
 
 @contextlib.contextmanager
 def _kept(job, failures: dict | None):
-    """Put an exception of `job` into `failures`, if there are any to put it in; a dead worker ends everything."""
+    """Put an exception of `job` into `failures`, if that is given. A dead worker stops all jobs."""
     try:
         yield
     except Exception as error:

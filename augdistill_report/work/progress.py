@@ -1,4 +1,4 @@
-"""Progress that stays readable wherever it lands: a notebook, a terminal, a log."""
+"""Progress of long work, readable in a notebook, a terminal and a log."""
 
 import contextlib
 import json
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from augdistill_report.files.store import write
 
-REFRESH = 0.5  # seconds between two looks at the progress
+REFRESH = 0.5  # seconds between two updates of the progress
 
 LOG_EVERY = 15  # seconds between two lines of progress in a log
 
 
 class Line(contextlib.AbstractContextManager):
-    """One line that says where a long command is: live in a terminal, now and then in a log. Gone with its context."""
+    """One line of progress of a command: kept up to date in a terminal, printed every 15 s in a log."""
 
     def __init__(self):
         self.live, self.last, self.start = sys.stderr.isatty(), -LOG_EVERY, time.monotonic()
@@ -25,7 +25,7 @@ class Line(contextlib.AbstractContextManager):
         self.clear()
 
     def count(self, what: str, done: float, total: float, note: str = "") -> None:
-        """So much of something is done, which tells how long the rest will take."""
+        """Show `done` of `total`, and how long the rest will take."""
         part = done / total
         left = f", about {(time.monotonic() - self.start) * (1 - part) / part:.0f} s left" if part > 0.02 else ""
         self.show(f"{done:.1f} of {total} {what}{left}" + (f" | {note}" if note else ""))
@@ -43,9 +43,9 @@ class Line(contextlib.AbstractContextManager):
 
 
 class Progress:
-    """A bar that stays readable wherever it lands: live in a notebook, one line at the end of a saved one, or a `Line`.
+    """A progress bar in a notebook, which a saved notebook shows as one line; elsewhere a `Line`.
 
-    The runner, which cannot see into a running cell, reads the same state from the file that it names in the
+    `augdistill report` cannot look into a running cell. It reads the same progress from a file, which it names in the
     environment variable AUGDISTILL_PROGRESS.
     """
 
@@ -57,7 +57,7 @@ class Progress:
         from IPython import get_ipython
         from IPython.display import display
 
-        if self.handle is None and get_ipython() is not None:  # nothing is shown for work that was done before
+        if self.handle is None and get_ipython() is not None:  # not before: finished work shows nothing
             self.handle = display({"text/plain": self.what}, raw=True, display_id=True)
         now = time.monotonic()
         if now - self.last < REFRESH and done < total:

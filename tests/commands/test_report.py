@@ -1,41 +1,18 @@
-"""The report runs as a user runs it: the command line on the `smoke` preset, plain papermill, and everything wrong."""
+"""A finished report holds all that it promises, and wrong arguments are refused before anything runs."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import processes_of
+from helpers import NAMES, notebook_of, results
 
 from augdistill_report import settings
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands import report as runner
 from augdistill_report.commands.cli import main
-from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.places import ROOT
 from augdistill_report.settings import Settings
-from augdistill_report.studies.grid import panel_and_name
-
-NAMES = [path.stem for path in runner.notebooks()]
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Path:
-    """A finished run of the smoke preset."""
-    folder = tmp_path_factory.mktemp("runs") / "smoke"
-    assert main(["report", "--preset", "smoke", "--out", str(folder)]) == 0
-    return folder
-
-
-def results(folder: Path) -> dict[str, dict]:
-    return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in NAMES}
 
 
 def test_a_run_leaves_all_that_it_promises(smoke):
@@ -87,28 +64,6 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
     assert "widget-view+json" not in page and "Here stands the explorer's page" in page
 
 
-def test_a_second_run_reuses_finished_work_and_gives_the_same_bytes(smoke, tmp_path):
-    def contents():
-        return {p: p.read_bytes() for sub in ("results", "figures", "curves") for p in (smoke / sub).rglob("*.*")}
-
-    before, artefacts = contents(), {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()}
-    assert main(["report", "--preset", "smoke", "--out", str(smoke)]) == 0
-    assert contents() == before
-    assert {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()} == artefacts
-
-
-def test_two_processes_give_the_same_bits_as_one(smoke, tmp_path):
-    arguments = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "3", "--set", "workers=2"]
-    assert main(arguments) == 0
-    (name,) = (n for n in NAMES if n.startswith("03"))
-    ours = json.loads((tmp_path / "results" / f"{name}.json").read_text())
-    assert ours["numbers"] == results(smoke)[name]["numbers"]
-    for picture in ours["figures"]:
-        assert (tmp_path / "figures" / f"{picture}.png").read_bytes() == (
-            smoke / "figures" / f"{picture}.png"
-        ).read_bytes()
-
-
 def test_another_configuration_is_never_mistaken_for_this_one(tmp_path):
     run = ["report", "--preset", "smoke", "--out", str(tmp_path)]
     assert main([*run, "--only", "01"]) == 0
@@ -120,14 +75,6 @@ def test_another_configuration_is_never_mistaken_for_this_one(tmp_path):
     assert len(curve) == 2
     with pytest.raises(ValueError, match=r"01_expert_trajectories.* not finished"):
         gallery.publish("smoke", str(tmp_path), tmp_path / "gallery")
-
-
-def test_plain_papermill_works(tmp_path):
-    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "02_baseline_mtt.ipynb", tmp_path / "out.ipynb"]
-    parameters = ["-p", "preset", "smoke", "-p", "iterations", "3", "-p", "out", str(tmp_path / "run")]
-    subprocess.run([*command, *parameters], check=True, capture_output=True, cwd=tmp_path)
-    result = json.loads((tmp_path / "run" / "results" / "02_baseline_mtt.json").read_text())
-    assert result["settings"]["iterations"] == 3
 
 
 BAD = {
@@ -193,278 +140,3 @@ def test_a_failing_notebook_says_where_and_keeps_what_was_there(tmp_path, monkey
     kept = nbformat.read(out / "notebooks" / "07_ill.failed.ipynb", as_version=4)
     assert any("fine" in str(cell.get("outputs")) for cell in kept.cells)
     assert not (out / "notebooks" / "07_ill.ipynb").exists()
-
-
-def notebook_of(path: Path, *cells: str) -> None:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata["language_info"] = {"name": "python"}
-    path.parent.mkdir(exist_ok=True)
-    nbformat.write(notebook, path)
-
-
-def that_meet(folder: Path, **last: str) -> None:
-    """Notebooks 01_a and 02_b, each of which waits for the other to have begun; a last cell for each."""
-    for own, other in (("01_a", "02_b"), ("02_b", "01_a")):
-        begun = f"import pathlib, time; end = time.monotonic() + 60; (pathlib.Path(out) / '{own}').touch()"
-        wait = f"while not (pathlib.Path(out) / '{other}').exists() and time.monotonic() < end: time.sleep(0.1)"
-        met = f"assert (pathlib.Path(out) / '{other}').exists(), 'waited in vain'"
-        notebook_of(folder / f"{own}.ipynb", "preset = ''; out = ''", begun, f"{wait}\n{met}", last.get(own[-1], ""))
-
-
-def test_notebooks_side_by_side(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
-    that_meet(tmp_path / "notebooks")
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
-    assert main(command) == 0
-    error = capsys.readouterr().err
-    assert "01_a: " in error and "02_b: " in error
-    assert {"01_a", "02_b"} == set(runner.notebook_seconds(tmp_path / "out"))
-    assert len(list((tmp_path / "out" / "artefacts").glob("expert-*.safetensors"))) == 2  # made beforehand, for both
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-def test_a_notebook_that_fails_ends_the_one_beside_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
-    that_meet(tmp_path / "notebooks", a="raise RuntimeError('the last cell is ill')", b="time.sleep(600)")
-    monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))  # for the kernels, which inherit it
-    start = time.monotonic()
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
-    assert main(command) == 1 and time.monotonic() - start < 120
-    assert re.search("01_a failed in cell 4: RuntimeError.*the last cell is ill", capsys.readouterr().err, re.DOTALL)
-    wait_for_the_end_of(tmp_path)
-    assert not (tmp_path / "out" / "notebooks" / "02_b.ipynb").exists()
-
-
-def test_side_by_side_the_numbers_are_the_same(smoke, tmp_path):
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "01,02,03", "--set", "workers=4"]
-    assert main([*command, "--set", "notebooks_at_once=2"]) == 0
-    for name in NAMES[:3]:
-        ours = json.loads((tmp_path / "results" / f"{name}.json").read_text())
-        assert ours["numbers"] == results(smoke)[name]["numbers"]
-        assert ours["configuration"] == results(smoke)[name]["configuration"]
-    page = (tmp_path / "report.html").read_text()
-    assert "Left out" not in page and all(f'<section id="{name}">' in page for name in NAMES[:3])
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-@pytest.mark.parametrize(
-    "everyone, changes, processes",
-    [
-        (True, [], 4),  # the command, a kernel, two workers
-        (False, [], 4),
-        (False, ["--only", "02,03", "--set", "workers=4", "--set", "notebooks_at_once=2"], 9),  # with two that run them
-    ],
-    ids=["Ctrl-C in a terminal", "SIGINT to the command alone", "side by side"],
-)
-def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_path, everyone, changes, processes):
-    out = tmp_path / "out"
-    shutil.copytree(smoke, out)
-    before = results(out)
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from augdistill_report.commands.cli import main; sys.exit(main())",
-        "report",
-    ]
-    options = [
-        "--preset",
-        "smoke",
-        "--out",
-        str(out),
-        "--only",
-        "02",
-        "--set",
-        "syn_steps=9999",
-        "--set",
-        "workers=2",
-    ]
-    process = subprocess.Popen(
-        [*command, *options, *changes],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OF_THIS_TEST": str(tmp_path)},
-    )
-    deadline = time.monotonic() + 120
-    while (there := len(processes_of(tmp_path))) < processes and time.monotonic() < deadline:
-        time.sleep(0.2)
-    (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, error
-    assert "stopped" in error and there >= processes
-    assert "never retrieved" not in error  # which asyncio says, pages long, of the cell that was given up
-    wait_for_the_end_of(tmp_path)
-    # 01 has the new settings now or the old ones still, whole; the others were not touched
-    assert {name: r for name, r in results(out).items() if name > "02"} == {n: r for n, r in before.items() if n > "02"}
-    for name in NAMES:
-        nbformat.validate(nbformat.read(out / "notebooks" / f"{name}.ipynb", as_version=4))
-
-
-def wait_for_the_end_of(mark: Path) -> None:
-    deadline = time.monotonic() + 20
-    while (left := processes_of(mark)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
-
-
-# --- notebooks as files -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", runner.notebooks(), ids=lambda path: path.stem)
-def test_a_notebook_is_in_order(path):
-    import papermill
-
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    assert not any(cell.outputs or cell.execution_count for cell in code)
-    lengths = sorted(
-        len(cell.source.splitlines()) for cell in code if "parameters" not in cell.metadata.get("tags", [])
-    )
-    assert lengths[len(lengths) // 2] < 10 and lengths[-1] <= 30
-    declared = papermill.inspect_notebook(str(path))
-    assert {"preset", "out"} < set(declared) <= set(Settings.names()) | {"preset", "out"}
-    types = {field.name: field.type.__name__ for field in settings.dataclasses.fields(Settings)}
-    for name, parameter in declared.items():
-        assert parameter["help"]
-        assert parameter["inferred_type_name"] == types.get(name, "str")
-
-
-# --- publishing -------------------------------------------------------------------------------------------------------
-
-
-def pretend(folder: Path, **environment) -> None:
-    """Change what a run's results say of their environment."""
-    for path in (folder / "results").iterdir():
-        result = read_json(path, "results")
-        result["environment"] |= environment
-        write_json(path, "results", result)
-
-
-def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp_path):
-    run = tmp_path / "smoke"
-    shutil.copytree(smoke, run)
-    pretend(run, commit="0" * 40, uncommitted=True)
-    with pytest.raises(ValueError, match="uncommitted"):
-        gallery.publish("smoke", str(run), tmp_path / "gallery")
-    assert not (tmp_path / "gallery").exists()
-    pretend(run, uncommitted=False)
-    target = gallery.publish("smoke", str(run), tmp_path / "gallery")
-    first = {p.name: p.read_bytes() for p in target.iterdir()}
-    assert {f"{name}.json" for name in NAMES} | {"learning.gif"} < set(first)
-    assert len([name for name in first if name.endswith(".png")]) == sum(
-        len(r["figures"]) for r in results(run).values()
-    )
-    gallery.publish("smoke", str(run), tmp_path / "gallery")
-    assert {p.name: p.read_bytes() for p in target.iterdir()} == first
-    figures = [f"{name}.png" for notebook in NAMES[:2] for name in results(run)[notebook]["figures"]]
-    for path in run.glob("results/0[3-7]*.json"):
-        path.unlink()
-    with pytest.raises(ValueError, match=r"03_phi_distillation, .* not finished"):
-        gallery.publish("smoke", str(run), tmp_path / "some")
-    some = gallery.publish("smoke", str(run), tmp_path / "some", only="1,02")
-    assert {p.name for p in some.iterdir()} == {f"{name}.json" for name in NAMES[:2]} | set(figures)
-    assert all(p.read_bytes() == first[p.name] for p in some.iterdir())
-    with pytest.raises(ValueError, match="only='77': there is no notebook 77"):
-        gallery.publish("smoke", str(run), tmp_path / "some", only="77")
-    with pytest.raises(ValueError, match="holds no run"):
-        gallery.publish("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
-
-
-def in_today_s_form(published: dict[str, dict]) -> dict[str, dict]:
-    """Results that were published when keys were "METHOD, 10%" and "few: METHOD", as they are stored now."""
-    five, seven = (published[name]["numbers"] for name in ("05_subset_evaluation", "07_unseen_images"))
-    if "methods" in five:
-        return published
-    equal: dict = {}
-    for name, score in five.items():
-        method, comma, part = name.rpartition(", ")
-        if comma and part.endswith("%") and "mean" in score and ": " not in method:
-            equal.setdefault(method, {})[f"{float(part.rstrip('%')) / 100:g}"] = score
-    few = {name.removeprefix("few: "): score for name, score in seven.items() if name.startswith("few: ")}
-    numbers = {"methods": {method: method for method in equal}, "test accuracy": {"equal updates": equal}}
-    return published | {
-        "05_subset_evaluation": {"numbers": numbers},
-        "07_unseen_images": {"numbers": {"test accuracy": few}},
-    }
-
-
-def test_readme_shows_the_published_numbers(tmp_path):
-    """The tables in README are those that the published results give; heads follow with the next publication."""
-    readme = (ROOT / "README.md").read_text()
-    published = {n: read_json(ROOT / "figures" / "digits" / f"{n}.json", "results") for n in NAMES}
-
-    def rows(text: str) -> list[str]:
-        return [line for line in text.splitlines() if line.startswith("|") and "±" in line]
-
-    assert "<!-- results: digits -->" in readme
-    filled = gallery.fill(readme, "digits", in_today_s_form(published))
-    assert rows(filled) == rows(readme) and len(rows(filled)) > 30
-    assert "<!-- study -->" in readme
-    for path in (ROOT / "figures").glob("*/why_phi_failed.json"):
-        result = json.loads(path.read_text())
-        for cell in result["cells"]:
-            if "panel" not in cell:  # published when a row was "panel: name"
-                cell["panel"], cell["row"] = panel_and_name(cell["row"])
-        (tmp_path / path.parent.name).mkdir()
-        (tmp_path / path.parent.name / path.name).write_text(json.dumps(result))
-    assert gallery.fill_study(readme, tmp_path) == readme
-
-
-def readme_s_phi() -> str:
-    """The phi that README adds in ten lines."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (mine,) = (block for block in blocks if "@register_phi" in block)
-    return mine
-
-
-def test_every_notebook_takes_a_phi_from_a_file_by_name(tmp_path):
-    (tmp_path / "own.py").write_text(readme_s_phi())
-    out, own = tmp_path / "out", ["--set", f"phis={tmp_path / 'own.py'}", "--set", "phi=brightness"]
-    arguments = ["report", "--preset", "smoke", "--out", str(out), *own, "--set", "workers=2"]
-    assert main([*arguments, "--only", "03,04,05"]) == 0
-    found = {p.stem: json.loads(p.read_text()) for p in (out / "results").iterdir()}
-    assert "brightness" in found["03_phi_distillation"]["numbers"]
-    assert "brightness" in [row["phi"] for row in found["04_why_phi_failed"]["numbers"]["zoo"]]
-    assert found["05_subset_evaluation"]["numbers"]["methods"]["phi"] == "phi (brightness)"
-    for result in found.values():
-        assert result["settings"]["phis"] == "own.py"  # and not where it lies
-        assert str(tmp_path) not in json.dumps(result)
-    # what it says is part of what results depend on
-    before = found["03_phi_distillation"]["configuration"]
-    (tmp_path / "own.py").write_text(readme_s_phi() + "\n# another\n")
-    changed = settings.resolve("smoke", {"phis": str(tmp_path / "own.py"), "phi": "brightness"})
-    assert runner.configuration(changed) != before
-
-
-def test_a_file_of_phis_that_cannot_be_run_is_named(tmp_path, capsys):
-    (tmp_path / "own.py").write_text("import nowhere_at_all\n")
-    assert (
-        main(["report", "--preset", "smoke", "--set", f"phis={tmp_path / 'own.py'}", "--out", str(tmp_path / "o")]) == 2
-    )
-    assert re.search("phis=.*own.py.*ModuleNotFoundError: No module named 'nowhere_at_all'", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("module", [False, True], ids=["in the script", "in a module of its own"])
-def test_readme_s_own_phi_runs_in_worker_processes(tmp_path, module):
-    """The phi that README adds in ten lines is taken by name, also by processes that take several jobs of it."""
-    mine = readme_s_phi()
-    assert len([line for line in mine.splitlines() if line.strip()]) <= 10
-    script = tmp_path / "script.py"
-    (tmp_path / "own_phi.py").write_text(mine)
-    script.write_text(
-        f"{'import own_phi' if module else mine}\n"
-        "if __name__ == '__main__':\n"
-        "    from augdistill_report import open_run\n"
-        f"    run = open_run('mine', dict(preset='smoke', out={str(tmp_path / 'out')!r}, workers=2))\n"
-        "    jobs = {name: run.distillation(name, run.base) for name in ('brightness', 'unet')}\n"
-        "    jobs |= {f'lr {k}': run.distillation('brightness', run.base, phi_lr=0.1 / k) for k in (1, 2, 3)}\n"
-        "    run.distill(jobs)\n"
-        "    scores = run.evaluate({name: run.evaluation(run.base, job) for name, job in jobs.items()})\n"
-        "    print(scores['brightness'])\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "±" in done.stdout

@@ -6,9 +6,10 @@ Needs Chromium (AUGDISTILL_BROWSER names another); skipped without one, unless A
 import os
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from augdistill_report.files.phi_files import load_phi
-from augdistill_report.places import NOTEBOOKS
 
 BROWSER = os.environ.get("AUGDISTILL_BROWSER") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -46,29 +46,26 @@ def processes(mark: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Where voila serves notebook 06 on the smoke preset, the run's folder, and what marks its processes."""
+    """The address of the explorer on the smoke preset, with its token, the run's folder, and its processes' mark."""
     folder = tmp_path_factory.mktemp("app")
-    notebook, run = folder / "explorer.ipynb", folder / "smoke"
-    prepare = [sys.executable, "-m", "papermill", "--prepare-only", NOTEBOOKS / "06_phi_explorer.ipynb", notebook]
-    subprocess.run([*prepare, "-p", "preset", "smoke", "-p", "out", run], check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"OF_THIS_TEST": str(folder), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
-    own |= {"JUPYTER_DATA_DIR": str(folder / "jupyter"), "JUPYTER_CONFIG_DIR": str(folder / "jupyter")}
-    command = [sys.executable, "-m", "voila", notebook, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    command += ["--MappingKernelManager.cull_idle_timeout=8", "--MappingKernelManager.cull_interval=1"]
-    with open(folder / "voila.log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own)
-    try:
-        url, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + PATIENCE
-        while not answers(url + "voila/static/nothing"):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "voila.log").read_text()
-            time.sleep(0.2)
-        yield url, run, f"OF_THIS_TEST={folder}"
-    finally:
-        server.terminate()
-        server.wait(20)
+    run = folder / "smoke"
+    own = {"OF_THIS_TEST": str(folder), "JUPYTER_DATA_DIR": str(folder / "jupyter")}
+    own |= {"JUPYTER_CONFIG_DIR": str(folder / "jupyter")}
+    serve = f"""
+from augdistill_report.commands import app
+app.CULL = {{"idle_timeout": 8, "interval": 1}}
+app.app("smoke", {str(run)!r}, browser=False)
+"""
+    command = [sys.executable, "-c", serve]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | own) as server:
+        address = server.stderr.readline()
+        assert "?token=" in address, address + server.stderr.read()
+        ears = threading.Thread(target=server.stderr.read)  # what it says later: a full pipe would stop it
+        ears.start()
+        yield address.split()[1], run, f"OF_THIS_TEST={folder}"
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+        ears.join()
 
 
 def answers(url: str) -> bool:
@@ -249,4 +246,4 @@ def test_a_person_turns_trains_stops_scores_and_saves(served, browser, tmp_path)
     while processes(mark):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert answers(url + "voila/static/nothing")
+    assert answers(url)

@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 import torch
-from helpers import CUT, SLEEPY, found, grid_file, make_folder, processes_of
+from helpers import CUT, SLEEPY, augdistill, found, grid_file, make_folder, processes_of, until
 
 from augdistill_core import DistillConfig, Phi, register_phi
 from augdistill_report.commands.cli import main
@@ -95,14 +97,6 @@ def two(tmp_path_factory):
         made.worker("second", "--resources", "GPU=1")
         until(lambda: all("Registered to" in made.log(name) for name in ("first", "second")))
         yield made
-
-
-def until(true, seconds: float = 120):
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return found
 
 
 def run(jobs: list, store: Store, on: str = "", failures: dict | None = None, show=lambda *_: None) -> None:
@@ -378,8 +372,31 @@ def test_a_worker_without_the_data_or_with_other_data_is_named(two, tmp_path, mo
 def test_a_worker_that_runs_pieces_side_by_side_is_named(tmp_path):
     with machines(tmp_path / "machines") as own:
         own.worker("wide", threads=2)
-        with pytest.raises(ValueError, match=r"worker tcp://.*: runs 2 pieces at a time .*--nthreads 1"):
+        with pytest.raises(ValueError, match=r"worker tcp://.*: runs 2 jobs at a time .*--nthreads 1"):
             run([Piece("one", tmp_path)], Store(tmp_path / "artefacts"), own.address)
+
+
+# addresses for documentation, which no machine has
+ELSEWHERE = ("192.0.2.1:1", "tcp://192.0.2.1:1", "tcp://[2001:db8::1]:1", "ws://192.0.2.1:1", "ucx://192.0.2.1:1")
+ELSEWHERE += ('file: {"address": "tcp://192.0.2.1:1"}',)
+
+
+@pytest.mark.parametrize("where", ELSEWHERE[:3])
+def test_one_on_another_machine_is_asked_without_tls_only_where_a_user_says_so(where, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "TIMEOUT", 1)
+    command = ["experts", "train", "--preset", "smoke", "--out", str(tmp_path / "out"), "--cluster", where]
+    assert main([*command, "--set", "cluster_insecure=true"]) == 2
+    assert "no Dask scheduler answers there" in capsys.readouterr().err
+
+
+def test_this_machine_s_own_addresses_need_no_tls():
+    assert cluster.is_here("127.0.0.1") and cluster.is_here("::1") and cluster.is_here("localhost")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:  # sends nothing, and learns the machine's address
+        try:
+            route.connect(("192.0.2.1", 1))
+        except OSError:
+            pytest.skip("this machine has no network")
+        assert cluster.is_here(route.getsockname()[0])
 
 
 @pytest.mark.parametrize(
@@ -389,8 +406,14 @@ def test_a_worker_that_runs_pieces_side_by_side_is_named(tmp_path):
         ("nowhere.json", "no such file; must be written by"),
         ("tls://127.0.0.1:1", "takes TLS alone, and Dask's configuration here names no certificates"),
         ('file: {"address": "tls://127.0.0.1:1"}', "takes TLS alone"),
-        ("file: {}", "cannot be read"),
+        ("file: {}", "holds no scheduler's address; must be written by"),
+        ("file: [1]", "holds no scheduler's address"),
+        ('file: {"address": 1}', "holds no scheduler's address"),
         ('file: {"addr', "cannot be read"),
+        ("file: " + "[" * 100_000, "cannot be read"),
+        ("folder.json", "cannot be read"),
+        ("nowhere", "is no scheduler's address"),
+        *((where, "is on another machine.*must be tls://.*cluster_insecure=true") for where in ELSEWHERE),
     ],
 )
 def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(where, why, tmp_path, monkeypatch, capsys):
@@ -398,9 +421,12 @@ def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(where, why,
     if where.startswith("file: "):
         (tmp_path / "dask.json").write_text(where.removeprefix("file: "))
         where = str(tmp_path / "dask.json")
+    elif where == "folder.json":
+        (tmp_path / where).mkdir()
+        where = str(tmp_path / where)
     assert main(["experts", "train", "--preset", "smoke", "--out", str(tmp_path / "out"), "--cluster", where]) == 2
-    error = capsys.readouterr().err
-    assert "augdistill: cluster=" in error and why in error and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err.strip()
+    assert re.search(f"^augdistill: cluster=.*{why}", error) and "\n" not in error and not (tmp_path / "out").exists()
 
 
 def test_an_exception_here_cancels_what_runs_there(two, tmp_path):
@@ -421,23 +447,11 @@ def test_an_exception_here_cancels_what_runs_there(two, tmp_path):
 def test_ctrl_c_ends_a_notebook_on_a_worker(tmp_path):
     (tmp_path / "mine.py").write_text(SLEEPY)
     path = grid_file(tmp_path / "grid", rows={"slow": {"phi": "sleepy"}}, set={"phis": str(tmp_path / "mine.py")})
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from augdistill_report.commands.cli import main; sys.exit(main())",
-        "sweep",
-    ]
     with machines(tmp_path / "machines") as own:
-        own.worker("one", OF_THIS_TEST=str(tmp_path))
-        process = subprocess.Popen(
-            [*command, str(path), "--out", str(tmp_path / "run"), "--cluster", own.address],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))},
-        )
-        until(lambda: len(processes_of(tmp_path)) == 2)  # the worker, and a notebook's kernel
+        own.worker("one", OF_THIS_TEST=str(tmp_path / "machines"))
+        process = augdistill(tmp_path / "here", "sweep", path, "--out", tmp_path / "run", "--cluster", own.address)
+        until(lambda: processes_of(tmp_path / "machines", "ipykernel"))
         process.send_signal(signal.SIGINT)
         assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 130
-        until(lambda: len(processes_of(tmp_path)) == 1, 30)
+        until(lambda: not processes_of(tmp_path / "machines", "ipykernel"), 30)
         assert own.processes["one"].poll() is None

@@ -1,0 +1,65 @@
+"""Jobs are shared so that the whole ends soonest, and progress counts what they cost."""
+
+import concurrent.futures
+import dataclasses
+
+from augdistill_core import DistillConfig
+from augdistill_report.files.store import Store
+from augdistill_report.work.crew import Crew
+from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.jobs import Subset, Task
+from augdistill_report.work.pool import Pool, run_jobs
+from augdistill_report.work.setup import Setup
+
+
+class InTurn(Crew):
+    """Jobs one after the other, in this process."""
+
+    def __init__(self, store):
+        self.store, self.executor = store, concurrent.futures.ThreadPoolExecutor(1)
+
+    def __exit__(self, *_):
+        self.executor.shutdown()
+
+    def submit(self, job):
+        return self.executor.submit(job.run, self.store)
+
+    def state(self, future):
+        return 0.5 if future.running() else 0.0, ""
+
+
+def test_what_takes_longest_starts_first_and_counts_most(tmp_path, monkeypatch):
+    began, shown = [], []
+
+    @dataclasses.dataclass(frozen=True)
+    class Piece(Task):
+        name: str
+        cost: float
+
+        def spec(self):
+            return {"name": self.name}
+
+        def work(self, store, tick):
+            began.append(self.name)
+            tick(1, 2)
+            return {}, {}
+
+    pieces = [Piece("short", 1), Piece("long", 4), Piece("other short", 1), Piece("middle", 2)]
+    monkeypatch.setattr(Pool, "crew", lambda pool, store: InTurn(store))
+    run_jobs(pieces, Store(tmp_path / "two"), Pool(2), lambda *state: shown.append(state))
+    assert began == ["long", "middle", "short", "other short"]
+    assert shown[0] == (0, 4, "") and shown[-1] == (4, 4, "")
+    began.clear()
+    shown.clear()
+    run_jobs(pieces, Store(tmp_path / "one"), Pool(1), lambda *state: shown.append(state))
+    assert began == ["short", "long", "other short", "middle"]  # alone, in their own order
+    assert [done for done, _, _ in shown] == [0, 0.25, 0.5, 1.5, 2.5, 2.75, 3, 3.5, 4]  # in eighths of the cost, of 4
+
+
+def test_cost_follows_what_a_distillation_does():
+    def cost(subset, **config):
+        return Distillation(Setup(size=8), "unet", subset, DistillConfig(**config)).cost
+
+    twenty = Subset(0, per_class=2)
+    assert cost(twenty, draws=2) == cost(twenty, iterations=600) == 2 * cost(twenty)
+    assert cost(twenty, batch_syn=10) == cost(Subset(0, fraction=0.5), episode=1) == cost(twenty) / 2
