@@ -29,6 +29,8 @@ from augdistill_report.work.scoring import EvalConfig, evaluate
 
 SUBSETS, STUDENTS = 3, 3
 
+COMPARED = ("autoaugment", "randaugment", "trivialaugment")  # by accuracy
+
 
 def shifts(size):
     """torchvision's TrivialAugment shifts by up to 32 pixels, whatever the size; ours by up to a whole side."""
@@ -92,7 +94,7 @@ def accuracies(data, steps, kept) -> list[dict]:
     """A row for each policy; `kept` is the file for what has been measured so far."""
     found = json.loads(kept.read_text()) if kept.exists() else {}
     config = EvalConfig(eval_students=STUDENTS, eval_steps=steps)
-    for name, subset, (way, build) in itertools.product(POLICIES, range(SUBSETS), WAYS.items()):
+    for subset, name, (way, build) in itertools.product(range(SUBSETS), COMPARED, WAYS.items()):
         key = f"{name}, {way}, subset {subset}, {steps} steps"
         if key not in found:
             train = data.train.take(data.subset(subset, fraction=0.1))
@@ -101,7 +103,7 @@ def accuracies(data, steps, kept) -> list[dict]:
             write(kept, as_json(found))
             print(key, found[key], flush=True)
     rows = []
-    for name in POLICIES:
+    for name in COMPARED:
         of = {w: [x for s in range(SUBSETS) for x in found[f"{name}, {w}, subset {s}, {steps} steps"]] for w in WAYS}
         difference = np.subtract(of["ours"], of["torchvision"])
         half = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5

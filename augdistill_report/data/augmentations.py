@@ -1,13 +1,14 @@
 """Augmentations without anything to learn, called like a phi: `augment(images, labels=, index=, generator=)`.
 
-`AUGMENTATIONS` names those that experts, the unroll (MTT, Algorithm 1, line 12) and evaluation may use. All draw from
+`AUGMENTATIONS` names those that experts, the unroll (MTT, Algorithm 1, line 12) and evaluation may use, beside any of
+kornia's ("kornia:NAME(key=value)"). All draw from
 the generator alone, and take images of any type on any device. All but those on bytes (`OnPixels`) are differentiable
 in the images, so that the unroll may use them (`DIFFERENTIABLE`).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -187,11 +188,38 @@ AUGMENTATIONS = {
 
 DIFFERENTIABLE = tuple(name for name in AUGMENTATIONS if name not in LIBRARY)
 
+KORNIA = "kornia:"  # then a name of `kornia.augmentation`, and its arguments in brackets
+
+
+class Choices(tuple):
+    """What a setting may be: these names, or "kornia:NAME(key=value, ...)", which is looked at as a whole."""
+
+    def __new__(cls, key: str, names: Iterable[str], differentiable: bool = False):
+        choices = super().__new__(cls, names)
+        choices.key, choices.differentiable = key, differentiable
+        return choices
+
+    def __contains__(self, name: object) -> bool:
+        if not str(name).startswith(KORNIA):
+            return super().__contains__(name)
+        from augdistill_report.data.kornia_by_name import check_kornia  # kornia is slow to import
+
+        try:
+            check_kornia(name, differentiable=self.differentiable)
+        except ValueError as error:
+            raise ValueError(f"{self.key}={error}") from None
+        return True
+
+
 NEVER_FLIPPED = ("digits", "mnist")  # data sets where a mirror image is of no class or of another
 
 
 def augmentation(name: str, data: Dataset, magnitude: int = 9) -> Callable | None:
-    """`AUGMENTATIONS[name]` as it fits a data set; RandAugment's has that `magnitude`."""
+    """`AUGMENTATIONS[name]`, or kornia's, as it fits a data set; RandAugment's has that `magnitude`."""
+    if name.startswith(KORNIA):
+        from augdistill_report.data.kornia_by_name import ByKornia  # kornia is slow to import
+
+        return ByKornia(name, data)
     augment = augmentation_for(name, data.name)
     if isinstance(augment, OnPixels):
         augment = dataclasses.replace(augment, data=data, magnitude=magnitude)
