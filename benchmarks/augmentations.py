@@ -1,9 +1,9 @@
 """AutoAugment, RandAugment, TrivialAugment and AugMix: ours (a batch at once, by kornia) against torchvision's.
 
-    python benchmarks/augmentations.py [--accuracy] [--steps 1000] [--out figures/benchmarks]
+    python benchmarks/augmentations.py [--accuracy] [--subsets 3] [--steps 1000] [--out figures/benchmarks]
 
 Seconds for 1,000 images of CIFAR-10 at 32x32, in batches of 64 and of 1,000, on one thread of the CPU; torchvision does
-them one by one. With `--accuracy`, also the validation accuracy of students trained under each: 3 subsets of 10 % of
+them one by one. With `--accuracy`, also the validation accuracy of students trained under each: subsets of 10 % of
 CIFAR-10 at 16x16, 3 students (width 32) on each; and the 95 % interval of the difference, ours less torchvision's,
 paired by subset and student. What a policy and a subset have given is kept in the output file, so a run that was
 stopped goes on.
@@ -27,7 +27,7 @@ from augdistill_report.files.store import as_json, write
 from augdistill_report.work.provenance import environment
 from augdistill_report.work.scoring import EvalConfig, evaluate
 
-SUBSETS, STUDENTS = 3, 3
+STUDENTS = 3  # on each subset
 
 COMPARED = ("autoaugment", "randaugment", "trivialaugment")  # by accuracy
 
@@ -90,11 +90,11 @@ def times(data, repeat) -> list[dict]:
     return rows
 
 
-def accuracies(data, steps, kept) -> list[dict]:
+def accuracies(data, subsets, steps, kept) -> list[dict]:
     """A row for each policy; `kept` is the file for what has been measured so far."""
     found = json.loads(kept.read_text()) if kept.exists() else {}
     config = EvalConfig(eval_students=STUDENTS, eval_steps=steps)
-    for subset, name, (way, build) in itertools.product(range(SUBSETS), COMPARED, WAYS.items()):
+    for subset, name, (way, build) in itertools.product(range(subsets), COMPARED, WAYS.items()):
         key = f"{name}, {way}, subset {subset}, {steps} steps"
         if key not in found:
             train = data.train.take(data.subset(subset, fraction=0.1))
@@ -104,7 +104,7 @@ def accuracies(data, steps, kept) -> list[dict]:
             print(key, found[key], flush=True)
     rows = []
     for name in COMPARED:
-        of = {w: [x for s in range(SUBSETS) for x in found[f"{name}, {w}, subset {s}, {steps} steps"]] for w in WAYS}
+        of = {w: [x for s in range(subsets) for x in found[f"{name}, {w}, subset {s}, {steps} steps"]] for w in WAYS}
         difference = np.subtract(of["ours"], of["torchvision"])
         half = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
         rows.append(
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", default=3, type=int)
     parser.add_argument("--accuracy", action="store_true", help="train students, too (half an hour on one core)")
+    parser.add_argument("--subsets", default=3, type=int)
     parser.add_argument("--steps", default=1000, type=int, help="of each student")
     parser.add_argument("--out", default="", help="a folder for augmentations.json")
     options = parser.parse_args()
@@ -127,7 +128,9 @@ def main() -> None:
     result = {"environment": environment("cpu"), "times": times(load("cifar10"), options.repeat)}
     out = Path(options.out or "/tmp")
     if options.accuracy:
-        result["accuracies"] = accuracies(load("cifar10", 16), options.steps, out / "augmentations.part.json")
+        result["accuracies"] = accuracies(
+            load("cifar10", 16), options.subsets, options.steps, out / "augmentations.part.json"
+        )
     if options.out:
         write(out / "augmentations.json", as_json(result))
 

@@ -29,8 +29,8 @@ class KorniaPhi(Phi):
     def __init__(self, images: Tensor, classes: int):
         super().__init__()
         self.kinds = self.kinds_for(images.shape[1])
-        start, limit = torch.tensor([self.KINDS[kind] for kind in self.kinds]).T
-        self.register_buffer("limit", limit.clone())
+        start, limit = map(torch.tensor, zip(*(self.KINDS[kind] for kind in self.kinds), strict=True))
+        self.register_buffer("limit", limit)
         self.register_buffer("first", torch.logit(start / limit))
         self.change = nn.Parameter(torch.zeros(len(self.kinds)))
 

@@ -54,6 +54,7 @@ def test_ranges_start_small_stay_below_their_limit_and_are_told(name):
     x = images(200, 3, 8, 8)
     phi = make_phi(name, x, 2, 0)
     assert phi.report() == pytest.approx({kind: start for kind, (start, _) in phi.KINDS.items()})
+    assert all(t.is_contiguous() for t in phi.state_dict().values())  # or it cannot be stored
     small = (call(phi, x) - x).square().mean().sqrt()
     assert 0 < small < 0.2
     with torch.no_grad():
