@@ -1,4 +1,9 @@
-"""Differentiable transformations of images `[B, C, H, W]`, each with parameters `[B]` for every image."""
+"""Differentiable transformations of images `[B, C, H, W]`, each with parameters `[B]` for every image.
+
+Why these are not kornia's. `warp`: its `warp_affine` takes the map from input to output, inverts it, and so gives the
+identity back only to rounding. `color` and `turn_hue`: kornia's contrast, saturation and hue clamp to [0, 1] (hue by way
+of HSV), which standardised images leave. `flip`: a single call of torch, as in kornia.
+"""
 
 import torch
 import torch.nn.functional as F
