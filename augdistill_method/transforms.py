@@ -1,8 +1,8 @@
 """Differentiable transformations of images `[B, C, H, W]`, each with parameters `[B]` for every image.
 
-Why these are not kornia's. `warp`: its `warp_affine` takes the map from input to output, inverts it, and so gives the
-identity back only to rounding. `color` and `turn_hue`: kornia's contrast, saturation and hue clamp to [0, 1] (hue by way
-of HSV), which standardised images leave. `flip`: a single call of torch, as in kornia.
+Why these are not kornia's. `warp`: its `warp_affine` inverts the matrix, gives the identity back only to rounding, and
+makes a finite picture of a matrix that is not a number. `color` and `turn_hue`: kornia's contrast, saturation and hue
+clamp to [0, 1], which standardised images leave. `flip`: a single call of torch, as in kornia.
 """
 
 import torch

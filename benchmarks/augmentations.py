@@ -5,8 +5,8 @@
 Seconds for 1,000 images of CIFAR-10 at 32x32, in batches of 64 and of 1,000, on one thread of the CPU; torchvision does
 them one by one. With `--accuracy`, also the validation accuracy of students trained under each: subsets of 10 % of
 CIFAR-10 at 16x16, 3 students (width 32) on each; and the 95 % interval of the difference, ours less torchvision's,
-paired by subset and student. What a policy and a subset have given is kept in augmentations.part.json beside the result,
-so a run that was stopped goes on.
+paired by subset and student. What a policy and a subset have given is kept in augmentations.part.json beside the
+result, so a run that was stopped goes on.
 """
 
 import argparse

@@ -56,7 +56,7 @@ class KorniaPhi(Phi):
 
 
 def warped(warp, images: Tensor, matrix: Tensor, **options) -> Tensor:
-    """kornia's `warp` by a matrix for each image, and no number where that is not finite, which it crashes on."""
+    """kornia's `warp` by a matrix for each image; no number where that is not finite (kornia makes a picture of it)."""
     finite = matrix.isfinite().all((1, 2)).view(-1, 1, 1)
     eye = torch.eye(*matrix.shape[1:], dtype=matrix.dtype, device=matrix.device)
     out = warp(images, torch.where(finite, matrix, eye), tuple(images.shape[2:]), align_corners=True, **options)

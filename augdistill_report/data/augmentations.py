@@ -49,7 +49,7 @@ class RandomAffine:
 
 
 # --- the operations of DSA: images [B, C, H, W], then for each image its own parameters [B] ---------------------------
-# Not kornia's: its crops and shifts sample where these index, to the bit; its erasing takes no boxes that leave the image
+# Not kornia's: its crops and shifts sample where these index, to the bit; its erasing keeps boxes inside the image
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
