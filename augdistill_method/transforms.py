@@ -1,4 +1,9 @@
-"""Differentiable transformations of images `[B, C, H, W]`, each with parameters `[B]` for every image."""
+"""Differentiable transformations of images `[B, C, H, W]`, each with parameters `[B]` for every image.
+
+Why these are not kornia's. `warp`: its `warp_affine` inverts the matrix, gives the identity back only to rounding, and
+makes a finite picture of a matrix that is not a number. `color` and `turn_hue`: kornia's contrast, saturation and hue
+clamp to [0, 1], which standardised images leave. `flip`: a single call of torch, as in kornia.
+"""
 
 import torch
 import torch.nn.functional as F

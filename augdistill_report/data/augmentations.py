@@ -1,14 +1,14 @@
 """Augmentations without anything to learn, called like a phi: `augment(images, labels=, index=, generator=)`.
 
-`AUGMENTATIONS` names those that experts, the unroll (MTT, Algorithm 1, line 12) and evaluation may use. All draw from
-the generator alone, and take images of any type on any device. All but torchvision's (`OnPixels`) are differentiable in
-the images, so that the unroll may use them (`DIFFERENTIABLE`).
+`AUGMENTATIONS` names those that experts, the unroll (MTT, Algorithm 1, line 12) and evaluation may use, beside any of
+kornia's ("kornia:NAME(key=value)"). All draw from
+the generator alone, and take images of any type on any device. All but those on bytes (`OnPixels`) are differentiable
+in the images, so that the unroll may use them (`DIFFERENTIABLE`).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class RandomAffine:
 
 
 # --- the operations of DSA: images [B, C, H, W], then for each image its own parameters [B] ---------------------------
+# Not kornia's: its crops and shifts sample where these index, to the bit; its erasing keeps boxes inside the image
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -149,14 +150,13 @@ class DSA(Config):
 
 @dataclasses.dataclass(frozen=True)
 class OnPixels:
-    """What practitioners use: torchvision's crop and flip, and then (but for "crop_flip") one of its policies.
+    """What practitioners use: crop and flip, and then (but for "crop_flip") a policy of `policies_by_kornia`.
 
     Each image has draws of its own, on its pixels as bytes, which is what the policies are made for: what was done to
     the pixels (`data.pixels`) is undone first and done again behind them. So whatever leaves [0, 1], as a phi before it
     may, is clamped, and the output is one of 256 values a channel. The crop pads with black, an eighth of the side
     (CIFAR's 4 pixels). AutoAugment's policy is the one for CIFAR-10, and `magnitude`, of 30, is that of RandAugment's
-    two operations. Of one channel "Color" (saturation) changes nothing, as in Pillow. TrivialAugment shifts by up to a
-    whole side, as on CIFAR's 32 pixels (torchvision's: by 32, whatever the size). About .2 ms an image on a CPU.
+    two operations. Of one channel "color" (saturation) changes nothing, as in Pillow.
     """
 
     policy: str
@@ -165,44 +165,19 @@ class OnPixels:
     magnitude: int = 9
 
     def __call__(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
-        transform = self.transform(images.shape[-1])
-        values = (self.data.pixels(images.float()) * 255).round().byte().cpu()
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-            values = torch.stack([transform(image) for image in values])
-        return self.data.standardise(values.to(images.device).float() / 255).to(images.dtype)
+        pixels = (self.data.pixels(images.float()) * 255).round() / 255
+        pad, options = max(images.shape[-1] // 8, 1), dict(generator=generator, device=generator.device)
+        down, right = torch.randint(-pad, pad + 1, (2, len(images)), **options).to(images.device)
+        flipped = torch.rand(len(images), **options).to(images.device) < self.flip
+        pixels = flip(crop(pixels, down, right), flipped)
+        if self.policy != "crop_flip":
+            from augdistill_report.data.policies_by_kornia import PIXEL_POLICIES, Draws  # kornia is slow to import
 
-    def transform(self, size: int) -> Callable[[Tensor], Tensor]:
-        """The torchvision pipeline for images of so many pixels."""
-        from torchvision.transforms import v2  # slow to import
-
-        policies = {
-            "crop_flip": v2.Identity,
-            "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-            "randaugment": lambda: v2.RandAugment(magnitude=self.magnitude),
-            "trivialaugment": lambda: trivialaugment(size),
-        }
-        crop_flip = v2.RandomCrop(size, padding=max(size // 8, 1)), v2.RandomHorizontalFlip(self.flip)
-        return v2.Compose([*crop_flip, policies[self.policy]()])
+            pixels = PIXEL_POLICIES[self.policy](pixels, Draws(len(images), generator), self.magnitude)
+        return self.data.standardise(pixels).to(images.dtype)
 
 
-def trivialaugment(size: int):
-    """torchvision's TrivialAugment, with shifts that fit images of `size` pixels."""
-    from torchvision.transforms import v2  # slow to import
-
-    def shifts(bins, *_):
-        return torch.linspace(0, size, bins)
-
-    class TrivialAugment(v2.TrivialAugmentWide):
-        _AUGMENTATION_SPACE: ClassVar = v2.TrivialAugmentWide._AUGMENTATION_SPACE | {
-            "TranslateX": (shifts, True),
-            "TranslateY": (shifts, True),
-        }
-
-    return TrivialAugment()
-
-
-LIBRARY = ("crop_flip", "autoaugment", "randaugment", "trivialaugment")
+LIBRARY = ("crop_flip", "autoaugment", "randaugment", "trivialaugment", "augmix")
 
 AUGMENTATIONS = {
     "none": None,
@@ -214,11 +189,38 @@ AUGMENTATIONS = {
 
 DIFFERENTIABLE = tuple(name for name in AUGMENTATIONS if name not in LIBRARY)
 
+KORNIA = "kornia:"  # then a name of `kornia.augmentation`, and its arguments in brackets
+
+
+class Choices(tuple):
+    """What a setting may be: these names, or "kornia:NAME(key=value, ...)", which is looked at as a whole."""
+
+    def __new__(cls, key: str, names: Iterable[str], differentiable: bool = False):
+        choices = super().__new__(cls, names)
+        choices.key, choices.differentiable = key, differentiable
+        return choices
+
+    def __contains__(self, name: object) -> bool:
+        if not str(name).startswith(KORNIA):
+            return super().__contains__(name)
+        from augdistill_report.data.kornia_by_name import check_kornia  # kornia is slow to import
+
+        try:
+            check_kornia(name, differentiable=self.differentiable)
+        except ValueError as error:
+            raise ValueError(f"{self.key}={error}") from None
+        return True
+
+
 NEVER_FLIPPED = ("digits", "mnist")  # data sets where a mirror image is of no class or of another
 
 
 def augmentation(name: str, data: Dataset, magnitude: int = 9) -> Callable | None:
-    """`AUGMENTATIONS[name]` as it fits a data set; RandAugment's has that `magnitude`."""
+    """`AUGMENTATIONS[name]`, or kornia's, as it fits a data set; RandAugment's has that `magnitude`."""
+    if name.startswith(KORNIA):
+        from augdistill_report.data.kornia_by_name import ByKornia  # kornia is slow to import
+
+        return ByKornia(name, data)
     augment = augmentation_for(name, data.name)
     if isinstance(augment, OnPixels):
         augment = dataclasses.replace(augment, data=data, magnitude=magnitude)

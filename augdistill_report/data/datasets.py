@@ -114,10 +114,11 @@ class Dataset:
     def to(self, device: str) -> "Dataset":
         return moved_to(self, device)
 
-    def pixels(self, images: Tensor) -> Tensor:
+    def pixels(self, images: Tensor, clamp: bool = True) -> Tensor:
         """Pixels in [0, 1] (clamped) from standardised or whitened images `[n, C, H, W]`; inverts `standardise`."""
         images = images if self.colour is None else mixed(images, self.colour)
-        return (images * self.std + self.mean).clamp(0, 1)
+        pixels = images * self.std + self.mean
+        return pixels.clamp(0, 1) if clamp else pixels
 
     def standardise(self, pixels: Tensor) -> Tensor:
         """Pixels `[n, C, H, W]` in [0, 1], standardised or whitened in the same way as the images of the splits."""

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from augdistill_core import DistillConfig, Phi, snapshots_every
-from augdistill_report.data.augmentations import RandomAffine, augmentation_for
+from augdistill_report.data.augmentations import AUGMENTATIONS, RandomAffine, augmentation_for
 from augdistill_report.data.datasets import Dataset
 from augdistill_report.settings import Settings
 from augdistill_report.work.distillation import Distillation
@@ -119,6 +119,8 @@ def holds(phi: Phi, data: Dataset) -> int:
 
 def truth(settings: Settings) -> dict[str, float]:
     """The ranges of the experts' augmentation, by the kinds of a policy; nothing where it has no such ranges."""
+    if settings.taught_augment not in AUGMENTATIONS:  # kornia's
+        return {}
     augment = augmentation_for(settings.taught_augment, settings.dataset)
     if not isinstance(augment, RandomAffine):
         return {}

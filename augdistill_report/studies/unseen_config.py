@@ -3,7 +3,7 @@
 import dataclasses
 
 from augdistill_core import Config, knob
-from augdistill_report.data.augmentations import AUGMENTATIONS
+from augdistill_report.data.augmentations import AUGMENTATIONS, Choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +12,9 @@ class UnseenConfig(Config):
 
     unseen_repeats: int = knob(1, "repetitions of notebook 07, each with its own experts, images and phi", low=1)
     taught_augment: str = knob(
-        "affine", "the augmentation of the experts that policies and episodes learn from", choices=tuple(AUGMENTATIONS)
+        "affine",
+        "the augmentation of the experts that policies and episodes learn from, or kornia:NAME(key=value)",
+        choices=Choices("taught_augment", AUGMENTATIONS),
     )
     policy_fraction: float = knob(0.1, "the largest fraction that policies learn on", low=0, high=1)
     policy_max_start_epoch: int = knob(0, "T+ of policies, in notebooks 05 and 07; 0 = the latest possible", low=0)

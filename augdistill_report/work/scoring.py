@@ -24,7 +24,7 @@ from augdistill_core import (
     sgd,
     unflatten,
 )
-from augdistill_report.data.augmentations import AUGMENTATIONS, augmentation
+from augdistill_report.data.augmentations import AUGMENTATIONS, Choices, augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.files.store import Store, a_fraction
@@ -59,7 +59,11 @@ class EvalConfig(Config):
         low=0,
     )
     eval_student: str = knob("convnet", "which students: the experts' own, or others", choices=("convnet", *STUDENTS))
-    eval_augment: str = knob("none", "augmentation after phi in every step", choices=(*AUGMENTATIONS, "instaaug"))
+    eval_augment: str = knob(
+        "none",
+        "augmentation after phi in every step, or kornia:NAME(key=value)",
+        choices=Choices("eval_augment", (*AUGMENTATIONS, "instaaug")),
+    )
     eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
     eval_augment_probability: float = knob(
         1.0, "part of the images that it is applied to, drawn in every step, unless it is instaaug", low=0, high=1

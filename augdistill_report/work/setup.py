@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from augdistill_core import ConvNet, ExpertConfig, knob, snapshots_every
-from augdistill_report.data.augmentations import AUGMENTATIONS, DIFFERENTIABLE
+from augdistill_report.data.augmentations import AUGMENTATIONS, DIFFERENTIABLE, Choices
 from augdistill_report.data.datasets import Dataset, check_name, load_data
 from augdistill_report.files.expert_files import FLOATS, SETUP_KEYS, ExpertFile, experts_of_setup
 
@@ -31,11 +31,19 @@ class Setup(ExpertConfig):
     zca: bool = knob(False, "images are ZCA-whitened (eps .1, fit on the training split), not standardised")
     width: int = knob(32, "channels of each of the student's convolutions", low=1)
     depth: int = knob(2, "blocks of the student, each a convolution that ends in 2x2 pooling", low=1)
-    expert_augment: str = knob("none", "augmentation that the experts are trained with", choices=tuple(AUGMENTATIONS))
+    expert_augment: str = knob(
+        "none",
+        "augmentation that the experts are trained with, or kornia:NAME(key=value)",
+        choices=Choices("expert_augment", AUGMENTATIONS),
+    )
     expert_float: str = knob("float32", "the number type of the experts' parameters on disk", choices=tuple(FLOATS))
     experts_at_once: int = knob(0, "how many experts train together on one GPU; 0 = all", low=0)
     expert_files: str = knob("", "a folder of experts to use instead of training them")
-    augment: str = knob("none", "differentiable augmentation after phi in the unroll (MTT's A)", choices=DIFFERENTIABLE)
+    augment: str = knob(
+        "none",
+        "differentiable augmentation after phi in the unroll (MTT's A), or kornia:NAME(key=value)",
+        choices=Choices("augment", DIFFERENTIABLE, differentiable=True),
+    )
     seed: int = knob(0, "the seed of everything random", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
     threads: int = knob(1, "CPU threads of each process (another number rounds differently)", low=1, high=1024)

@@ -1,6 +1,5 @@
 """A sweep runs every cell of its grid once, says why one failed, goes on where it was, and refuses a wrong grid."""
 
-import json
 import re
 import shutil
 
@@ -11,6 +10,7 @@ from helpers import CUT, TINY, found, grid_file
 from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.cli import main
+from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.why import study
 from augdistill_report.work.statistics import over_seeds
@@ -101,7 +101,7 @@ def test_a_sweep_is_published_alone_unless_its_code_is_uncommitted(swept, tmp_pa
     shutil.copytree(run / "sweeps", other / "sweeps")
     path = other / "sweeps" / "mine" / "mine.json"
     for uncommitted in (True, False):
-        result = json.loads(path.read_text())
+        result = read_json(path, "sweep")
         result["environment"] |= {"uncommitted": uncommitted, "commit": "0" * 40}
         write_json(path, "sweep", result)
         if uncommitted:
