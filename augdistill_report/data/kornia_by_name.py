@@ -6,7 +6,6 @@ single images is refused by name, after a look at what it makes of a few random 
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 
@@ -20,7 +19,7 @@ from kornia.augmentation import (
 )
 from torch import Tensor, nn
 
-from augdistill_core import seeded
+from augdistill_core import nearest, seeded
 from augdistill_report.data.datasets import Dataset
 
 BASES = (AugmentationBase2D, RigidAffineAugmentationBase2D, GeometricAugmentationBase2D, IntensityAugmentationBase2D)
@@ -41,13 +40,6 @@ def known() -> list[str]:
     found = {name: getattr(kornia.augmentation, name) for name in kornia.augmentation.__all__}
     single = {n for n, c in found.items() if isinstance(c, type) and issubclass(c, AugmentationBase2D)}
     return sorted(n for n in single if found[n] not in BASES and n not in REFUSED)
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """The word that is most like a wrong one, for a message."""
-    by_case = {w.lower(): w for w in words}
-    found = difflib.get_close_matches(word.lower(), by_case, 1, 0.4)
-    return f"did you mean {by_case[found[0]]}?" if found else f"must be one of {', '.join(words)}"
 
 
 def refuse(text: str, why: str):
