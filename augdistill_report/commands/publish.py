@@ -18,15 +18,15 @@ from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.why import gain_points, values
 from augdistill_report.work.statistics import markdown_table, over_seeds, row_label, shown
 
-FIGURES, README = ROOT / "figures", ROOT / "README.md"
+FIGURES, RESULTS = ROOT / "figures", ROOT / "docs" / "results.md"
 
 
 def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
     """Copy a finished run's pictures and results to `gallery`/<preset>, and its sweeps; returns that folder.
 
-    Without a `gallery` that is figures/, and README's tables are written anew. `only` publishes just the notebooks
-    whose numbers it lists ("01,02"): no sweeps, no tables. A `ValueError` if results are missing, damaged, of other
-    settings, of uncommitted code or of several commits.
+    Without a `gallery` that is figures/, and the tables of docs/results.md are written anew. `only` publishes just the
+    notebooks whose numbers it lists ("01,02"), and no sweeps. A `ValueError` if results are missing, damaged, of
+    other settings, of uncommitted code or of several commits.
     """
     folder, target = run_folder(preset, out), (gallery or FIGURES) / preset_path(preset).stem
     ours = run_results(folder, preset, only)
@@ -37,11 +37,8 @@ def publish(preset: str, out: str = "", gallery: Path | None = None, only: str =
         files |= {target / picture: folder / "figures" / picture for picture in pictures}
     swept = {} if only else sweep_results(folder)
     files |= sweep_files(swept, target)
-    readme = ""
-    if not only and gallery is None:
-        readme = fill(README.read_text(encoding="utf-8"), target.name, ours)
-        readme = fill_study(readme, FIGURES, target.name, swept)
-    copy_all(files, readme)
+    now = {f"{target.name}/{name}": result for name, result in ours.items()} | named(swept, target)
+    copy_all(files, fill(RESULTS.read_text(encoding="utf-8"), now) if gallery is None else "")
     return target
 
 
@@ -54,15 +51,13 @@ def publish_sweeps(preset: str, out: str = "", gallery: Path | None = None) -> P
     swept = sweep_results(folder)
     if not swept:
         raise ValueError(f"{folder} holds no sweep: make one first (augdistill sweep GRID.yaml --preset {preset})")
-    readme = ""
-    if gallery is None:
-        readme = fill_study(README.read_text(encoding="utf-8"), FIGURES, target.name, swept)
-    copy_all(sweep_files(swept, target), readme)
+    tables = fill(RESULTS.read_text(encoding="utf-8"), named(swept, target)) if gallery is None else ""
+    copy_all(sweep_files(swept, target), tables)
     return target
 
 
-def copy_all(files: dict[Path, Path], readme: str) -> None:
-    """Read every source of `files` (by target), then write all targets, and README where there is a text for it."""
+def copy_all(files: dict[Path, Path], tables: str) -> None:
+    """Read every source of `files` (by target), then write all targets, and docs/results.md if there is a text."""
     contents = {}
     for target, source in files.items():
         if not source.is_file():
@@ -70,8 +65,8 @@ def copy_all(files: dict[Path, Path], readme: str) -> None:
         contents[target] = source.read_bytes()
     for target, content in contents.items():
         write(target, content)
-    if readme:
-        write(README, readme)
+    if tables:
+        write(RESULTS, tables)
 
 
 def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:
@@ -124,69 +119,85 @@ def is_committed(result: dict) -> bool:
     return bool(result["environment"]["commit"]) and not result["environment"]["uncommitted"]
 
 
+# --- the tables of docs/results.md ------------------------------------------------------------------------------------
+
 STUDY = "why_phi_failed"
 
 
-def study_table(studies: dict[str, list[dict]]) -> str:
-    """The table of the study: what phi adds to the accuracy, by row (those of its short form) and preset.
+def named(swept: dict[Path, dict], target: Path) -> dict[str, dict]:
+    """What sweeps found, by preset and name, as tables refer to it."""
+    return {f"{target.name}/{path.stem}": result for path, result in swept.items()}
 
-    `studies` holds the study's cells by preset.
+
+def fill(text: str, now: dict[str, dict] | None = None) -> str:
+    """`text` with every table between `<!-- table: KIND NAME -->` and `<!-- /table -->` written anew.
+
+    NAME is a file of figures/ without its suffix (digits/03_phi_distillation); the study's table takes all its files.
+    `now` holds, by such names, results that are published at this moment. A `ValueError` names a damaged file.
     """
-    sets = sorted(studies, key=lambda name: (name != "digits", name != "fashion-small", name))
+    now = now or {}
+    studies = {f"{path.parent.name}/{STUDY}" for path in FIGURES.glob(f"*/{STUDY}.json")}
+    studies |= {name for name in now if name.endswith(STUDY)}
+
+    def result(name: str) -> dict:
+        path = FIGURES / f"{name}.json"
+        return now.get(name) or (read_sweep(path) if name in studies else read_json(path, "results"))
+
+    def table(match: re.Match) -> str:
+        kind, *names = match[2].split()
+        found = {name: result(name) for name in names or sorted(studies)}
+        return f"{match[1]}\n{markdown_table(TABLES[kind](found))}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (.*?) -->\n).*?(<!-- /table -->)", table, text, flags=re.DOTALL)
+
+
+def images_table(found: dict[str, dict]) -> list[dict]:
+    """Test accuracy on a few real images, a row a method (notebook 03)."""
+    (result,) = found.values()
+    scores = {k: v for k, v in result["numbers"].items() if isinstance(v, dict) and {"mean", "std", "n"} <= set(v)}
+    return [{"ten real images, through": name, "test accuracy": score} for name, score in scores.items()]
+
+
+def subsets_table(found: dict[str, dict]) -> list[dict]:
+    """Test accuracy and the gain over no augmentation, by method and subset (notebook 05)."""
+    (result,) = found.values()
+    numbers = result["numbers"]
+    scores, gains = numbers["test accuracy"]["equal updates"], numbers["gain over no augmentation"]
+    fractions = sorted({fraction for by_fraction in scores.values() for fraction in by_fraction}, key=float)
+
+    def cell(id: str, fraction: str) -> str:
+        its = gains.get(id, {}).get(fraction)
+        gain = f"; {100 * its['gain']:+.1f} ± {100 * its['interval']:.1f}" if its else ""
+        return shown(scores[id][fraction]) + gain if fraction in scores[id] else ""
+
+    return [
+        {"test accuracy; gain (points, 95 % CI)": numbers["methods"][id]}
+        | {f"{100 * float(fraction):g} %": cell(id, fraction) for fraction in fractions}
+        for id in scores
+    ]
+
+
+def unseen_table(found: dict[str, dict]) -> list[dict]:
+    """Test accuracy on a few images that no phi has seen (notebook 07)."""
+    (result,) = found.values()
+    scores = result["numbers"]["test accuracy"]
+    return [{"ten unseen images, through": name, "test accuracy": score} for name, score in scores.items()]
+
+
+def study_table(found: dict[str, dict]) -> list[dict]:
+    """What phi adds to the test accuracy, by row of the study's short form and by preset (notebook 04)."""
+    cells = {name.partition("/")[0]: result["cells"] for name, result in found.items()}
+    presets = sorted(cells, key=lambda name: (name != "digits", name != "fashion-small", name))
 
     def gain(cells: list[dict], row: tuple[str, str]) -> str:
         gains = values(cells, row, "gain")
         return gain_points(gains) if gains else "refused" if row in over_seeds(cells) else "not run"
 
     rows = read_grid(NOTEBOOKS / "sweeps" / f"{STUDY}.yaml").short
-    table = [
-        {"gain over the real images": row_label(row)} | {name: gain(studies[name], row) for name in sets}
+    return [
+        {"gain over the real images": row_label(row)} | {name: gain(cells[name], row) for name in presets}
         for row in rows
     ]
-    return markdown_table(table).rstrip() if studies else ""
 
 
-def fill_study(text: str, gallery: Path, preset: str = "", swept: dict[Path, dict] | None = None) -> str:
-    """`text` with the study's table, of what `gallery` holds, between `<!-- study -->` and `<!-- /study -->`.
-
-    Sweeps of `preset` that are published now (`swept`, by file) come before those that `gallery` holds.
-    """
-    own = [result for path, result in (swept or {}).items() if path.stem == STUDY]
-    found = {preset: own[0]} if own else {}
-    for path in sorted(gallery.glob(f"*/{STUDY}.json")):
-        if path.parent.name not in found:
-            found[path.parent.name] = read_sweep(path)
-    table = study_table({name: result["cells"] for name, result in found.items()})
-    pattern = r"(<!-- study -->\n).*?(<!-- /study -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.DOTALL)
-
-
-def result_tables(results: dict[str, dict]) -> str:
-    """README's tables from a published run: methods on the base images, by subset, on unseen images."""
-    base = scores(results["03_phi_distillation"])
-    subsets, unseen = (results[name]["numbers"] for name in ("05_subset_evaluation", "07_unseen_images"))
-    by_fraction = subsets["test accuracy"]["equal updates"]
-    fractions = sorted({fraction for found in by_fraction.values() for fraction in found}, key=float)
-    tables = [
-        [{"trained on a few real images, each through": name, "test accuracy": score} for name, score in base.items()],
-        [
-            {"subset": subsets["methods"][name]} | {f"{100 * float(f):g} %": found.get(f, "") for f in fractions}
-            for name, found in by_fraction.items()
-        ],
-        [
-            {"a few images that no phi has seen, each through": name, "test accuracy": score}
-            for name, score in unseen["test accuracy"].items()
-        ],
-    ]
-    return "\n".join(map(markdown_table, tables)).rstrip()
-
-
-def scores(result: dict) -> dict[str, str]:
-    """The scores (mean, deviation, n) among a notebook's numbers, by name, as text."""
-    return {k: shown(v) for k, v in result["numbers"].items() if isinstance(v, dict) and {"mean", "std", "n"} <= set(v)}
-
-
-def fill(text: str, preset: str, results: dict[str, dict]) -> str:
-    """`text` with the tables of a preset's results between `<!-- results: PRESET -->` and `<!-- /results -->`."""
-    pattern = rf"(<!-- results: {re.escape(preset)} -->\n).*?(<!-- /results -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}\n{result_tables(results)}\n\n{m[2]}", text, flags=re.DOTALL)
+TABLES = {"images": images_table, "subsets": subsets_table, "unseen": unseen_table, "study": study_table}

@@ -32,7 +32,7 @@ from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import Evaluation, train_student
 from augdistill_report.work.setup import Setup
-from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled, summary
+from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled
 
 Key = tuple[str, float, int]  # of an evaluation and its score: a method's id, the fraction, the repetition's number
 
@@ -150,9 +150,7 @@ def by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Accuracy]]:
 
 def as_results(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
     """What a notebook stores of the scores: a `summary` by method and fraction."""
-    return {
-        id: {f"{f:g}": summary(score.test) for f, score in series.items()} for id, series in by_method(scores).items()
-    }
+    return {id: {f"{f:g}": score.numbers() for f, score in series.items()} for id, series in by_method(scores).items()}
 
 
 def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:

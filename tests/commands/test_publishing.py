@@ -1,6 +1,6 @@
-"""Publishing gives the same bytes, refuses uncommitted code, and fills in README."""
+"""Publishing gives the same bytes, refuses uncommitted code, and fills in the page of results."""
 
-import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from helpers import NAMES, results
 from augdistill_report.commands import publish as gallery
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.places import ROOT
-from augdistill_report.studies.grid import panel_and_name
 
 
 def pretend(folder: Path, **environment) -> None:
@@ -51,41 +50,27 @@ def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp
         gallery.publish("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
 
 
-def in_today_s_form(published: dict[str, dict]) -> dict[str, dict]:
-    """Results that were published when keys were "METHOD, 10%" and "few: METHOD", as they are stored now."""
-    five, seven = (published[name]["numbers"] for name in ("05_subset_evaluation", "07_unseen_images"))
-    if "methods" in five:
-        return published
-    equal: dict = {}
-    for name, score in five.items():
-        method, comma, part = name.rpartition(", ")
-        if comma and part.endswith("%") and "mean" in score and ": " not in method:
-            equal.setdefault(method, {})[f"{float(part.rstrip('%')) / 100:g}"] = score
-    few = {name.removeprefix("few: "): score for name, score in seven.items() if name.startswith("few: ")}
-    numbers = {"methods": {method: method for method in equal}, "test accuracy": {"equal updates": equal}}
-    return published | {
-        "05_subset_evaluation": {"numbers": numbers},
-        "07_unseen_images": {"numbers": {"test accuracy": few}},
-    }
+def test_the_tables_of_the_results_page_are_those_of_the_published_files():
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert gallery.fill(page) == page
+    assert len(re.findall("<!-- table: ", page)) == len(re.findall("<!-- /table -->", page)) >= 6
+    assert sum(line.startswith("|") and "±" in line for line in page.splitlines()) > 60
 
 
-def test_readme_shows_the_published_numbers(tmp_path):
-    """The tables in README are those that the published results give; heads follow with the next publication."""
+def test_what_is_published_now_comes_before_what_lies_there():
+    page = "<!-- table: unseen digits/07_unseen_images -->\nold\n<!-- /table -->\n"
+    score = {"mean": 0.5, "std": 0.25, "n": 4, "values": []}
+    now = {"digits/07_unseen_images": {"numbers": {"test accuracy": {"mine": score}}}}
+    assert "| mine | 50.0 ± 25.0 % (n = 4) |" in gallery.fill(page, now)
+    damaged = "<!-- table: images digits/none -->\n<!-- /table -->\n"
+    with pytest.raises((ValueError, OSError), match=r"none\.json"):
+        gallery.fill(damaged)
+
+
+def test_readme_is_short_and_names_files_that_exist():
+    """A stranger reads one screen of findings; every link inside the clone leads somewhere."""
     readme = (ROOT / "README.md").read_text()
-    published = {n: read_json(ROOT / "figures" / "digits" / f"{n}.json", "results") for n in NAMES}
-
-    def rows(text: str) -> list[str]:
-        return [line for line in text.splitlines() if line.startswith("|") and "±" in line]
-
-    assert "<!-- results: digits -->" in readme
-    filled = gallery.fill(readme, "digits", in_today_s_form(published))
-    assert rows(filled) == rows(readme) and len(rows(filled)) > 30
-    assert "<!-- study -->" in readme
-    for path in (ROOT / "figures").glob("*/why_phi_failed.json"):
-        result = read_json(path, "sweep")
-        for cell in result["cells"]:
-            if "panel" not in cell:  # published when a row was "panel: name"
-                cell["panel"], cell["row"] = panel_and_name(cell["row"])
-        (tmp_path / path.parent.name).mkdir()
-        (tmp_path / path.parent.name / path.name).write_text(json.dumps(result))
-    assert gallery.fill_study(readme, tmp_path) == readme
+    assert readme.count("\n") < 170 and len(readme) < 12_000
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"

@@ -300,7 +300,7 @@ def make_folder(root, classes=("cat", "dog"), count=8, mode="L", size=(20, 20)):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_readme_s_pipeline_feeds_a_data_loader(saved, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
     (block,) = (block for block in blocks if "load_phi" in block)
     for theirs, ours in (
         ("runs/digits/phis/mine.safetensors", str(saved["unet_noise+policy"])),
