@@ -220,7 +220,7 @@ class Run:
         """Write results/<notebook>.json: the numbers, the settings, the versions and the commit that they come from.
 
         `headline` says in one sentence what the notebook found; `figure` names the figure that shows it, one that
-        `Run.figure` kept (else a `ValueError`). Returns the numbers as a table, for the notebook's last cell.
+        `Run.figure` kept (else a `ValueError`). Returns the numbers as a folded table, for the notebook's last cell.
         """
         from IPython.display import Markdown
 
@@ -241,8 +241,9 @@ class Run:
         }
         write_json(self.folder / "results" / f"{self.notebook}.json", "results", results)
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
-        rows = [{f"results/{self.notebook}.json": name, "": brief(value)} for name, value in self.numbers.items()]
-        return Markdown(markdown_table(rows))
+        rows = [{"name": name, "value": brief(value)} for name, value in self.numbers.items()]
+        summary = f"All numbers of this notebook (results/{self.notebook}.json)"
+        return Markdown(f"<details><summary>{summary}</summary>\n\n{markdown_table(rows)}\n</details>")
 
 
 def picture(figure) -> bytes:

@@ -1,5 +1,6 @@
 """The executed notebooks of a run as one page that reads offline: pictures are in it, code is folded."""
 
+import base64
 import html
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from augdistill_report.files.store import write
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+KEY_NOTEBOOK = "03_phi_distillation"  # its key figure stands on the front page, where it was run
+
+QUESTION = (
+    "Can we learn a stochastic augmentation phi(x), by matching training trajectories, so that a classifier trained on "
+    "phi(x) from a small part of the data does as well as one trained on all of it?"
+)
 
 
 def read_results(folder: Path, ignore: list[str] | None = None) -> dict[str, dict]:
@@ -36,45 +44,83 @@ def first_heading(notebook: nbformat.NotebookNode) -> str:
     return notebook.cells[0].source.splitlines()[0].lstrip("# ")
 
 
+def readable(path: Path, result: dict, figures: Path) -> nbformat.NotebookNode:
+    """An executed notebook as the page shows it: its headline and key figure first, without what needs a kernel."""
+    notebook = nbformat.read(path, as_version=4)
+    # what papermill injected and long-running bars are of no use to a reader
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        output.get("data", {}).pop(WIDGETS, None)  # without a kernel the line beside it says more
+    notebook.metadata.pop("widgets", None)
+    if result["headline"]:
+        first = f"**{html.escape(result['headline'])}**\n\n{inline(figures, result['figure'])}"
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(first))
+    return notebook
+
+
+def inline(figures: Path, name: str) -> str:
+    """A figure of the run as an image inside the page; "" if there is none of that name."""
+    path = figures / f"{name}.png"
+    if not name or not path.is_file():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
+
+
+def front(folder: Path, results: dict[str, dict], titles: dict[str, str]) -> str:
+    """The answer, a line a notebook; the key figure; and a card for each notebook: headline, figure, time, links."""
+    timings = folder / "timings.json"
+    seconds = read_json(timings, "timings")["seconds"] if timings.is_file() else {}
+    said = {name: html.escape(result["headline"]) for name, result in results.items() if result["headline"]}
+    answer = "".join(f'<li>{line} <a href="#{name}">{name[:2]}</a></li>' for name, line in said.items())
+    key = next((name for name in (KEY_NOTEBOOK, *results) if name in results and results[name]["figure"]), "")
+    cards = []
+    for name, result in results.items():
+        took = f"{seconds[name]:.0f} s · " if name in seconds else ""
+        cards.append(
+            f'<div class="card"><a href="#{name}"><b>{html.escape(titles[name])}</b></a>{said.get(name, "")}'
+            f"{inline(folder / 'figures', result['figure'])}"
+            f'<small>{took}<a href="results/{name}.json">numbers</a></small></div>'
+        )
+    picture = inline(folder / "figures", results[key]["figure"]) if key else ""
+    return f'<ul class="answer">{answer}</ul>{picture}<div class="cards">{"".join(cards)}</div>'
+
+
 def build_report(folder: Path, configuration: str) -> Path:
-    """Write folder/report.html from the notebooks that were executed with this configuration."""
+    """Write folder/report.html from the notebooks that were executed with this configuration.
+
+    A front page (the question, each notebook's headline, key figure and time), then the notebooks. One file, offline.
+    """
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     exporter = HTMLExporter(template_name="page", extra_template_basedirs=[str(TEMPLATES)])
     exporter.exclude_anchor_links = True
     ours, others = finished(folder, configuration)
-    items, sections = [], []
-    for name in ours:
-        path = folder / "notebooks" / f"{name}.ipynb"
-        if not path.exists():  # run by papermill itself: the copy is where the user put it
-            continue
-        notebook = nbformat.read(path, as_version=4)
-        # what papermill injected and long-running bars are of no use to a reader
-        notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-            output.get("data", {}).pop(WIDGETS, None)  # without a kernel the line beside it says more
-        notebook.metadata.pop("widgets", None)
-        body, _ = exporter.from_notebook_node(notebook)
-        items.append(f'<li><a href="#{name}">{html.escape(first_heading(notebook))}</a></li>')
-        sections.append(f'<section id="{name}">{body}</section>')
+    executed = {name: folder / "notebooks" / f"{name}.ipynb" for name in ours}
+    # one that was run by plain papermill has its copy wherever the user put it
+    figures = folder / "figures"
+    notebooks = {name: readable(path, ours[name], figures) for name, path in executed.items() if path.exists()}
+    titles = {name: first_heading(notebook) for name, notebook in notebooks.items()}
+    sections = [f'<section id="{name}">{exporter.from_notebook_node(n)[0]}</section>' for name, n in notebooks.items()]
+    contents = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title in titles.items())
     note = ""
     if others:
-        left_out = ", ".join(others)
+        left_out = html.escape(", ".join(others))
         note = f'<p class="note">Left out, because they were run with other settings or other code: {left_out}.</p>'
     facts = read_json(folder / "config.json", "run")
     about = next(iter(ours.values()))["environment"] if ours else {}
-    footer = " · ".join(
-        f"{k}: {v}" for k, v in {"preset": Path(facts["preset"]).stem, "configuration": configuration, **about}.items()
-    )
+    about = {"preset": Path(facts["preset"]).stem, "configuration": configuration, **about}
+    footer = html.escape(" · ".join(f"{key}: {value}" for key, value in about.items()))
     css = (TEMPLATES / "report.css").read_text() + HtmlFormatter(style="default").get_style_defs(".highlight")
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Augmentation by distillation</title><style>{css}</style></head><body>
-<h1>Augmentation by distillation: a report</h1>
-<nav><ol>{"".join(items)}</ol></nav>
-{note}{"".join(sections)}
-<footer>{html.escape(footer)}</footer></body></html>
+<title>augdistill: {html.escape(about["preset"])}</title><style>{css}</style></head><body>
+<nav><a href="#front">Report</a><ul>{contents}</ul></nav>
+<main><header id="front"><h1>Augmentation by distillation</h1><p class="question">{QUESTION}</p>
+{note}{front(folder, {name: ours[name] for name in notebooks}, titles)}</header>
+{"".join(sections)}
+<footer>{footer}</footer></main></body></html>
 """
     target = folder / "report.html"
     write(target, page)
