@@ -17,8 +17,18 @@ test: $(READY)  ## run the tests, file by file, a process a core
 fuzz: $(READY)  ## the tests with damaged and hostile input, many times as long
 	AUGDISTILL_FUZZ=1000 $(BIN)/python -m pytest -k fuzz
 
-lab: $(READY)  ## JupyterLab on the notebooks
+lab: $(READY) clean-notebooks  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# What JupyterLab adds to a notebook: git does not see it in this clone, the files keep it.
+ADDED := $(foreach k,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version,metadata.language_info.$(k))
+
+.PHONY: clean-notebooks
+clean-notebooks:
+	@git rev-parse --git-dir >/dev/null 2>&1 || exit 0; \
+	git config filter.nbstripout.clean "'$(CURDIR)/$(BIN)/nbstripout' --keep-id --extra-keys 'metadata.widgets $(ADDED)'"; \
+	attributes="$$(git rev-parse --git-path info/attributes)"; mkdir -p "$$(dirname "$$attributes")"; \
+	grep -qs 'filter=nbstripout' "$$attributes" || echo '*.ipynb filter=nbstripout' >> "$$attributes"
 
 app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine; prints its address
 	$(BIN)/augdistill app --preset $(PRESET)
