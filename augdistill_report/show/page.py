@@ -1,4 +1,4 @@
-"""The executed notebooks of a run as one page that reads offline: pictures are in it, code is folded."""
+"""The executed notebooks of a run as one HTML page that works offline: with its pictures, code folded."""
 
 import html
 from pathlib import Path
@@ -14,18 +14,20 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def read_results(folder: Path, ignore: list[str] | None = None) -> dict[str, dict]:
-    """The results of a run's notebooks by name, but for those to `ignore`; a `ValueError` that names a damaged file."""
+    """The results of a run by notebook name, without those in `ignore`; a `ValueError` names a damaged file."""
     results = {}
     for path in sorted((folder / "results").glob("*.json")):
         if path.stem not in (ignore or []):
             result = results[path.stem] = read_json(path, "results")
             if result["notebook"] != path.stem:
-                raise ValueError(f"{path}: holds results of {result['notebook']}; delete it and run {path.stem} again")
+                raise ValueError(
+                    f"{path}: has the results of {result['notebook']}; delete it and run {path.stem} again"
+                )
     return results
 
 
 def finished(folder: Path, configuration: str) -> tuple[dict[str, dict], list[str]]:
-    """The results by notebook that belong to this configuration, and the names of those that do not."""
+    """The results of this configuration by notebook, and the names of notebooks with another configuration."""
     results = read_results(folder)
     ours = {name: r for name, r in results.items() if r["configuration"] == configuration}
     return ours, [name for name in results if name not in ours]
@@ -37,7 +39,7 @@ def first_heading(notebook: nbformat.NotebookNode) -> str:
 
 
 def build_report(folder: Path, configuration: str) -> Path:
-    """Write folder/report.html from the notebooks that were executed with this configuration."""
+    """Write folder/report.html from the notebooks executed with this configuration; returns its path."""
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
@@ -47,13 +49,13 @@ def build_report(folder: Path, configuration: str) -> Path:
     items, sections = [], []
     for name in ours:
         path = folder / "notebooks" / f"{name}.ipynb"
-        if not path.exists():  # run by papermill itself: the copy is where the user put it
+        if not path.exists():  # the user ran papermill: the executed copy is elsewhere
             continue
         notebook = nbformat.read(path, as_version=4)
-        # what papermill injected and long-running bars are of no use to a reader
+        # readers do not need the parameters that papermill injected, nor progress bars
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
         for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-            output.get("data", {}).pop(WIDGETS, None)  # without a kernel the line beside it says more
+            output.get("data", {}).pop(WIDGETS, None)  # a widget needs a kernel; the text output remains
         notebook.metadata.pop("widgets", None)
         body, _ = exporter.from_notebook_node(notebook)
         items.append(f'<li><a href="#{name}">{html.escape(first_heading(notebook))}</a></li>')
