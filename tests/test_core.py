@@ -604,8 +604,8 @@ class Stray(Frozen):
     "kind, says",
     [
         (Frozen, r"phi \(Frozen\): every parameter is frozen"),
-        (Broken, r"phi \(Broken\): returns values that are not finite before it is trained"),
-        (Stray, r"phi \(Stray\): gives two results for one seed; its noise must be drawn from `generator`"),
+        (Broken, r"phi \(Broken\): returns values that are not finite before training"),
+        (Stray, r"phi \(Stray\): gives two results for one seed; sample its noise from `generator`"),
     ],
 )
 def test_a_phi_that_cannot_be_trained_is_refused_by_name(experts, kind, says):

@@ -64,7 +64,7 @@ def test_a_method_that_looks_at_a_test_image_fails(world):
         "accuracy": lambda: accuracy(student, initial_parameters(student, 0), data.test),
     }
     for look in looks.values():
-        with pytest.raises(ValueError, match="the test split is sealed: methods and choices see train and validation"):
+        with pytest.raises(ValueError, match="the test split is sealed: model selection uses train and validation"):
             look()
 
     def peeks(images, **_):
