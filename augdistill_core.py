@@ -80,7 +80,7 @@ def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
         return miss.square().sum() / distance
     draws = len(miss)
     if draws < 2:
-        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must hold at least 2 draws; pass [P] for one")
+        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must have K at least 2; pass [P] for one unroll")
     pairs = miss.sum(0).square().sum() - miss.square().sum()  # the sum over ordered pairs i != j
     return pairs / (draws * (draws - 1)) / distance
 

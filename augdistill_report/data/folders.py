@@ -168,7 +168,7 @@ def resized(raw: Tensor, size: int) -> Tensor:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 `[3, size, size]`, resized to a square, and rotated as its EXIF data say.
+    """One image file as uint8 `[3, size, size]`, resized to a square (not cropped), rotated as its EXIF data say.
 
     Transparency is dropped. Of 16 bits per colour channel, the upper 8 are used. A `ValueError` names a file that
     cannot be read, has several frames, has grey values of more than 8 bits, or has more pixels than Pillow allows

@@ -4,9 +4,10 @@
 
 with x in [0, 1] as one vector of d = C H W values, the unbiased covariance, and eps = .1. The result equals that of
 kornia's `ZCAWhitening(eps=.1, compute_inv=True)`, which the official code uses, to 3e-6. kornia's is not used because
-of its memory: on CIFAR-10 (d = 3,072, two cores) it needs 1.6 GB at its peak and 22 s, since it takes all images as
-floats. This module works in chunks of bytes: .4 GB and 26 s (`benchmarks/zca.py`). On a laptop of 8 GB, with a notebook
-open and one process per core, 1.6 GB matters. W is fitted once per data set and kept in the user's cache folder.
+of its memory: on CIFAR-10 (d = 3,072, two cores) it needs 1.6 GB more at its peak and 22 s, since it takes all images
+as floats. This module works in chunks of bytes: .4 GB and 26 s (`benchmarks/zca.py`). On a laptop of 8 GB, with a
+notebook open and one process per core, 1.6 GB matters. W is fitted once per data set and kept in the user's cache
+folder.
 """
 
 import torch

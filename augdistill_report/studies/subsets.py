@@ -204,9 +204,11 @@ def subset_table(settings: Settings, scores: dict, chosen: dict, cost: dict, fra
                 f"{percent(fraction)} subset": shown_rows(settings)[id].label,
                 f"test accuracy (n = {len(score.test)} students)": str(score),
                 GAIN: gain(here, id, NONE),
-                "seconds to learn": f"{learning:.0f}" if learning else "",
-                "seconds per epoch of a student": f"{epoch:.2f}",
-                "chosen": ", ".join(f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options),
+                "CPU seconds to learn": f"{learning:.0f}" if learning else "",
+                "CPU seconds per student epoch": f"{epoch:.2f}",
+                "selected on validation": ", ".join(
+                    f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options
+                ),
             }
         )
     return rows

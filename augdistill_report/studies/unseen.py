@@ -21,7 +21,7 @@ from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import Evaluation
 from augdistill_report.work.setup import Setup
 
-POOL = 0.2  # the fraction of each class, its first images, that phi is scored on; phi is trained on the others
+POOL = 0.2  # the fraction of each class (its first images) left out of phi's training; phi is scored on some of them
 
 CONDITIONED, POLICY = "unet_class_noise", "policy"
 

@@ -135,7 +135,7 @@ def losses(cells: list[dict]) -> list[dict]:
         counts = [f"{what} in {count} of {len(numbers)}" for what, count in [*stops.items(), *states.items()]]
         keys = ("matching loss", "identity at the same alpha", "alpha", "change of x", "noise in the loss")
         means = {key: float(np.mean([n[key] for n in numbers])) for key in keys}
-        rows.append({"": row_label(row)} | means | {"runs that": "; ".join(counts)})
+        rows.append({"": row_label(row)} | means | {"failed runs": "; ".join(counts)})
     return rows
 
 

@@ -65,7 +65,7 @@ BAD = {
     "row with a formula": (dict(rows={"$x^$": {"phi": "unet"}}), r"row '\$x\^\$': must be .* without \$"),
     "wrong value": (dict(rows={"a": {"phi_lr": "fast"}}), "row 'a': phi_lr='fast'"),
     "wrong phi": (dict(rows={"a": {"phi": "nonesuch"}}), "a: unknown phi 'nonesuch'"),
-    "short that is no row": (dict(rows=ROW, short=["b"]), "short: 'b' is no row"),
+    "short that is no row": (dict(rows=ROW, short=["b"]), "short: 'b' is not a row"),
     "no notebook": (dict(rows=ROW, notebook="nowhere.ipynb"), "notebook='nowhere.ipynb'"),
     "preset": (dict(rows=ROW, preset="digit"), "preset='digit'"),
     "file of phis": (dict(rows=ROW, set={"phis": "nowhere.py"}), "phis=.*nowhere.py.*no such file"),
