@@ -160,7 +160,7 @@ def test_a_phi_of_one_s_own_is_loaded_where_it_is_registered(run, pixels):
     assert b"torch.randn" not in path.read_bytes()  # its source stays its user's
     assert load_phi(path)(pixels[0]).shape == pixels[0].shape
     del phi_module._REGISTRY["louder"]
-    with pytest.raises(ValueError, match=r"louder.policy.*unknown phi 'louder'.*register it before.*--set phis=FILE"):
+    with pytest.raises(ValueError, match=r"louder.policy.*unknown phi 'louder'.*register it first.*--set phis=FILE"):
         load_phi(path)
 
 
@@ -266,7 +266,7 @@ class Bomb:
 def test_a_pickle_is_never_opened(tmp_path, kind):
     path = tmp_path / "phi.safetensors"
     path.write_bytes(pickle.dumps(Bomb())) if kind == "pickle" else torch.save({"a": torch.ones(2), "b": Bomb()}, path)
-    with pytest.raises(ValueError, match=r"phi.safetensors.*a pickle, which may hold code, is never opened"):
+    with pytest.raises(ValueError, match=r"phi.safetensors.*a pickle, which may contain code and is never opened"):
         load_phi(path)
 
 
