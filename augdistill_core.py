@@ -1,18 +1,19 @@
 """Learn a stochastic augmentation phi(x) by matching training trajectories.
 
-An expert classifier's weights move along a path while it trains on all the data. phi is trained so that a student,
-started on that path and trained for a few steps on phi(x) from a handful of real images, lands where the expert did:
+An expert trajectory is the sequence of a classifier's weights while it trains on all the data. A student starts at a
+snapshot of it and trains for a few steps on phi(x), where x are a few real images. phi is trained so that the student
+ends where the expert was M snapshots later:
 
     theta_0 = theta*_t,   theta_(n+1) = theta_n - alpha * grad loss(phi(x_n); theta_n),   n = 0 .. N-1
     minimise  || theta_N - theta*_(t+M) ||^2 / || theta*_t - theta*_(t+M) ||^2   over phi and alpha
 
 This is Algorithm 1 of "Dataset distillation by matching training trajectories" (MTT; Cazenavette et al., CVPR 2022)
-with phi in the place of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student
-report's networks and ours are rows of one table. What it is made of lies in `augdistill_method`, each module readable
-alone (student, experts, unroll, phi and its zoo); this module is the door to it: whoever needs a part imports it here.
+with phi instead of the synthetic pixels. The pixels are one phi among others here, so the baseline, the student
+report's networks and ours are rows of one table. The building blocks are in `augdistill_method` (student, experts,
+unroll, phi and its zoo); each module there can be read alone. All other code imports them from this module only.
 
-Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters one flat vector `[P]`,
-trajectories `[experts, snapshots, P]`. Randomness is an argument everywhere: a seed, or a CPU `torch.Generator`.
+Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's parameters as one flat vector `[P]`,
+trajectories `[experts, snapshots, P]`. Randomness is always an argument: a seed, or a CPU `torch.Generator`.
 """
 
 import copy
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# the door: what is not used below is handed on
+# names that are not used below are re-exported: the report imports the method from here alone
 from augdistill_method.config import Config, in_short, knob, nearest
 from augdistill_method.experts import (
     ExpertConfig,
@@ -68,10 +69,10 @@ from augdistill_method.zoo.policy import per_image
 def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
     """||end - target||^2 / ||start - target||^2 for one end `[P]` (MTT, equation 2).
 
-    With ends `[K, P]` of K independent draws (of phi, and of the batches): the mean over their pairs of
-    <end_i - target, end_j - target>, over the same. Its expectation is ||E end - target||^2 alone; the ordinary loss
-    adds the variance of `end` to it, and so punishes a stochastic phi for being stochastic, and alpha for the noise of
-    small batches.
+    With ends `[K, P]` of K independent unrolls (phi and the batches are sampled for each): the mean over pairs i != j
+    of <end_i - target, end_j - target>, divided by the same denominator. The expectation of the numerator is
+    ||E end - target||^2. The ordinary loss adds the variance of `end`, so it penalises the randomness of phi, and
+    penalises alpha for the noise of small batches. A `ValueError` if K is 1.
     """
     miss = end - target
     distance = (start - target).square().sum()
@@ -79,7 +80,7 @@ def matching_loss(end: Tensor, target: Tensor, start: Tensor) -> Tensor:
         return miss.square().sum() / distance
     draws = len(miss)
     if draws < 2:
-        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must hold at least 2 draws; pass [P] for one")
+        raise ValueError(f"ends of shape {tuple(end.shape)}: [K, P] must have K at least 2; pass [P] for one unroll")
     pairs = miss.sum(0).square().sum() - miss.square().sum()  # the sum over ordered pairs i != j
     return pairs / (draws * (draws - 1)) / distance
 
@@ -90,47 +91,47 @@ class DistillConfig(Config):
 
     objective: str = knob(
         "trajectory",
-        "trajectory = land where the expert did (MTT 2022); real_loss = do well on real data after the unroll (2018)",
+        "trajectory = match the expert's weights (MTT 2022); real_loss = loss on real data after the unroll (2018)",
         choices=("trajectory", "real_loss"),
     )
-    iterations: int = knob(300, "outer steps", low=1)
+    iterations: int = knob(300, "outer steps (iterations of Algorithm 1)", low=1)
     syn_steps: int = knob(15, "N: student steps in one unroll", low=1)
     expert_epochs: int = knob(2, "M: snapshots from the start to the target", low=1)
     max_start_epoch: int = knob(6, "T+: the last snapshot that a segment may start at", low=0)
-    batch_syn: int = knob(0, "images a student step; 0 = the whole base set", low=0)
-    episode: int = knob(0, "images a class redrawn in each iteration as its base set; 0 = all, always", low=0)
+    batch_syn: int = knob(0, "images per student step; 0 = the whole base set", low=0)
+    episode: int = knob(0, "images per class, redrawn in each iteration as its base set; 0 = always all images", low=0)
     noise: str = knob("step", "when phi is sampled: in every student step, or once", choices=("step", "once"))
     draws: int = knob(
         1,
-        "unrolls an iteration, of independent batches and draws of phi; 2 leave their variance out of the loss",
+        "independent unrolls per iteration (batches and phi resampled); 2 or more remove their variance from the loss",
         low=1,
     )
-    phi_optimizer: str = knob("Adam", "any of torch.optim")
-    phi_lr: float = knob(1e-3, "its step size", low=0)
-    phi_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
-    alpha: float = knob(0.02, "the student's step size, or where it starts", low=1e-12)
+    phi_optimizer: str = knob("Adam", "optimizer of phi: any of torch.optim")
+    phi_lr: float = knob(1e-3, "step size of phi's optimizer", low=0)
+    phi_momentum: float = knob(0.0, "momentum of phi's optimizer, if it has one", low=0, high=1)
+    alpha: float = knob(0.02, "the student's step size, or its initial value if it is learned", low=1e-12)
     alpha_mode: str = knob(
         "log",
-        "learn its logarithm; the same, but held while the loss is not below 1; learn it raw; or fix it",
+        "log = learn log(alpha); held = log, but constant while the loss is not below 1; raw = learn alpha; fixed",
         choices=("log", "held", "raw", "fixed"),
     )
-    alpha_optimizer: str = knob("Adam", "any of torch.optim")
-    alpha_lr: float = knob(0.01, "its step size", low=0)
-    alpha_momentum: float = knob(0.0, "its momentum, where it has one", low=0, high=1)
-    memory: str = knob("auto", "of the unroll: keep the graph, replay it, or as it fits", choices=(*MEMORY, "auto"))
-    real_batch: int = knob(256, "real images on which real_loss is taken", low=1)
-    minutes: float = knob(0.0, "minutes after which it stops, whatever it has reached; 0 = none", low=0)
+    alpha_optimizer: str = knob("Adam", "optimizer of alpha: any of torch.optim")
+    alpha_lr: float = knob(0.01, "step size of alpha's optimizer", low=0)
+    alpha_momentum: float = knob(0.0, "momentum of alpha's optimizer, if it has one", low=0, high=1)
+    memory: str = knob("auto", "memory mode of the unroll; auto = graph if it fits", choices=(*MEMORY, "auto"))
+    real_batch: int = knob(256, "real images on which real_loss is computed", low=1)
+    minutes: float = knob(0.0, "time limit in minutes: the run stops after it; 0 = no limit", low=0)
 
 
-EXPLODED = 100.0  # phi(x) this many times as large as x is no image any more: the run stops
+EXPLODED = 100.0  # norm ratio phi(x) / x: such a phi(x) is no longer an image, so the run stops
 
-LOST = 1e6  # and so does a loss as large as this: the student ends a thousand distances from its target
+LOST = 1e6  # a loss this large stops it too: the student ends 1,000 times as far from the target as it started
 
-STATES = {  # in which an iteration teaches phi nothing, whatever the loss says
-    "exploded": "phi(x) is over 10 times as large as x: a student with instance norm hides it; use a smaller phi_lr",
-    "alpha below zero": "the student climbs its loss; learn alpha in its logarithm, or fix it",
-    "alpha at zero": "the student stands still (it goes less than 2 % of the way), so the loss is 1 whatever phi does; "
-    "use a larger alpha, fix it, or give it a smaller alpha_lr",
+STATES = {  # of an iteration from which phi cannot learn, whatever the loss is
+    "exploded": "phi(x) is over 10 times as large as x, which instance norm hides in the loss; use a smaller phi_lr",
+    "alpha below zero": "the student ascends its loss; use alpha_mode log or fixed",
+    "alpha at zero": "the student hardly moves (less than 2 % of the distance to the target), so the loss is 1 for any "
+    "phi; use a larger alpha, alpha_mode fixed, or a smaller alpha_lr",
 }
 
 
@@ -139,7 +140,7 @@ class Stop:
     """Why a run stopped before its last iteration.
 
     `kind` is "diverged" (the loss, its gradient or phi(x) exploded), "alpha" (alpha is not above zero at the end) or
-    "minutes" (its time ran out); `reason` is a sentence with the iteration, the settings and what to try.
+    "minutes" (the time limit was reached). `reason` is a sentence with the iteration, the settings and what to try.
     """
 
     kind: str
@@ -151,7 +152,7 @@ class Stop:
 
 @dataclasses.dataclass
 class Distilled:
-    """What `distill` returns: the trained phi, alpha (> 0), a record an iteration, and why it stopped early, if so."""
+    """What `distill` returns: the trained phi, alpha (> 0), one record per iteration, and why it stopped early."""
 
     phi: Phi
     alpha: float
@@ -160,7 +161,7 @@ class Distilled:
 
 
 class StepSize(nn.Module):
-    """alpha, the student's step size: learned in its logarithm (so it stays positive), learned raw, or fixed."""
+    """alpha, the student's step size: learned as log(alpha) (so it stays positive), learned directly, or fixed."""
 
     of_logarithm = ("log", "held")
 
@@ -175,10 +176,10 @@ class StepSize(nn.Module):
 
 
 def dead_state(scale: float, alpha: float, moved: float | None) -> str:
-    """The one of `STATES` that an iteration is in, "" if phi can learn from it.
+    """The entry of `STATES` that describes an iteration, "" if phi can learn from it.
 
-    `scale` is how many times as large as x phi(x) is; `moved` is ||theta_N - theta_0|| / ||target - theta_0||: below
-    .02 it holds the loss between .98^2 and 1.02^2.
+    `scale` is the norm ratio of phi(x) and x. `moved` is ||theta_N - theta_0|| / ||target - theta_0||: if it is below
+    .02, the loss is between .98^2 and 1.02^2.
     """
     if scale > 10:
         return "exploded"
@@ -188,16 +189,16 @@ def dead_state(scale: float, alpha: float, moved: float | None) -> str:
 
 
 def alpha_is_held(config: DistillConfig, history: list[dict]) -> bool:
-    """With alpha "held": whether the loss of the last 10 iterations is not below 1 on average.
+    """With alpha_mode "held": whether the mean loss of the last 10 iterations is not below 1.
 
-    While phi teaches nothing, the loss is above 1 and alpha would run to zero, where phi gets no gradient any more.
+    While phi is untrained, the loss is above 1 and alpha would decrease to zero, where phi no longer gets a gradient.
     """
     losses = [record["loss"] for record in history[-10:]]
     return config.alpha_mode == "held" and not sum(losses) < len(losses)
 
 
 def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectories, config: DistillConfig, real) -> None:
-    """Everything about `distill`'s arguments that can be refused before work starts, as a `ValueError`."""
+    """Check `distill`'s arguments before work starts; a `ValueError` names the first that is wrong."""
     check_images(experts.student, images, labels)
     check_phi(phi, images, labels)
     if config.objective == "trajectory":
@@ -206,9 +207,9 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
         except ValueError as error:
             raise ValueError(f"max_start_epoch={config.max_start_epoch}: {error}") from None
     elif config.alpha_mode == "held":
-        raise ValueError("alpha_mode='held': is for the matching loss, which is 1 where nothing is learned; use 'log'")
+        raise ValueError("alpha_mode='held': needs the matching loss, which is 1 without learning; use 'log'")
     elif real is None:
-        raise ValueError("objective='real_loss': pass real=(images, labels), the data on which the loss is taken")
+        raise ValueError("objective='real_loss': pass real=(images, labels), the data on which the loss is computed")
     else:
         check_images(experts.student, *real)
     if config.episode:
@@ -220,7 +221,7 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
 
 
 def record_of(run: DistillState, loss: Tensor, alpha: Tensor, start_epoch: int, scale: float, moved) -> dict:
-    """What is kept of an iteration, once its gradient is known; warns of the first in each of `STATES`."""
+    """Append an iteration's record to the history, once its gradient is known; warn at the first of each state."""
     record = dict(iteration=len(run.history), loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
     record |= {"phi": watched} if (watched := getattr(run.phi, "report", dict)()) else {}
     record["grad_norm"] = sum(float(p.grad.square().sum()) for p in run.of_phi) ** 0.5
@@ -252,23 +253,21 @@ def distill(
         augment: the differentiable augmentation A of line 12, applied after phi in every student step.
         real: images and labels for the objective "real_loss" (Wang et al. 2018), which starts from a new random
             initialisation in each iteration.
-        on_iteration: called with each record, before the step is taken; may stop the run by raising. A record holds
-            iteration, loss, alpha, start_epoch, grad_norm (of phi's gradient), scale (how many times as large as x
-            phi(x) is, by root mean square), phi (what it reports of itself, if anything), moved (how far the student
-            went, in distances to the target) and state
-            ("", or one of `STATES`; the first iteration in each is a warning).
-        on_step: called after each step with a function that gives the run's state, of tensors and plain values.
-        resume: such a state: the run goes on from there, and ends (from equal arguments) with the bits of one that was
-            never stopped, if phi keeps all that changes in its parameters and buffers. `iterations` and `minutes` may
-            be others than those of the run that it comes from.
+        on_iteration: called with each record, before the step is taken; it may stop the run by raising. A record holds
+            iteration, loss, alpha, start_epoch, grad_norm (of phi's gradient), scale (rms(phi(x)) / rms(x)), phi (the
+            numbers of `Phi.report`, if any), moved (||theta_N - theta_0|| / ||target - theta_0||) and state ("", or one
+            of `STATES`; the first iteration in each state gives a warning).
+        on_step: called after each step with a function that returns the run's state (tensors and plain values).
+        resume: such a state, from which the run continues. With equal arguments it ends with the same bits as a run
+            without interruption, if phi keeps all that changes in its parameters and buffers. `iterations` and
+            `minutes` may differ from those of the interrupted run.
 
-    A loss or a gradient that is not finite, a loss over `LOST`, or a phi(x) over `EXPLODED` times as large as x (which
-    a student with instance norm hides from the loss) stops the run. The end of its `minutes` stops it too, after the
-    current iteration. A raw alpha may fall below zero during a run, as in MTT's code, since it often comes back: the
-    records say so (`state`). But a run that ends there has learned no step size, so that is a stop as well. Unless it
-    was stopped by its minutes alone, phi and alpha are those of the last iteration that could learn: one with a finite
-    loss and an alpha above zero.
-    A phi that cannot learn (`check_phi`), or whose parameters receive no gradient, is a `ValueError`.
+    A run stops if the loss or a gradient is not finite, the loss is over `LOST`, or phi(x) is over `EXPLODED` times as
+    large as x (instance norm in the student hides that from the loss). It also stops after the iteration in which its
+    `minutes` end. A raw alpha may become negative during a run, as in MTT's code, since it often recovers: the records
+    say so (`state`). A run that ends with such an alpha has learned no step size, so that is a stop as well. After any
+    stop but that of `minutes`, phi and alpha are those of the last iteration with a finite loss and alpha > 0.
+    A `ValueError` if phi cannot be trained (`check_phi`), or if its parameters receive no gradient.
     """
     check_distill(phi, images, labels, experts, config, real)
     student, steps = experts.student, config.syn_steps * config.draws
@@ -282,7 +281,7 @@ def distill(
     while len(run.history) < config.iterations and not stopped:
         if run.history and run.seconds >= run.budget:
             done = f"at iteration {len(run.history)} of {config.iterations}"
-            stopped = Stop("minutes", f"minutes={config.minutes:g} ran out {done}")
+            stopped = Stop("minutes", f"the time limit minutes={config.minutes:g} was reached {done}")
             break
         start_epoch, start, target = draw_segment(experts, config, run.generator)
         start, target, alpha = start.to(images), target.to(images), run.step_size()
@@ -308,7 +307,7 @@ def distill(
             if on_step is not None:
                 on_step(run.state_dict)
 
-    if not diverged(stopped):  # nothing has looked at the last step yet
+    if not diverged(stopped):  # the last step has not been checked yet
         scale = next_scale(run, images, labels, config)
         stopped = divergence(config, scale=scale, alpha=run.step_size().item()) or stopped
     if diverged(stopped):
@@ -323,10 +322,10 @@ def distill(
 def divergence(
     config: DistillConfig, *, scale: float, alpha: float, loss=0.0, grad_norm=0.0, finite=True, iteration=None, **_
 ) -> Stop | None:
-    """Why an iteration, or (without one) the last step, ends a run, with what to try; None if it does not."""
+    """Why an iteration, or (if `iteration` is None) the last step, stops a run, and what to try; else None."""
     finite = finite and all(map(math.isfinite, (loss, alpha, grad_norm)))
     bounded = finite and abs(loss) <= LOST and scale <= EXPLODED
-    if bounded and (alpha > 0 or iteration is not None):  # below zero it may come back, as long as the run goes on
+    if bounded and (alpha > 0 or iteration is not None):  # a negative alpha may recover while the run goes on
         return None
     when, seen = "in the last step", f"phi(x) {scale:.3g} times as large as x"
     if iteration is not None:
@@ -338,16 +337,16 @@ def divergence(
     if not scale <= 10:
         remedy = "use a smaller phi_lr"
     elif config.alpha_mode != "fixed" and not 0 < alpha <= 10 * config.alpha:
-        remedy = "alpha has run away: use a smaller alpha_lr, or fix it"
+        remedy = "alpha diverged: use a smaller alpha_lr, or alpha_mode fixed"
     else:
         remedy = "use a smaller alpha, or a smaller phi_lr"
     return Stop("diverged", f"diverged {when}: {seen} ({by}); {remedy}")
 
 
 def diverged(stopped: Stop | dict | None) -> bool:
-    """Whether a run was stopped by what it did (`divergence`), and not by its `minutes`.
+    """Whether a run was stopped by `divergence`, and not by its time limit.
 
-    `stopped` is that of `Distilled`, or as a stored result has it: `{"kind": ..., "reason": ...}`, {} without a stop.
+    `stopped` is that of `Distilled`, or of a stored result: `{"kind": ..., "reason": ...}`, or {} without a stop.
     """
     if not stopped:
         return False
@@ -356,7 +355,7 @@ def diverged(stopped: Stop | dict | None) -> bool:
 
 @torch.no_grad()
 def next_scale(run: DistillState, images: Tensor, labels: Tensor, config: DistillConfig) -> float:
-    """How many times as large as x phi(x) would be in the first student step of another iteration; draws nothing."""
+    """rms(phi(x)) / rms(x) in the first student step of the next iteration; the generators stay as they are."""
     generator, noise = run.generator.clone_state(), run.noise.clone_state()
     base = draw_base(labels, config.episode, generator)
     batches = draw_steps(base, config, generator)[:1]
@@ -368,7 +367,7 @@ def draw_segment(
 ) -> tuple[int, Tensor, Tensor]:
     """Lines 4-7: a start snapshot t <= T+ of a random expert and the target M snapshots later: (t, start, target).
 
-    For the objective "real_loss" the start is a new random initialisation, and there is no target but itself.
+    For the objective "real_loss" the start is a new random initialisation, and the target is that start.
     """
     if config.objective == "real_loss":
         start = initial_parameters(experts.student, generator)
@@ -379,19 +378,18 @@ def draw_segment(
 
 
 def draw_steps(base: Tensor, config: DistillConfig, generator: torch.Generator) -> list[Tensor]:
-    """Indices of the batch of each of one unroll's N student steps, from those of the iteration's base set."""
+    """Indices of the N batches of one unroll, from the indices `base` of the iteration's base set."""
     return [base[b] for b in itertools.islice(minibatches(len(base), config.batch_syn, generator), config.syn_steps)]
 
 
 def draw_batches(
     phi, augment, images, labels, base, batches, config: DistillConfig, memory, generator
 ) -> tuple[list[Tensor], float]:
-    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll: N tensors `[B, C, H, W]`;
-    and how many times as large as x phi(x) is at most: the ratio of their root mean squares by batch.
+    """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll.
 
-    Each step draws from seeds of its own (one for phi, one for the augmentation), so that with `memory` "replay" the
-    way back draws the same again instead of keeping phi's graph for all N steps, and every phi meets the same
-    augmentations.
+    Returns N tensors `[B, C, H, W]`, and the largest rms(phi(x)) / rms(x) of a batch. Each step has its own two seeds,
+    for phi and for the augmentation. So the backward pass of `memory` "replay" can repeat the samples instead of
+    keeping phi's graph for all N steps, and every phi gets the same augmentations.
     """
     seeds = torch.randint(2**62, (len(batches), 2), generator=generator).tolist()
     scales = []
@@ -423,7 +421,7 @@ def draw_batches(
 def real_loss(
     student: nn.Module, ends: list[Tensor], images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
 ) -> Tensor:
-    """The mean loss of students that end there `[P]`, on `batch` real images drawn at random."""
+    """The mean loss of the students with parameters `ends` (each `[P]`), on `batch` random real images."""
     pick = torch.randint(len(images), (batch,), generator=generator)
     logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
     return torch.stack([F.cross_entropy(z, labels[pick]) for z in logits]).mean()

@@ -1,1 +1,1 @@
-"""The method below `augdistill_core`: students, experts, the differentiable unroll, phi models. Needs torch alone."""
+"""The building blocks of `augdistill_core`: students, experts, the differentiable unroll, phis. Needs torch only."""

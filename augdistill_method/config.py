@@ -1,4 +1,4 @@
-"""Configuration as frozen bags of plain literals that refuse what is wrong by name: used by the core and the report."""
+"""Configurations: frozen dataclasses of plain values that reject wrong keys, types and values by name."""
 
 import dataclasses
 import difflib
@@ -6,18 +6,18 @@ import math
 import reprlib
 from collections.abc import Iterable, Sequence
 
-LONGEST = 4096  # characters of a text
-SHORT = reprlib.Repr()  # of values in messages: a hostile one may be large, or nest without end
+LONGEST = 4096  # characters in a text value
+SHORT = reprlib.Repr()  # for values in messages: a hostile value may be huge, or nested without end
 SHORT.maxstring = SHORT.maxother = 200
 
 
 def knob(default, help: str, *, low=None, high=None, choices: Sequence | None = None):
-    """A field of a `Config`: its default, what it means (with its unit), and the closed range or choices it allows."""
+    """A field of a `Config`: its default, its meaning (with unit), and its closed range or choices."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def in_short(value) -> str:
-    """`repr` of a value for a message: one line of some 200 characters at most, whatever the value."""
+    """`repr` of any value for a message: one line of at most about 200 characters."""
     try:
         return SHORT.repr(value)
     except Exception:  # an int of 5,000 digits has no repr
@@ -25,7 +25,7 @@ def in_short(value) -> str:
 
 
 def nearest(key, names: Sequence[str]) -> str:
-    """The three names most like a mistyped `key`, the most similar first, as words for a message."""
+    """The three names most similar to a mistyped `key`, the most similar first, as text for a message."""
     key = key[:50] if isinstance(key, str) else ""
     like = sorted(names, key=lambda name: (key in name, difflib.SequenceMatcher(None, key, name).ratio()), reverse=True)
     return f"the nearest are {', '.join(like[:3])}"
@@ -33,7 +33,7 @@ def nearest(key, names: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A frozen bag of plain literals that refuses unknown keys, wrong types and impossible values, by name."""
+    """A frozen set of plain values; a `ValueError` names an unknown key, a wrong type or a value out of range."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -42,7 +42,7 @@ class Config:
 
     @staticmethod
     def checked(field: dataclasses.Field, value):
-        """`value` as the declared type of `field` ("10" is an int's 10, "1e-3" a float's .001), or a `ValueError`."""
+        """`value` converted to the type of `field` ("10" to int 10, "1e-3" to float .001), or a `ValueError`."""
 
         def wrong(right: str):
             return ValueError(f"{field.name}={in_short(value)}: must be {right} ({field.metadata.get('help', '')})")
@@ -82,7 +82,7 @@ class Config:
 
     @classmethod
     def refuse_unknown(cls, keys: Iterable) -> None:
-        """A `ValueError` that names the first key that does not exist, and the names that are most like it."""
+        """A `ValueError` that names the first key that does not exist, and the most similar names."""
         for key in keys:
             if key not in cls.names():
                 raise ValueError(f"unknown key {in_short(key)}: {nearest(key, cls.names())}")
@@ -94,7 +94,7 @@ class Config:
         return cls(**values)
 
     def select(self, cls, **changes):
-        """The smaller configuration `cls`, its values taken from this one, then changed."""
+        """The configuration `cls`, whose fields are a subset of this one's, with these values and then `changes`."""
         return cls(**{**{key: getattr(self, key) for key in cls.names()}, **changes})
 
     def to_dict(self) -> dict:

@@ -1,7 +1,7 @@
-"""Experts: classifiers that train on all the data, and the way that their weights take. Section 2 of `augdistill_core`.
+"""Experts: classifiers trained on all the data, and the trajectories of their weights.
 
-Each expert depends on (seed, its number) alone, however many are trained beside it, whether one by one or all at once,
-and whether its training was stopped and went on, or not.
+An expert depends only on (seed, its number): not on how many experts there are, on whether they are trained one by one
+or all at once, or on whether the training was interrupted and resumed.
 """
 
 import dataclasses
@@ -22,24 +22,24 @@ from augdistill_method.student import check_images, flatten, initial_parameters,
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig(Config):
-    """How experts are trained. The official recipe on CIFAR-10: 100 x 50 epochs, lr .01, batch 256, nothing else."""
+    """How experts are trained. MTT on CIFAR-10: 100 experts x 50 epochs, lr .01, batch 256, no momentum, no decay."""
 
     experts: int = knob(8, "number of expert trajectories", low=1)
-    epochs: int = knob(15, "epochs each expert trains for", low=1)
+    epochs: int = knob(15, "training epochs of each expert", low=1)
     expert_lr: float = knob(0.02, "SGD step size of the experts", low=1e-12)
-    expert_batch: int = knob(64, "images a step", low=1)
-    expert_momentum: float = knob(0.0, "SGD momentum", low=0, high=1)
-    expert_decay: float = knob(0.0, "weight decay", low=0)
+    expert_batch: int = knob(64, "images per training step of the experts", low=1)
+    expert_momentum: float = knob(0.0, "SGD momentum of the experts", low=0, high=1)
+    expert_decay: float = knob(0.0, "weight decay of the experts", low=0)
     snapshot_steps: int = knob(0, "steps between two snapshots; 0 = one epoch", low=0)
-    expert_minutes: float = knob(0.0, "minutes after which each expert stops at the end of its epoch; 0 = none", low=0)
+    expert_minutes: float = knob(0.0, "time limit per expert in minutes, checked after each epoch; 0 = no limit", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
     """Expert trajectories: `trajectories[expert][snapshot]` are parameters `[P]`, snapshot 0 at initialisation.
 
-    A trajectory is a tensor `[snapshots, P]`, or anything with such items and such a length: a file that is read by the
-    snapshot, for one. All count as cut to the shortest (with a warning), where a time budget left some short.
+    A trajectory is a tensor `[snapshots, P]`, or any sequence of such snapshots, for example a file that is read one
+    snapshot at a time. If a time limit made some shorter, all are cut to the shortest, with a warning.
     """
 
     student: nn.Module
@@ -50,22 +50,22 @@ class Trajectories:
         if shortest < longest:
             warnings.warn(
                 f"the experts hold {shortest} to {longest} snapshots, all are cut to the first {shortest} "
-                "(expert_minutes ran out for some, or their files are of several trainings)",
+                "(some reached expert_minutes, or their files come from different settings)",
                 stacklevel=3,
             )
 
     @property
     def snapshots(self) -> int:
-        """How many snapshots every way holds."""
+        """The number of snapshots of the shortest trajectory."""
         return min(map(len, self.trajectories))
 
     @property
     def theta(self) -> Tensor:
-        """All of it as one tensor `[experts, snapshots, P]`: read anew each time, and large."""
-        return torch.stack([torch.stack([way[t] for t in range(self.snapshots)]) for way in self.trajectories])
+        """All trajectories as one tensor `[experts, snapshots, P]`: large, and read again at each access."""
+        return torch.stack([torch.stack([one[t] for t in range(self.snapshots)]) for one in self.trajectories])
 
     def segment(self, expert: int, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """The parameters `[P]` where a segment starts, and those `length` snapshots later."""
+        """The parameters `[P]` at snapshot `start` and `length` snapshots later; a `ValueError` if there are none."""
         last = self.snapshots - 1
         if not 1 <= length <= last:
             raise ValueError(f"a segment of {length} snapshots: must be in [1, {last}], at most the whole trajectory")
@@ -78,44 +78,44 @@ class Trajectories:
             raise ValueError(f"expert {expert}: must be in [0, {len(self.trajectories) - 1}]")
         begin, end = self.trajectories[expert][start], self.trajectories[expert][start + length]
         if torch.equal(begin, end):
-            raise ValueError(f"expert {expert} stands still from snapshot {start} on: there is no way to match")
+            raise ValueError(f"expert {expert} does not move after snapshot {start}: there is nothing to match")
         return begin, end
 
 
 def snapshots_every(count: int, config: ExpertConfig) -> tuple[int, int]:
-    """For `count` training images: the steps between two snapshots, and how many snapshots follow the first."""
+    """For `count` training images: the steps between two snapshots, and the number of snapshots after the first."""
     epoch = -(-count // config.expert_batch)
     every = config.snapshot_steps or epoch
     if every > config.epochs * epoch:
-        raise ValueError(f"snapshot_steps={every}: must be at most the {config.epochs * epoch} steps that are trained")
+        raise ValueError(f"snapshot_steps={every}: must be at most the {config.epochs * epoch} training steps")
     return every, config.epochs * epoch // every
 
 
 @dataclasses.dataclass
 class TrainingState:
-    """E experts in training: all that it takes to go on from the end of an epoch, and end with the same bits.
+    """The training state of E experts at the end of an epoch: training resumed from it ends with the same bits.
 
-    `on_epoch` is handed the live one: what is to last, in a file or elsewhere, must be copied there and then.
+    `on_epoch` gets the live state, which training changes: copy at once what you keep.
     """
 
     theta: Tensor  # [E, P]
-    velocity: Tensor  # [E, P], of the momentum
-    generators: list[torch.Generator]  # one an expert
+    velocity: Tensor  # [E, P], the momentum buffer
+    generators: list[torch.Generator]  # one per expert
     snapshots: list[Tensor]  # [E, P] each
-    losses: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, the mean before every later snapshot
-    rest: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, of the steps since the last snapshot
-    seconds: float = 0.0  # spent so far
+    losses: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, the mean loss before each later snapshot
+    rest: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, losses since the last snapshot
+    seconds: float = 0.0  # of training so far
 
     def state_dict(self) -> dict:
-        """All of it as lists of tensors and plain values (the live ones, no copies)."""
+        """The state as lists of tensors and plain values (the live tensors, not copies)."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return values | {"generators": [own.get_state() for own in self.generators]}
 
     @classmethod
     def from_state_dict(cls, state: dict, rows: Sequence[int], parameters: int, images: Tensor) -> "TrainingState":
-        """The experts of these rows of a state, to go on from, on the device of the images.
+        """The training state of the experts in `rows` of a stored state, on the device of `images`.
 
-        A `ValueError` unless it is whole, of students of so many parameters, and of the images' type.
+        A `ValueError` unless it is complete, has `parameters` values per snapshot and the type of `images`.
         """
         wide, narrow = (len(rows), parameters), (len(rows),)
         try:
@@ -135,7 +135,7 @@ class TrainingState:
             single = {"theta": own.pop("theta")[0], "velocity": own.pop("velocity")[0]}
             return cls(**single, **own, generators=generators, seconds=float(state["seconds"]))
         except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"no state of these experts in training ({error})") from None
+            raise ValueError(f"not a training state of these experts ({error})") from None
 
 
 def train_expert(
@@ -151,14 +151,17 @@ def train_expert(
     on_epoch: Callable[[TrainingState], None] | None = None,
     resume: TrainingState | None = None,
 ) -> Tensor:
-    """One expert's way `[snapshots, P]`, the first at its initialisation; it depends on (seed, expert) alone.
+    """One expert trajectory `[snapshots, P]`, from its initialisation on; it depends only on (seed, expert).
 
-    `augment` is called like a phi on every batch; `on_snapshot(snapshot, mean loss since the last)` may report
-    progress, and may stop the training by raising. One snapshot an epoch, or every `snapshot_steps` steps. Where
-    `expert_minutes` run out, the way ends with the last snapshot of the epoch under way (how many, no seed decides).
-    `on_epoch` is handed the training at the end of each epoch; passed as `resume`, it goes on from there
-    (`on_snapshot` is told of the snapshots that it brings, too). A loss or parameters that are not finite are a
-    `ValueError` that names the step.
+    Args:
+        augment: called like a phi on every batch.
+        on_snapshot: called with (snapshot, mean loss since the last one); it may stop the training by raising.
+        on_epoch: called with the training state at the end of each epoch.
+        resume: such a state, from which training continues (`on_snapshot` is called for its snapshots too).
+
+    There is one snapshot per epoch, or per `snapshot_steps` steps. At the time limit `expert_minutes` the trajectory
+    ends with the last snapshot of the current epoch, so its length depends on the machine's speed, not on the seed.
+    A `ValueError` that names the step if a loss or a parameter is not finite.
     """
     check_images(student, images, labels)
     at = resume or initial_state(student, images, seed, [expert])
@@ -189,11 +192,11 @@ def train_together(
     on_epoch: Callable[[TrainingState], None] | None = None,
     resume: TrainingState | None = None,
 ) -> Tensor:
-    """The ways `[E, snapshots, P]` of the experts of these numbers, all trained at once, as many as memory holds.
+    """The trajectories `[E, snapshots, P]` of the experts with these numbers, trained together (`sgd_together`).
 
-    Each is what `train_expert` makes of its number, to rounding: its own start, batches and draws. For a GPU, which one
-    expert of the recipe leaves idle; on a CPU one process a core is faster. `on_snapshot` is told the losses `[E]`;
-    `expert_minutes` counts for all of them together.
+    Each equals the result of `train_expert` up to rounding: it has its own start, batches and samples. This is for a
+    GPU, which a single expert leaves mostly idle; on a CPU one process per core is faster. `on_snapshot` gets the
+    losses `[E]`. The time limit `expert_minutes` is that of all of them together.
     """
     check_images(student, images, labels)
     at = resume or initial_state(student, images, seed, experts)
@@ -204,7 +207,7 @@ def train_together(
 
 
 def initial_state(student: nn.Module, images: Tensor, seed: int, experts: Sequence[int]) -> TrainingState:
-    """The experts of these numbers where they start."""
+    """The initial training state of the experts with these numbers."""
     generators = [seeded(seed, "expert", k) for k in experts]
     start = torch.stack([initial_parameters(student, own) for own in generators]).to(images)
     return TrainingState(start, torch.zeros_like(start), generators, [start])
@@ -213,7 +216,7 @@ def initial_state(student: nn.Module, images: Tensor, seed: int, experts: Sequen
 def expert_batches(
     images: Tensor, labels: Tensor, config: ExpertConfig, augment: Callable | None, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An expert's batches without end. Nothing is drawn ahead: the generator's state is that of the last one given."""
+    """An endless sequence of an expert's batches. No batch is sampled ahead, so `generator` can be saved any time."""
     for i in minibatches(len(images), config.expert_batch, generator):
         yield augmented(augment, images[i], labels[i], i, generator), labels[i]
 
@@ -228,8 +231,10 @@ def record_trajectories(
     on_snapshot: Callable | None,
     on_epoch: Callable | None,
 ) -> Tensor:
-    """The ways `[E, snapshots, P]` of a training on `count` images: `steps` yield what `read` copies theta from, and
-    the losses `[E]`."""
+    """Train on `count` images and return the trajectories `[E, snapshots, P]`.
+
+    `steps` yields (model, losses `[E]`) after each step; `read` copies theta `[E, P]` from the model.
+    """
     every, snapshots = snapshots_every(count, config)
     epoch = -(-count // config.expert_batch)
     began = time.monotonic() - at.seconds
@@ -260,7 +265,7 @@ def record_trajectories(
 
 
 def check_finite(at: TrainingState, step: int, config: ExpertConfig, experts: Sequence[int]) -> None:
-    """A `ValueError` that says which expert diverged, at which step: a loss since the last snapshot, or theta."""
+    """A `ValueError` with expert and step if theta, or a loss since the last snapshot, is not finite."""
     bad = torch.nonzero(~torch.stack(at.rest).isfinite()).tolist()
     bad += [[len(at.rest) - 1, e] for e in torch.nonzero(~at.theta.isfinite().all(1)).flatten().tolist()]
     if bad:
@@ -268,16 +273,16 @@ def check_finite(at: TrainingState, step: int, config: ExpertConfig, experts: Se
         raise ValueError(
             f"expert {experts[which]} diverged: its loss is {float(at.rest[of_rest][which]):.3g} at step "
             f"{step - len(at.rest) + of_rest + 1} (expert_lr={config.expert_lr:g}, "
-            f"expert_momentum={config.expert_momentum:g}); use a smaller expert_lr, a third of it say"
+            f"expert_momentum={config.expert_momentum:g}); use a smaller expert_lr, for example a third of it"
         )
 
 
 def train_experts(
     student: nn.Module, images: Tensor, labels: Tensor, config: ExpertConfig, seed: int, **options
 ) -> Trajectories:
-    """`Trajectories` of `config.experts` experts: all at once on a GPU, one after the other on a CPU.
+    """The `Trajectories` of `config.experts` experts: trained all at once on a GPU, one by one on a CPU.
 
-    The options are `augment` and `on_snapshot` of `train_expert` and `train_together`.
+    `options` are `augment` and `on_snapshot`, as in `train_expert` and `train_together`.
     """
     arguments, experts = (student, images, labels, config, seed), range(config.experts)
     if images.is_cuda:

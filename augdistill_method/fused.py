@@ -1,11 +1,11 @@
-"""Instance norm, ReLU and 2x2 average pooling as one operation, with its first and second derivatives written by hand.
+"""Instance norm, ReLU and 2x2 average pooling as one operation, with explicit first and second derivatives.
 
-Exact against torch's own three layers, and there for its speed: those three take half of the time that the convolutions
-leave, most of it in group norm's second derivative and in average pooling.
+The result equals that of torch's own three layers. The operation exists for speed: outside the convolutions those three
+layers take half of the time, most of it in group norm's second derivative and in average pooling.
 
-For every image and channel, with x = (z - mean) / std over its n pixels: y = relu(gain x + shift), p = pool(y). What
-the norm's derivatives return lies in the span of 1, x and one or two images more, so each costs a few sums over the
-pixels (`[B, C]` below) and one weighted sum of images. x is not stored: it is rstd (z - mean).
+For every image and channel, with x = (z - mean) / std over its n pixels: y = relu(gain x + shift), p = pool(y). The
+norm's derivatives lie in the span of 1, x and one or two more images. So each costs a few sums over the pixels
+(`[B, C]` below) and one weighted sum of images. x is not stored: it is rstd (z - mean).
 """
 
 import torch
@@ -13,18 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Instance norm, ReLU and 2x2 average pooling as one operation
-#
-# For every image and channel, with x = (z - mean) / std over its n pixels: y = relu(gain x + shift), p = pool(y). What
-# the norm's derivatives return lies in the span of 1, x and one or two images more, so each costs a few sums over the
-# pixels (`[B, C]` below) and one weighted sum of images. x is not stored: it is rstd (z - mean).
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def norm_relu_pool(z: Tensor, gain: Tensor, shift: Tensor, eps: float = 1e-5) -> Tensor:
-    """`avg_pool2d(relu(group_norm(z, C, gain, shift, eps)), 2)` of `[B, C, H, W]`; differentiable twice, both ways."""
-    # a compiler fuses by itself, torch.func takes its own layers only, and odd sizes are rare
+    """`avg_pool2d(relu(group_norm(z, C, gain, shift, eps)), 2)` of `[B, C, H, W]`, twice differentiable.
+
+    Forward mode works too.
+    """
+    # torch's layers: a compiler fuses them by itself, torch.func supports only them, and odd sizes are rare
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or any(n % 2 for n in z.shape[2:]):
         return F.avg_pool2d(F.relu(F.group_norm(z, z.shape[1], gain, shift, eps)), 2)
     return _Block.apply(z, gain, shift, eps)
@@ -44,7 +39,7 @@ def combine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def average_pool(y: Tensor) -> Tensor:
-    """2x2 means, by adding rows, then columns: torch's own kernel takes six times as long on a CPU."""
+    """2x2 means, by adding rows, then columns: torch's own kernel takes 6 times as long on a CPU."""
     batch, channels, height, width = y.shape
     rows = y.view(batch, channels, height // 2, 2, width)
     pairs = (rows[..., 0, :] + rows[..., 1, :]).unflatten(-1, (-1, 2))
@@ -52,9 +47,9 @@ def average_pool(y: Tensor) -> Tensor:
 
 
 def average_unpool(p: Tensor, y: Tensor) -> Tensor:
-    """The way back through pool and ReLU: a quarter of each pixel to its four, where y > 0."""
+    """Backward through pool and ReLU: each pixel passes a quarter to its four pixels, where y > 0."""
     twice = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).mul_(0.25).repeat_interleave(2, 1)
-    out = (p.reshape(-1, p.shape[-1]) @ twice.repeat(1, 2)).view(y.shape)  # each row, twice as wide, two times
+    out = (p.reshape(-1, p.shape[-1]) @ twice.repeat(1, 2)).view(y.shape)  # each row, twice as wide, repeated
     return through_relu(out, y)
 
 
@@ -71,9 +66,9 @@ def norm_backward(a: Tensor, z: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor
 
 
 def tangent(u: Tensor, u_gain: Tensor, u_shift: Tensor, z, gain, y, mean, rstd) -> Tensor:
-    """How p moves when z, gain and shift move by u, u_gain, u_shift: pool(relu'(gain N(u) + u_gain x + u_shift)).
+    """The tangent of p for tangents u, u_gain, u_shift of z, gain, shift: pool(relu'(gain N(u) + u_gain x + u_shift)).
 
-    N(u) = rstd (u - mean(u) - x mean(u x)) is the derivative of x, and its own transpose.
+    N(u) = rstd (u - mean(u) - x mean(u x)) is the derivative of x along u; N is symmetric.
     """
     n = z[0, 0].numel()
     of_u = total(u)
@@ -84,12 +79,12 @@ def tangent(u: Tensor, u_gain: Tensor, u_shift: Tensor, z, gain, y, mean, rstd) 
 
 
 def curvature(a: Tensor, u: Tensor, u_gain: Tensor, z, gain, mean, rstd) -> tuple[Tensor, Tensor]:
-    """d/dz and d/dgain of <a, gain N(u) + u_gain x>, the product of a cotangent and a tangent of the norm's output."""
+    """d/dz and d/dgain of <a, gain N(u) + u_gain x>: a cotangent `a` times a tangent of the norm's output."""
     n = z[0, 0].numel()
     of_a, of_u = total(a), total(u)
     of_ax, of_ux = (rstd * (total(b * z) - mean * s) for b, s in ((a, of_a), (u, of_u)))
     a_n_u = rstd * (total(a * u) - of_a * of_u / n - of_ax * of_ux / n)  # <a, N(u)>, which is d/dgain
-    # d/dz = N(p a + q u) - r x: N moves with x (the first two), and with rstd (the third)
+    # d/dz = N(p a + q u) - r x: N depends on z through x (the first two terms) and through rstd (the third)
     p, q = u_gain - gain * rstd * of_ux / n, -gain * rstd * of_ax / n
     r = rstd * gain * a_n_u / n
     of_z = -rstd * ((p * of_ax + q * of_ux) * rstd / n + r)

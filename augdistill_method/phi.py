@@ -1,8 +1,8 @@
-"""What a phi is: the interface, the table `PHIS` that names them, chains and wrappers, and the two controls.
+"""The interface of a phi, the registry `PHIS`, chains and wrappers, and the two controls (identity and pixels).
 
-One interface for all of them, the pixels of the baseline included, so that the baseline, the student report's networks
-and ours are rows of one table. To add one: a file in `augdistill_method/zoo` with a subclass of `Phi`, its `forward`,
-and the decorator `register_phi("name")`.
+All phis share one interface, the learned pixels of the baseline included, so the baseline, the student report's
+networks and ours are rows of one table. To add a phi: write a file in `augdistill_method/zoo` with a subclass of `Phi`,
+its `forward`, and the decorator `register_phi("name")`.
 """
 
 import types
@@ -18,27 +18,27 @@ class Phi(nn.Module):
     """An augmentation: maps images `[B, C, H, W]` to images of the same shape. Subclass, write `forward`, register.
 
     `forward(images, *, labels, index, generator)` may use `labels` `[B]`, `index` `[B]` (each image's position in the
-    base set) and `generator` (the only source of noise); take `**_` for those that you ignore. The class attributes
-    below say what a phi does; the table of phis and the tests read them.
+    base set) and `generator` (the only source of noise); take `**_` for arguments that you ignore. The class attributes
+    below describe a phi; the table of phis and the tests read them.
     """
 
-    stochastic = False  # draws noise from the generator
+    stochastic = False  # samples noise from the generator
     conditional = False  # reads the labels
-    positional = False  # holds something for each place in the image
-    bound = False  # holds something for each base image, so it cannot take others
-    starts_as_identity = False  # returns its input before it is trained
+    positional = False  # has parameters for each pixel position
+    bound = False  # has parameters for each base image, so it cannot augment other images
+    starts_as_identity = False  # returns its input before training
 
     def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
     def report(self) -> dict[str, float]:
-        """Numbers of its own that are worth watching while it learns; `distill` keeps them in each record."""
+        """Numbers to monitor while the phi learns; `distill` stores them in each record."""
         return {}
 
 
 class Wrapper(Phi):
-    """A phi made of others: it is stochastic, conditional, positional or bound if one of them is, and starts as the
-    identity if all of them do. A phi that says nothing of itself (any module) is none of these."""
+    """A phi made of other phis: it has an attribute (stochastic, conditional, positional, bound) if one of them has it,
+    and starts as the identity if all of them do. A module without these attributes counts as False."""
 
     def __init__(self, *phis: nn.Module):
         super().__init__()
@@ -48,7 +48,7 @@ class Wrapper(Phi):
 
 
 class Chain(Wrapper):
-    """Phis one after the other, the first first: `make_phi("unet+policy", ...)`."""
+    """Phis applied one after the other, from left to right: `make_phi("unet+policy", ...)`."""
 
     def __init__(self, phis: Sequence[Phi]):
         super().__init__(*phis)
@@ -64,7 +64,7 @@ class Chain(Wrapper):
 
 
 class Applied(Wrapper):
-    """How strongly and how often a phi is used: x + strength (phi(x) - x), on each image with a `probability`."""
+    """A phi with a strength, x + strength (phi(x) - x), applied to each image with a `probability` in [0, 1]."""
 
     def __init__(self, phi: Phi, strength: float = 1.0, probability: float = 1.0):
         super().__init__(phi)
@@ -83,7 +83,7 @@ class Applied(Wrapper):
 
 _REGISTRY: dict[str, Callable[[Tensor, int], Phi]] = {}
 
-PHIS = types.MappingProxyType(_REGISTRY)  # read-only: `register_phi` is the one way in, so no name is taken twice
+PHIS = types.MappingProxyType(_REGISTRY)  # read-only: only `register_phi` adds entries, so no name is used twice
 
 
 def origin(build) -> tuple[str, str]:
@@ -92,20 +92,21 @@ def origin(build) -> tuple[str, str]:
 
 
 def is_ours(build) -> bool:
-    """Whether a phi is of this package, and not a user's."""
+    """Whether a phi is defined in this package, not by a user."""
     return origin(build)[0].split(".")[0] == __name__.split(".")[0]
 
 
 def register_phi(name: str):
-    """Decorator: make `build(images, classes) -> Phi` (a class will do) available to everything as `PHIS[name]`.
+    """Decorator: register `build(images, classes) -> Phi` (a function or a class) as `PHIS[name]`.
 
     `images` `[n, C, H, W]` is the base set: read the shape from it (and, for a bound phi, the initial values).
+    A `ValueError` if the name contains a +, or belongs to another phi.
     """
 
     def register(build):
         if "+" in name:
-            raise ValueError(f"phi {name!r}: a + joins the names of a chain; choose another name")
-        # a notebook's cell may run again, and a worker may be told again: the same definition is replaced
+            raise ValueError(f"phi {name!r}: a + separates the names in a chain; choose another name")
+        # a notebook cell may run twice, and a worker may load a file twice: the same definition is replaced
         if name in PHIS and origin(PHIS[name]) != origin(build):
             raise ValueError(f"phi {name!r} is registered already; choose another name")
         _REGISTRY[name] = build
@@ -115,16 +116,16 @@ def register_phi(name: str):
 
 
 def builders(name: str) -> list:
-    """The entries of `PHIS` that a name stands for: one, or those of a chain ("unet+policy"), in their order."""
-    parts = name.split("+")
-    for part in parts:
-        if part not in PHIS:
-            raise ValueError(f"unknown phi {part!r}: must be one of {', '.join(PHIS)}, or several with + between")
-    return [PHIS[part] for part in parts]
+    """The entries of `PHIS` for a name: one, or those of a chain ("unet+policy"); a `ValueError` if unknown."""
+    names = name.split("+")
+    for one in names:
+        if one not in PHIS:
+            raise ValueError(f"unknown phi {one!r}: must be one of {', '.join(PHIS)}, or several joined by +")
+    return [PHIS[one] for one in names]
 
 
 def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
-    """A fresh phi of that name (or chain of names) for base images `[n, C, H, W]`, initialised from `seed`."""
+    """A new phi of that name (or chain of names) for base images `[n, C, H, W]`, initialised from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         phis = [build(images, classes) for build in builders(name)]
@@ -132,7 +133,7 @@ def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
 
 
 def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-    """`augment` applied to a batch, its output's shape checked; None leaves the images as they are."""
+    """`augment` applied to a batch (None: no change); a `ValueError` if it changes the shape."""
     if augment is None:
         return images
     out = augment(images, labels=labels, index=index, generator=generator)
@@ -143,7 +144,7 @@ def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator:
 
 @register_phi("identity")
 class Identity(Phi):
-    """phi(x) = x: the control that every claim about phi is held against (alpha is still learned)."""
+    """phi(x) = x: the control with which every claim about phi is compared (alpha is still learned)."""
 
     starts_as_identity = True
 
@@ -156,7 +157,7 @@ class Identity(Phi):
 
 @register_phi("pixels")
 class Pixels(Phi):
-    """The baseline: one free image for every base image, initialised there (MTT's synthetic set, real init)."""
+    """The baseline: one learned image per base image, initialised with it (MTT's synthetic set, real init)."""
 
     bound = True
     positional = True
@@ -171,7 +172,7 @@ class Pixels(Phi):
 
 
 class Control(Wrapper):
-    """A part of what a phi does, scored alone."""
+    """One component of a phi, scored alone."""
 
     def __init__(self, phi: Phi):
         super().__init__(phi)
@@ -179,9 +180,9 @@ class Control(Wrapper):
 
 
 class Stored(Control):
-    """The control of a class-conditioned phi: what it makes of a blank image (all pixels at their mean).
+    """The control of a class-conditioned phi: its output for a blank image (all pixels at their mean).
 
-    So it holds all that phi stores for each class, and nothing that it takes from the image it is given.
+    It contains all that phi stores for each class, and no information from the input image.
     """
 
     def forward(self, images, **given):
@@ -189,24 +190,24 @@ class Stored(Control):
 
 
 class Added(Control):
-    """The control of a phi that may tell what an image shows: phi(x) - x, what it adds, without the image itself."""
+    """The control of a phi that may recognise the class: phi(x) - x, what it adds, without the image itself."""
 
     def forward(self, images, **given):
         return self.phi(images, **given) - images
 
 
 def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
-    """A `ValueError` for a phi that can't be trained, by one look at a few base images: it changes the shape, returns
-    what is not finite, draws from something else than its generator, or has every parameter frozen."""
+    """A `ValueError` for a phi that cannot be trained, found by two calls on a few base images: it changes the shape,
+    returns values that are not finite, samples from another source than `generator`, or has only frozen parameters."""
     name, few = type(phi).__name__, slice(0, 8)
     index = torch.arange(len(labels))[few]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         one, other = (augmented(phi, images[few], labels[few], index, seeded(0, "look")) for _ in range(2))
     if not one.isfinite().all():
-        raise ValueError(f"phi ({name}): returns values that are not finite before it is trained at all")
+        raise ValueError(f"phi ({name}): returns values that are not finite before training")
     if not torch.equal(one, other):
         raise ValueError(
-            f"phi ({name}): gives two results for one seed; its noise must be drawn from `generator`, or no run repeats"
+            f"phi ({name}): gives two results for one seed; sample its noise from `generator` to be reproducible"
         )
     parameters = list(phi.parameters())
     if parameters and not any(p.requires_grad for p in parameters):

@@ -1,4 +1,4 @@
-"""Randomness: a seed or a generator, an argument to every section of `augdistill_core`; never global state."""
+"""Randomness: always a seed or a generator as an argument, never torch's global state."""
 
 import hashlib
 import itertools
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def seeded(*path) -> torch.Generator:
-    """A CPU generator that depends on the whole `path` (a seed, then names and numbers), e.g. `seeded(0, "expert", 3)`.
+    """A CPU generator seeded by all of `path` (a seed, then names and numbers), for example `seeded(0, "expert", 3)`.
 
-    Streams with different paths are independent, so that adding a draw in one place moves no number elsewhere.
+    Streams of different paths are independent, so a new draw in one place changes no result elsewhere.
     """
     digest = hashlib.sha256(repr(path).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def minibatches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches without end: a new permutation of `count` images each epoch, the last batch of it may be short.
+    """An endless sequence of index batches: a new permutation of `count` images per epoch; its last batch may be short.
 
-    `batch` 0 or above `count` means all of them, in their own order (no draw: a full batch has no order to draw).
+    `batch` 0, or at least `count`, means all images in their own order (nothing is drawn).
     """
     if batch <= 0 or batch >= count:
         yield from itertools.repeat(torch.arange(count))
@@ -29,7 +29,7 @@ def minibatches(count: int, batch: int, generator: torch.Generator) -> Iterator[
 
 
 def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tensor:
-    """Indices of one iteration's base set: `episode` images of each class, drawn afresh; all images if it is 0."""
+    """Indices of one iteration's base set: `episode` random images of each class; all images if it is 0."""
     if episode == 0:
         return torch.arange(len(labels))
     classes = [torch.nonzero(labels == c).flatten().cpu() for c in labels.unique()]
@@ -37,7 +37,7 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
 
 
 def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
-    """Standard normal noise of `like`'s shape (or `shape`), type and device, drawn from a generator on any device."""
+    """Standard normal noise with `like`'s shape (or `shape`), type and device, from a generator on any device."""
     return torch.randn(shape or like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
         like.device
     )

@@ -1,4 +1,4 @@
-"""What `distill` carries from one iteration to the next, and how a run goes on from it with the same bits."""
+"""The state of a `distill` run: a run resumed from it ends with the same bits as one without interruption."""
 
 import copy
 import math
@@ -14,25 +14,25 @@ from augdistill_method.random import seeded
 
 
 class DistillState:
-    """phi, `step_size` (which gives alpha), their optimisers by a `DistillConfig`, the generators, and the history.
+    """phi, `step_size` (whose output is alpha), their optimisers from a `DistillConfig`, the generators, the history.
 
-    `state_dict` is a copy of it in tensors and plain values, `load_state_dict` goes on from there.
+    `state_dict` returns a copy as tensors and plain values; `load_state_dict` resumes from it.
     """
 
     def __init__(self, phi: nn.Module, step_size: nn.Module, config: Config, seed: int, memory: str):
         self.phi, self.step_size = phi, step_size
-        parts = (
+        modules = (
             (phi, config.phi_optimizer, config.phi_lr, config.phi_momentum),
             (self.step_size, config.alpha_optimizer, config.alpha_lr, config.alpha_momentum),
         )
-        self.of_phi, self.of_alpha = ([p for p in part.parameters() if p.requires_grad] for part, *_ in parts)
-        learned = zip((self.of_phi, self.of_alpha), parts, strict=True)
+        self.of_phi, self.of_alpha = ([p for p in module.parameters() if p.requires_grad] for module, *_ in modules)
+        learned = zip((self.of_phi, self.of_alpha), modules, strict=True)
         self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
-        # two streams, so that every phi of one seed meets the same segments and batches, however much noise it draws
+        # two streams: for one seed, every phi gets the same segments and batches, however much noise it samples
         self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
-        self.good = [p.detach().clone() for p in self.learned]  # the last with a finite loss, and alpha > 0
+        self.good = [p.detach().clone() for p in self.learned]  # of the last iteration with a finite loss and alpha > 0
         self.history: list[dict] = []
-        self.memory = memory  # of the unroll: another rounds differently
+        self.memory = memory  # of the unroll; kept, because each mode rounds differently
         self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()
 
     @property
@@ -41,11 +41,11 @@ class DistillState:
 
     @property
     def seconds(self) -> float:
-        """How long it took to come here, runs that were stopped included; what goes over the budget is not counted."""
+        """Seconds of work so far, with those before a resume, at most the budget."""
         return min(time.monotonic() - self.begun, self.budget)
 
     def backward(self, loss: Tensor) -> bool:
-        """Differentiate the loss; whether all of the gradient is finite."""
+        """Compute the gradients of the loss; return whether all are finite. A `ValueError` if phi gets none."""
         grads = gradients(loss, self.learned)
         if self.of_phi and all(g is None for g in grads[: len(self.of_phi)]):
             raise ValueError(f"no gradient reaches phi ({type(self.phi).__name__}): is its output detached?")
@@ -54,17 +54,17 @@ class DistillState:
         return all(bool(p.grad.isfinite().all()) for p in self.learned)
 
     def step(self, hold_alpha: bool) -> None:
-        """Line 15: a step of phi's optimiser and of alpha's, after an iteration with a finite loss."""
+        """Line 15: one step of phi's and of alpha's optimiser, after an iteration with a finite loss."""
         if self.step_size() > 0:
             self.good = [p.detach().clone() for p in self.learned]
         for p in self.of_alpha if hold_alpha else []:
-            p.grad = None  # its optimiser passes over it
+            p.grad = None  # its optimiser skips a parameter without gradient
         for optimizer in self.optimizers:
             optimizer.step()
 
     @torch.no_grad()
     def step_back(self) -> None:
-        """phi and alpha as they were in the last iteration that could learn."""
+        """Restore phi and alpha of the last iteration with a finite loss and alpha > 0."""
         for p, value in zip(self.learned, self.good, strict=True):
             p.copy_(value)
 
@@ -83,7 +83,7 @@ class DistillState:
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there; a `ValueError` unless it is of such a phi and such optimisers."""
+        """Resume from a state; a `ValueError` unless it fits this phi and these optimisers."""
         state = copy.deepcopy(state)
         try:
             self.phi.load_state_dict(state["phi"])

@@ -1,8 +1,6 @@
-"""The student: the field's ConvNet, and parameters as one flat vector. Section 1 of `augdistill_core`.
+"""The student: the ConvNet of the dataset distillation literature, its parameters as one flat vector, and SGD.
 
-A ConvNet's norm, ReLU and pooling are one operation here (`norm_relu_pool`), with its first and second derivatives
-written by hand, exact against torch's own three layers. It is there for its speed: those three take half of the time
-that the convolutions leave, most of it in group norm's second derivative and in average pooling.
+The norm, ReLU and pooling of a ConvNet block are one operation here (`norm_relu_pool`, see `fused`), for speed.
 """
 
 import copy
@@ -17,25 +15,25 @@ from augdistill_method.fused import norm_relu_pool
 
 
 class ConvNet(nn.Module):
-    """The field's ConvNet (Gidaris & Komodakis 2018; MTT): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
+    """The ConvNet of MTT (Gidaris & Komodakis 2018): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
 
     Takes `[B, channels, size, size]`, returns logits `[B, classes]`. 320,010 parameters on CIFAR-10 at width 128.
     """
 
-    forward_mode = True  # every layer's tangents can be differentiated, so the unroll may take the faster product
+    forward_mode = True  # all layers support differentiable forward mode, so the unroll can use its faster product
 
     def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
         super().__init__()
         if depth < 1 or size >> depth < 1:
             raise ValueError(
-                f"depth={depth}: {depth} poolings of {size}x{size} images must be at least 1, and leave something"
+                f"depth={depth}: {depth} poolings of {size}x{size} images; must be at least 1, and leave a pixel"
             )
         self.shape, self.classes = (channels, size, size), classes
         blocks = []
         for i in range(depth):
             blocks += [
                 nn.Conv2d(channels if i == 0 else width, width, 3, padding=1),
-                nn.GroupNorm(width, width),  # one channel a group = instance norm without running statistics
+                nn.GroupNorm(width, width),  # one channel per group = instance norm without running statistics
                 nn.ReLU(),
                 nn.AvgPool2d(2),
             ]
@@ -57,7 +55,7 @@ def flatten(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
-    """The pieces of `theta` `[P]` as views in the shapes of `student`'s parameters (a shared one counts once)."""
+    """`theta` `[P]` as views in the shapes of `student`'s parameters (a shared one counts once)."""
     parameters = list(student.parameters())
     sizes = [p.numel() for p in parameters]
     if theta.shape != (sum(sizes),):
@@ -66,7 +64,7 @@ def unflatten(student: nn.Module, theta: Tensor) -> list[Tensor]:
 
 
 def parameter_positions(student: nn.Module) -> dict[str, int]:
-    """Every name under which `student` holds a parameter, and which of its parameters that is."""
+    """Every name of a parameter in `student`, and the position of that parameter in `student.parameters()`."""
     position = {id(p): i for i, p in enumerate(student.parameters())}
     return {
         f"{path}.{name}".lstrip("."): position[id(p)]
@@ -76,15 +74,15 @@ def parameter_positions(student: nn.Module) -> dict[str, int]:
 
 
 def logits_of(student: nn.Module, theta: Sequence[Tensor], images: Tensor) -> Tensor:
-    """`student`'s logits `[B, classes]` with the parameters `theta` (the pieces, as `unflatten` gives them)."""
-    # every place that holds a parameter, once: torch's own tying of shared weights corrupts a module with two names
+    """`student`'s logits `[B, classes]` with the parameters `theta` (a list, as from `unflatten`)."""
+    # set every name of a shared parameter here: torch's own weight tying corrupts a module that has two names
     replaced = {name: theta[i] for name, i in parameter_positions(student).items()}
     return functional_call(student, replaced, (images,), tie_weights=False)
 
 
 def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tensor:
-    """A fresh random initialisation `[P]` of `student`, by every layer's own `reset_parameters`."""
-    model = copy.deepcopy(student).cpu()  # the same weights whatever the device
+    """A new random initialisation `[P]` of `student`, by each layer's `reset_parameters`."""
+    model = copy.deepcopy(student).cpu()  # so that the weights do not depend on the device
     seed = int(torch.randint(2**62, (), generator=seed)) if isinstance(seed, torch.Generator) else int(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,7 +97,7 @@ def initial_parameters(student: nn.Module, seed: int | torch.Generator) -> Tenso
 
 
 def check_student(student: nn.Module) -> None:
-    """Refuse layers whose draws or side effects make a second pass differ from the first, as the unroll needs."""
+    """A `ValueError` for a layer whose second forward pass may differ from the first; the unroll needs equal passes."""
     for name, module in student.named_modules():
         kind = type(module).__name__
         if getattr(module, "track_running_stats", False) and module.training:
@@ -108,11 +106,11 @@ def check_student(student: nn.Module) -> None:
                 "track_running_stats=False, or use GroupNorm"
             )
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
-            raise ValueError(f"student's {name} ({kind}) draws from torch's global state: use p=0")
+            raise ValueError(f"student's {name} ({kind}) samples from torch's global generator: use p=0")
 
 
 def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """A `ValueError` if images or labels are not ones that `student` can take."""
+    """A `ValueError` if shapes, types or values of images and labels do not fit `student`."""
     check_student(student)
     if images.ndim != 4 or len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -141,9 +139,9 @@ def sgd(
 ) -> Iterator[tuple[nn.Module, Tensor]]:
     """Train a copy of `student` from `start` `[P]` by torch's SGD; after each step yield the live model and its loss.
 
-    Ordinary, non-differentiable training: experts are made by it, and fresh students are evaluated by it.
-    `lr` may be a function of the step number. Copy what you keep: the model goes on changing. The momentum starts from
-    `velocity` `[P]` and is kept in it, if one is given: with the parameters it is all that SGD goes on from.
+    This is ordinary training, without a gradient through it: for experts, and for the students that are scored.
+    `lr` may be a function of the step number. Copy what you keep, because the model changes in later steps. If given,
+    `velocity` `[P]` is the initial momentum buffer and is updated in place: with the parameters it is SGD's full state.
     """
     model = copy.deepcopy(student)
     with torch.no_grad():
@@ -172,16 +170,16 @@ def sgd_together(
     weight_decay: float = 0.0,
     velocity: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`sgd` for E students at once, from `start` `[E, P]`; after each step yield all of theta `[E, P]` and E losses.
+    """`sgd` for E students at once, from `start` `[E, P]`; after each step yield theta `[E, P]` and losses `[E]`.
 
-    Each element of `batches` holds E pairs of equal shapes. Where memory does not hold all of them, parts of them
-    follow each other.
+    Each element of `batches` holds E pairs (images, labels) of equal shapes. If memory does not suffice for all
+    students at once, they are processed in smaller chunks.
     """
 
     def loss(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(student, unflatten(student, theta), images), labels)
 
-    slope, part = torch.func.grad_and_value(loss), len(start)
+    slope, chunk = torch.func.grad_and_value(loss), len(start)
     theta, decay = start, None
     velocity = torch.zeros_like(start) if velocity is None else velocity
     for pairs in batches:
@@ -189,11 +187,11 @@ def sgd_together(
         gradient = None
         while gradient is None:
             try:
-                gradient, losses = torch.vmap(slope, chunk_size=part)(theta, images, labels)
+                gradient, losses = torch.vmap(slope, chunk_size=chunk)(theta, images, labels)
             except torch.OutOfMemoryError:
-                if part == 1:
+                if chunk == 1:
                     raise
-                part = -(-part // 2)
+                chunk = -(-chunk // 2)
         if decay is None:
             decay = weight_decay * used(student, theta[0], images[0], labels[0])
         gradient = gradient + decay * theta
@@ -203,7 +201,7 @@ def sgd_together(
 
 
 def used(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """`[P]`: 1 for what the loss depends on, 0 for the rest, which torch's SGD leaves alone, its decay included."""
+    """`[P]`: 1 where the loss depends on the parameter, else 0: torch's SGD does not change (or decay) those."""
     with torch.enable_grad():
         pieces = [p.detach().requires_grad_() for p in unflatten(student, theta)]
         loss = F.cross_entropy(logits_of(student, pieces, images), labels)

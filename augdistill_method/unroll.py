@@ -1,11 +1,11 @@
-"""The differentiable unroll: N steps of SGD, and their exact gradient. Section 3 of `augdistill_core`.
+"""The differentiable unroll: N steps of SGD, and their exact gradient.
 
-`unroll` is exact in every batch, in alpha and in the start, whichever of its ways is taken: "graph" keeps all that
-autograd wants, which grows with N; "replay" keeps some twenty parameter vectors and one step's graph, however large N
-is; "compiled" is replay with its two step functions under torch.compile. Ours against the official code's way, which is
-the graph: `make bench`, and README's "Speed and memory".
+The gradients in every batch, in alpha and in the start are exact in each memory mode. "graph" keeps autograd's whole
+graph, which grows with N. "replay" keeps about twenty parameter vectors and the graph of one step, for any N.
+"compiled" is replay with its two step functions under torch.compile. `make bench` compares them with the official code,
+which uses the graph; see README's "Speed and memory".
 
-A step enters replay through two functions only, a pair of `Steps`: replace them to make it faster elsewhere.
+Replay uses the student only through two functions, a pair of `Steps`: replace them to make it faster on other hardware.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from augdistill_method.student import check_student, flatten, logits_of, paramet
 # The unroll
 # ----------------------------------------------------------------------------------------------------------------------
 
-KEEP = 20  # parameter vectors that replay holds at once: 26 MB for CIFAR-10's student, less than one step's graph
+KEEP = 20  # parameter vectors that replay keeps at once: 26 MB for CIFAR-10's student, less than one step's graph
 
 
 def unroll(
@@ -46,23 +46,23 @@ def unroll(
 
     Args:
         batches, labels: N tensors `[B, C, H, W]` and `[B]`; step n is taken on batch n (Algorithm 1, line 12).
-        memory: "graph" keeps the whole graph, which grows with N. "replay" walks back with one Hessian-vector product a
-            step, and cannot be differentiated twice. "compiled" is replay under torch.compile: the first steps of each
-            shape take a minute, and it needs a C++ compiler. "auto" keeps the graph if it fits (`choose_memory`), which
-            costs a step to find out; a phi in front of the batches wants the choice made before it is drawn.
-        keep: how many of theta_0 .. theta_N replay may hold at once. With fewer than N it keeps every k-th, and takes
-            the steps between them a second time on the way back: the same bits for up to a gradient a step more. 0
-            keeps them all.
+        memory: "graph" keeps the whole graph, which grows with N. "replay" goes backward with one Hessian-vector
+            product per step, and cannot be differentiated twice. "compiled" is replay under torch.compile: the first
+            steps of each shape take a minute, and it needs a C++ compiler. "auto" is the graph if it fits into memory,
+            else replay (`choose_memory`, which costs one step). If a phi makes the batches, call that before phi.
+        keep: how many of theta_0 .. theta_N replay may keep at once. If that is less than N, it keeps every k-th and
+            repeats the steps between them in the backward pass: the same bits, for at most one more gradient per step.
+            0 keeps all.
 
-    Under `torch.no_grad()` nothing is kept.
+    Under `torch.no_grad()` nothing is kept. A `ValueError` if an argument does not fit.
     """
     if len(batches) != len(labels):
-        raise ValueError(f"{len(batches)} batches and {len(labels)} label vectors: must be as many")
+        raise ValueError(f"{len(batches)} batches and {len(labels)} label vectors: must be equally many")
     check_student(student)
     if memory not in (*MEMORY, "auto"):
         raise ValueError(f"memory={memory!r}: must be one of {', '.join(MEMORY)}, auto")
     if keep < 0:
-        raise ValueError(f"keep={keep}: must be at least 1, or 0 for all parameters on the way")
+        raise ValueError(f"keep={keep}: must be at least 1, or 0 to keep all of theta_0 .. theta_N")
     alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
     if batches and torch.is_grad_enabled():
         memory = choose_memory(memory, student, batches[0], labels[0], len(batches))
@@ -79,9 +79,9 @@ def unroll(
 
 
 def stride(steps: int, keep: int) -> int:
-    """The smallest k so that every k-th of theta_0 .. theta_(N-1) and the k at work are at most `keep` vectors.
+    """The smallest k for which every k-th of theta_0 .. theta_(N-1), plus k vectors in use, are at most `keep` vectors.
 
-    Where no k is small enough, sqrt(N), which makes them fewest.
+    If there is none, sqrt(N), which minimises their number.
     """
     if keep == 0 or steps < 2:
         return 1
@@ -89,7 +89,7 @@ def stride(steps: int, keep: int) -> int:
 
 
 def walk(steps: "Steps", start: Tensor, batches, labels, alpha: Tensor) -> Iterator[Tensor]:
-    """theta_0 .. theta_N, each `[P]`, without a graph."""
+    """Yields theta_0 .. theta_N, each `[P]`, without a graph."""
     theta = start.detach()
     yield theta
     for images, targets in zip(batches, labels, strict=True):
@@ -98,7 +98,7 @@ def walk(steps: "Steps", start: Tensor, batches, labels, alpha: Tensor) -> Itera
 
 
 class _Replay(torch.autograd.Function):
-    """The unroll with its way back: with v = dL/dtheta_(n+1), g the gradient of step n and H its Hessian,
+    """The unroll with its own backward pass. With v = dL/dtheta_(n+1), g the gradient of step n and H its Hessian,
 
         dL/dtheta_n = v - alpha H v,    dL/dx_n = -alpha (d/dx_n)(g . v),    dL/dalpha = - sum_n g . v
 
@@ -118,16 +118,16 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v):
         if torch.is_grad_enabled():
-            raise RuntimeError("unroll(memory='replay') can be differentiated once only: for more, use memory='graph'")
+            raise RuntimeError("unroll(memory='replay') can be differentiated only once; for more, use memory='graph'")
         steps, every, labels = ctx.steps, ctx.every, ctx.labels
         alpha, *rest = ctx.saved_tensors
         batches, kept = rest[: len(labels)], rest[len(labels) :]
         d_alpha, d_batches = torch.zeros_like(alpha), [None] * len(labels)
         for first in reversed(range(0, len(labels), every)):
             last = min(first + every, len(labels)) - 1
-            way = list(walk(steps, kept[first // every], batches[first:last], labels[first:last], alpha))
+            thetas = list(walk(steps, kept[first // every], batches[first:last], labels[first:last], alpha))
             for n in range(last, first - 1, -1):
-                gv, dx, hv = steps.product(way.pop(), batches[n].detach(), labels[n], v)
+                gv, dx, hv = steps.product(thetas.pop(), batches[n].detach(), labels[n], v)
                 d_alpha -= gv
                 d_batches[n] = -alpha * dx
                 v = v - alpha * hv
@@ -135,18 +135,18 @@ class _Replay(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two functions that a step consists of, g(theta) and the product of its derivatives with a vector
+# The two functions of a step: the gradient g(theta), and the product of its derivatives with a vector
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What replay knows of a student. With g = d loss(x, labels; theta) / d theta, and all of theta, g, v `[P]`:
+    """What replay needs of a student. With g = d loss(x, labels; theta) / d theta, and theta, g, v `[P]`:
 
     gradient(theta, x, labels) -> g
     product(theta, x, labels, v) -> g . v, (d/dx)(g . v) in x's shape, (d/dtheta)(g . v) = H v
 
-    Both are called without a graph, return new tensors, and give zeros for parameters that the loss does not use.
+    Both are called without a graph and return new tensors, with zeros for parameters that the loss does not use.
     """
 
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -154,21 +154,21 @@ class Steps:
 
 
 def step_gradient(student, theta: Sequence[Tensor], images: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:
-    """d loss / d theta, piece by piece; zero for a parameter that the loss does not use (it stands still)."""
+    """d loss / d theta, one tensor per parameter; zero for a parameter that the loss does not use."""
     loss = F.cross_entropy(logits_of(student, theta, images), labels)
     return list(torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True, materialize_grads=True))
 
 
 def leaves(student: nn.Module, theta: Tensor) -> list[Tensor]:
-    """`theta` `[P]` as pieces to differentiate in, cut from whatever made it."""
+    """`theta` `[P]` as detached parameters that require gradients."""
     return [p.detach().requires_grad_() for p in unflatten(student, theta)]
 
 
 def eager(student: nn.Module) -> Steps:
-    """Plain autograd, for any student.
+    """The step functions by ordinary autograd, for any student.
 
-    g . v is the derivative of the loss along v. A student with `forward_mode = True` gets it by carrying tangents
-    forward (Pearlmutter 1994), which spares the gradient of every weight; any other by a backward pass with a graph.
+    g . v is the derivative of the loss along v. A student with `forward_mode = True` computes it by forward-mode
+    differentiation (Pearlmutter 1994), which saves the gradient of every weight; others by a backward pass with graph.
     """
 
     forward_mode = getattr(student, "forward_mode", False)
@@ -202,33 +202,33 @@ def eager(student: nn.Module) -> Steps:
 
 @functools.cache
 def _prepare_forward_mode() -> None:
-    """Torch sets up its forward mode at the first use, and (2.15) warns of its own use of `torch.jit` there."""
+    """Initialise torch's forward mode once, to silence its own warning about `torch.jit` at the first use (2.15)."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def compiled(student: nn.Module) -> Steps:
-    """Both functions under torch.compile: for long runs, since each shape of batch is compiled first.
+    """Both step functions under torch.compile: for long runs, since each batch shape must be compiled first.
 
-    On a CUDA device each is captured as a graph (mode "reduce-overhead"), so that its kernels are launched at once;
-    that has not been run yet on such a device.
+    On a CUDA device each is captured as a CUDA graph (mode "reduce-overhead"), so that its kernels are launched at
+    once; this has not been run yet on such a device. A `ValueError` on a CPU without a C++ compiler.
     """
     cuda = next(student.parameters()).is_cuda
     if not cuda and not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++")):
         raise ValueError("memory='compiled': needs a C++ compiler (g++ or clang++) on the PATH; or use memory='replay'")
-    # names, not the parameters themselves, so that another student of the same structure finds the code that is there
+    # names, not the parameters themselves, so that another student of the same structure reuses the compiled code
     static = student, tuple(parameter_positions(student).items()), tuple(p.shape for p in student.parameters())
     return Steps(*(functools.partial(function, *static) for function in _compiled(cuda)))
 
 
 @functools.cache
 def _compiled(cuda: bool) -> tuple[Callable, Callable]:
-    """The two functions of (student, names and positions, shapes, theta, ...)."""
+    """The compiled gradient and product, functions of (student, names and positions, shapes, theta, ...)."""
 
     def loss(student, names, shapes, theta, images, labels):
         if images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)  # what the compiler fuses best
+            images = images.contiguous(memory_format=torch.channels_last)  # the layout that the compiler fuses best
         pieces = [p.view(shape) for p, shape in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
         logits = functional_call(student, {name: pieces[i] for name, i in names}, (images,), tie_weights=False)
         return F.cross_entropy(logits, labels)
@@ -252,14 +252,14 @@ MEMORY = ("graph", *STEPS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which way to take
+# The choice of the memory mode
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def choose_memory(memory: str, student: nn.Module, images: Tensor, labels: Tensor, steps: int) -> str:
-    """ "graph" if the whole graph of `steps` student steps on such a batch fits half of the free memory, else "replay".
+    """ "graph" if the graph of `steps` student steps on such a batch fits into half of the free memory, else "replay".
 
-    The graph of one step is measured, not guessed. Anything but "auto" is returned as it is.
+    The size of one step's graph is measured. Any `memory` but "auto" is returned unchanged.
     """
     if memory != "auto":
         return memory
@@ -277,11 +277,11 @@ def choose_memory(memory: str, student: nn.Module, images: Tensor, labels: Tenso
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now."""
+    """Bytes of memory available on a device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:  # what Linux could free counts too
+    try:  # includes memory that Linux can free
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 2**32  # elsewhere: a guess that few machines fall short of
+        return 2**32  # no Linux: nearly every machine has this much

@@ -485,7 +485,7 @@ def test_a_student_that_stands_still_is_named_while_it_lasts(experts):
     """alpha at zero holds the loss at exactly 1, and phi's gradient at zero."""
     images, labels = toy(6)
     settings = config(iterations=3, alpha=1e-9, alpha_lr=0)
-    with pytest.warns(UserWarning, match="iteration 0: alpha at zero: the student stands still") as caught:
+    with pytest.warns(UserWarning, match="iteration 0: alpha at zero: the student hardly moves") as caught:
         result = distill(pixels(images), images, labels, experts, settings, seed=0)
     assert len(caught) == 1 and states_of(result) == ["alpha at zero"] * 3
     for record in result.history:
@@ -604,8 +604,8 @@ class Stray(Frozen):
     "kind, says",
     [
         (Frozen, r"phi \(Frozen\): every parameter is frozen"),
-        (Broken, r"phi \(Broken\): returns values that are not finite before it is trained"),
-        (Stray, r"phi \(Stray\): gives two results for one seed; its noise must be drawn from `generator`"),
+        (Broken, r"phi \(Broken\): returns values that are not finite before training"),
+        (Stray, r"phi \(Stray\): gives two results for one seed; sample its noise from `generator`"),
     ],
 )
 def test_a_phi_that_cannot_be_trained_is_refused_by_name(experts, kind, says):
@@ -707,8 +707,8 @@ def test_images_and_labels_that_the_student_cannot_take_are_refused(experts, cha
         ("pixels", dict(phi_optimizer="Foo"), "'Foo'.*torch.optim"),
         ("pixels", dict(phi_optimizer="lr_scheduler"), "'lr_scheduler'.*torch.optim"),
         ("identity", dict(alpha_optimizer="Optimizer"), "'Optimizer'.*torch.optim"),
-        ("pixels", dict(phi_optimizer="Adam", phi_momentum=0.9), "momentum=0.9: Adam takes none"),
-        ("identity", dict(alpha_optimizer="Adagrad", alpha_momentum=0.5), "momentum=0.5: Adagrad takes none"),
+        ("pixels", dict(phi_optimizer="Adam", phi_momentum=0.9), "momentum=0.9: Adam has no momentum"),
+        ("identity", dict(alpha_optimizer="Adagrad", alpha_momentum=0.5), "momentum=0.5: Adagrad has no momentum"),
     ],
 )
 def test_impossible_configurations_are_refused(experts, name, changes, says):

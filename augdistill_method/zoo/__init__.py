@@ -1,4 +1,4 @@
-"""Every phi but the two controls: a file a family. A file added here registers its phis by being here."""
+"""All phis but the two controls, one file per family. A new file in this folder is imported and so registered."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""The student report's DistNets, exactly as it ran them, flaws included."""
+"""The student report's DistNets, exactly as it ran them, with their flaws."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,16 +12,16 @@ from augdistill_method.random import randn
 
 
 class DistNet(Phi):
-    """The student report's family: valid convolutions, noise on the hidden layer, transposed convolutions back.
+    """The student report's family: valid convolutions, noise on the hidden layer, then transposed convolutions.
 
     Args:
-        widths: channels of the hidden layers; the way back mirrors them.
-        kernel: 3, or 1 (then the way back is one 1x1 convolution from the hidden layer).
-        noise: "blind" is h + s1 Normal(h, 1) without a path for the gradient through the draw, "scaled" is
-            s1 (h + eps), "none" is h.
-        scales: the initial (s1, s2); `learned` tells which of them are parameters.
+        widths: channels of the hidden layers; the decoder mirrors them.
+        kernel: 3, or 1 (then the decoder is one 1x1 convolution from the hidden layer).
+        noise: "blind" is h + s1 Normal(h, 1) without a gradient through the sample, "scaled" is s1 (h + eps), "none" is
+            h.
+        scales: the initial (s1, s2); `learned` says which of them are parameters.
         skip: the output is s2 out + x if true, else s2 out.
-        relu: whether ReLU stands between the layers.
+        relu: whether there is a ReLU between the layers.
     """
 
     def __init__(
@@ -42,9 +42,7 @@ class DistNet(Phi):
         there = list(itertools.pairwise(channels))
         back = [(b, a) for a, b in reversed(there)] if kernel == 3 else [(channels[-1], channels[0])]
         if images.shape[-1] <= (kernel - 1) * len(there):
-            raise ValueError(
-                f"images of {images.shape[-1]} pixels: {len(there)} valid convolutions leave nothing of them"
-            )
+            raise ValueError(f"images of {images.shape[-1]} pixels: {len(there)} valid convolutions leave no pixel")
         self.there = nn.ModuleList(nn.Conv2d(a, b, kernel) for a, b in there)
         self.back = nn.ModuleList((nn.ConvTranspose2d if kernel == 3 else nn.Conv2d)(a, b, kernel) for a, b in back)
         for name, scale, is_learned in zip(("s1", "s2"), scales, learned, strict=True):
@@ -67,7 +65,7 @@ class DistNet(Phi):
         return out + images if self.skip else out
 
 
-# Exactly as the student report ran them, flaws included; c = image channels. Without s2, the output is not scaled.
+# Exactly as the student report ran them, with their flaws; c = image channels. Without s2, the output is not scaled.
 _PLAIN = dict(kernel=1, scales=(0.1, 1.0))
 
 _DISTNETS: dict[str, Callable[[int], dict]] = {

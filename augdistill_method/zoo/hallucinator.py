@@ -8,9 +8,9 @@ from augdistill_method.phi import Phi, register_phi
 
 @register_phi("hallucinator")
 class Hallucinator(Phi):
-    """HaBa's hallucinator (Liu et al. 2022): a valid 3x3 convolution, a scale and a shift for every location, and back.
+    """HaBa's hallucinator (Liu et al. 2022): a valid 3x3 convolution, a scale and shift per location, and a decoder.
 
-    Nothing in it is nonlinear, skipped or random.
+    It has no nonlinearity, no skip connection and no noise.
     """
 
     positional = True

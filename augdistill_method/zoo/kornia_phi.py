@@ -1,8 +1,8 @@
-"""kornia's augmentations as phis that learn their own ranges: `phi=kornia:RandomAffine`, and two more.
+"""Three of kornia's augmentations as phis with learned ranges: `phi=kornia:RandomAffine`, and two more.
 
-kornia draws from ranges that are given, by the global generator. Here a draw is the range times uniform noise from the
-phi's generator, so that each range gets its gradient through the images it made; kornia's functions do the rest.
-Ranges stay below a limit, and start small: what is learned is how far each may go.
+kornia samples from fixed ranges, with the global generator. Here a sample is the range times uniform noise from the
+phi's generator, so that each range gets its gradient through the augmented images; kornia's functions transform them.
+Ranges start small and stay below a limit. What is learned is the range of each transformation.
 """
 
 import math
@@ -16,15 +16,15 @@ from augdistill_method.zoo.policy import PACE
 
 
 class KorniaPhi(Phi):
-    """Random transformations of images `[B, C, H, W]`; `KINDS` has for each kind its range at the start and its limit.
+    """Random transformations of images `[B, C, H, W]`; `KINDS` gives each kind's initial range and its limit.
 
-    `transformed(images, draw)` is what a subclass does with a draw of each kind, `[B]` (or `[B, DRAWS]`), between its
-    range and minus that.
+    A subclass defines `transformed(images, draw)`. `draw` holds a sample of each kind, `[B]` (or `[B, DRAWS]`), uniform
+    in [-range, range].
     """
 
     stochastic = True
     KINDS: ClassVar[dict[str, tuple[float, float]]]
-    DRAWS = 1  # of each kind
+    DRAWS = 1  # samples of each kind per image
 
     def __init__(self, images: Tensor, classes: int):
         super().__init__()
@@ -56,7 +56,7 @@ class KorniaPhi(Phi):
 
 
 def warped(warp, images: Tensor, matrix: Tensor, **options) -> Tensor:
-    """kornia's `warp` by a matrix for each image; no number where that is not finite (kornia makes a picture of it)."""
+    """kornia's `warp` with one matrix per image; NaN where it is not finite (kornia would return a finite image)."""
     finite = matrix.isfinite().all((1, 2)).view(-1, 1, 1)
     eye = torch.eye(*matrix.shape[1:], dtype=matrix.dtype, device=matrix.device)
     out = warp(images, torch.where(finite, matrix, eye), tuple(images.shape[2:]), align_corners=True, **options)
@@ -65,7 +65,7 @@ def warped(warp, images: Tensor, matrix: Tensor, **options) -> Tensor:
 
 @register_phi("kornia:RandomAffine")
 class LearnedAffine(KorniaPhi):
-    """kornia's `RandomAffine`: turned and sheared (degrees), shifted (parts of the side), scaled (of the logarithm).
+    """kornia's `RandomAffine`: rotation and shear (degrees), shift (fraction of the side), scale (of its logarithm).
 
     Pixels from outside repeat the border (the background, for digits).
     """
@@ -93,10 +93,10 @@ class LearnedAffine(KorniaPhi):
 
 @register_phi("kornia:RandomPerspective")
 class LearnedPerspective(KorniaPhi):
-    """kornia's `RandomPerspective`: each corner moved by up to `distortion` times half of the side; zero comes in."""
+    """kornia's `RandomPerspective`: each corner moves by up to `distortion` times half the side; zeros come in."""
 
     KINDS: ClassVar = {"distortion": (0.05, 0.9)}
-    DRAWS = 8  # four corners, right and down
+    DRAWS = 8  # four corners, x and y
 
     def transformed(self, images, draw):
         from kornia.geometry import transform  # slow to import
@@ -112,8 +112,8 @@ class LearnedPerspective(KorniaPhi):
 class LearnedColour(KorniaPhi):
     """kornia's `ColorJitter`: brightness, contrast, saturation (of the factor, around 1) and hue (radians).
 
-    kornia's functions take values in [0, 1] and clamp. So each channel is put there by the least and the largest value
-    of the base images, and what changed there is added to the images, which are never clamped themselves.
+    kornia's functions take values in [0, 1] and clamp. So each channel is scaled to [0, 1] by the minimum and maximum
+    of the base images, and the change there is added to the images. The images themselves are not clamped.
     """
 
     KINDS: ClassVar = {

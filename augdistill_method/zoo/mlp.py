@@ -1,4 +1,4 @@
-"""A perceptron as a residual."""
+"""A multilayer perceptron (MLP) that predicts a residual: x + mlp(x)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from augdistill_method.random import randn
 
 
 class MLP(Phi):
-    """A perceptron of two hidden layers as a residual, the last layer zero: x + out, it starts as the identity.
+    """An MLP with two hidden layers that predicts a residual, x + out. The last layer starts at zero: the identity.
 
-    It has a weight for every place, and learns without labels to tell what an image shows, sooner than a U-Net's 3x3
-    convolutions do (notebook 07). `noise` standard normal numbers an image stand beside its pixels at the input.
-    Mind what it stores: every hidden unit of the last layer holds an image.
+    It has weights for every pixel position. Without labels it learns to recognise the class of an image, sooner than a
+    U-Net's 3x3 convolutions do (notebook 07). The input is the pixels and `noise` standard normal numbers per image.
+    Mind what it stores: the last layer holds one image for every hidden unit.
     """
 
     starts_as_identity = True

@@ -1,8 +1,8 @@
-"""Policies: phi models that know the transformations, and learn how far each may go. Section 4 of `augdistill_core`.
+"""Policies: phis with given transformations, which learn the range of each.
 
-A policy turns, scales, shears, shifts, flips and recolours every image by draws of its own, and what it learns is their
-ranges: one set for all images, one a class, or one an image (a small network looks at it, as in InstaAug; Miao et al.
-2022). All draws are reparameterised, so that a range gets its gradient through the images that it made.
+A policy rotates, scales, shears, shifts, flips and recolours each image by its own samples. It learns their ranges: one
+set for all images, one per class, or one per image (predicted by a small network, as in InstaAug; Miao et al. 2022).
+All samples are reparameterised, so that a range gets its gradient through the augmented images.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from augdistill_method.phi import Phi, register_phi
 from augdistill_method.random import randn
 from augdistill_method.transforms import affine, color, turn_hue
 
-RAMP = 0.1  # of the draws of a flip are between none and one
+RAMP = 0.1  # the fraction of flip samples that are a blend of both images
 
 
 def drawn_flip(images: Tensor, logit: Tensor, noise: Tensor) -> Tensor:
-    """`flip` with the probability p of a `logit`, by uniform `noise` u in (0, 1); one draw in ten is a blend.
+    """`flip` with probability p = sigmoid(`logit`), from uniform `noise` u in (0, 1), both `[B]`; 10 % are a blend.
 
-    The part of the mirror image, s = (p - u) / w + 1/2 within [0, 1], has the mean p, and rises from 0 to 1 in w of the
-    draws (as a hard concrete variable does; Louizos et al. 2018). Whatever f a blend x + s (flip(x) - x) is fed to, the
-    mean of its derivative by p is the integral along the whole line, f(flip(x)) - f(x), as of a draw that is one or
-    none. Derivatives at the ends of the line alone (a straight-through gradient) say what a trace of the mirror image
-    does, which is a double exposure: they unlearn flips that help.
+    The weight of the mirror image, s = (p - u) / w + 1/2 clipped to [0, 1], has mean p. It is between 0 and 1 in a
+    fraction w of the samples (like a hard concrete variable; Louizos et al. 2018). For any f of the blend
+    x + s (flip(x) - x), the mean derivative in p is the integral along the whole line, f(flip(x)) - f(x): that of a
+    binary flip. A straight-through gradient uses derivatives at the ends of the line only. Those describe a faint
+    mirror image on top (a double exposure), so they unlearn flips that help.
     """
     p = logit.sigmoid()
     width = (2 * torch.minimum(p, 1 - p).detach()).clamp(torch.finfo(p.dtype).tiny, RAMP)  # all of it in (0, 1)
@@ -34,19 +34,20 @@ def drawn_flip(images: Tensor, logit: Tensor, noise: Tensor) -> Tensor:
 
 # --- the phi ----------------------------------------------------------------------------------------------------------
 
-GEOMETRY = ("rotation", "scale", "shear", "shift_x", "shift_y")  # radians; of the logarithm; radians; parts of the side
+# radians; of the logarithm; radians; fractions of the side
+GEOMETRY = ("rotation", "scale", "shear", "shift_x", "shift_y")
 
 COLOUR_KINDS = ("brightness", "contrast")  # in standard deviations of the data; of the factor's logarithm
 
 OF_RGB = ("saturation", "hue")  # of the factor's logarithm; radians
 
-START = 0.03  # every range, and the probability of a flip, before anything is learned
+START = 0.03  # the initial value of every range, and of the flip probability
 
-PACE = 10.0  # a step of a parameter, in steps of its range's logarithm: so one step size serves a U-Net and its policy
+PACE = 10.0  # change of a range's logarithm per unit of its parameter: so one step size suits a U-Net and a policy
 
 
 def per_image(channels: int, outputs: int) -> tuple[nn.Sequential, nn.Linear]:
-    """A small network that looks at images `[B, channels, H, W]`, and its last layer, zero at first: `[B, outputs]`."""
+    """A small network from images `[B, channels, H, W]` to features, and a zero last layer to `[B, outputs]`."""
     layers = nn.Conv2d(channels, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.SiLU()
     last = nn.Linear(16, outputs)
     nn.init.zeros_(last.weight)
@@ -55,9 +56,9 @@ def per_image(channels: int, outputs: int) -> tuple[nn.Sequential, nn.Linear]:
 
 
 class Policy(Phi):
-    """Random transformations of which the ranges are learned: standard deviations, and a probability for the flip.
+    """Random transformations with learned ranges: standard deviations, and a probability for the flip.
 
-    `by` is "all" (one set of ranges), "class" or "image". `ranges` gives them; `kinds` names them.
+    `by` is "all" (one set of ranges), "class" or "image". `ranges` returns them; `kinds` lists their names.
     """
 
     stochastic = True
@@ -76,7 +77,7 @@ class Policy(Phi):
             self.change = nn.Parameter(torch.zeros(classes if by == "class" else 1, len(self.kinds)))
 
     def leave_out(self, kind: str) -> None:
-        """Take a kind away, where it changes what an image shows (a digit's flip)."""
+        """Remove a kind, for data where it changes the class of an image (the flip of a digit)."""
         keep = [i for i, k in enumerate(self.kinds) if k != kind]
         self.kinds, self.first = [self.kinds[i] for i in keep], self.first[keep]
         if self.by == "image":
@@ -88,7 +89,7 @@ class Policy(Phi):
 
     @torch.no_grad()
     def hold(self, ranges: dict[str, float]) -> None:
-        """Have these ranges, for all images, and next to nothing of the kinds that are not named."""
+        """Set these ranges for all images, and nearly zero for other kinds; a `ValueError` names an unknown kind."""
         if unknown := [kind for kind in ranges if kind not in self.kinds]:
             raise ValueError(f"range {unknown[0]!r}: must be among {', '.join(self.kinds)}")
         values = torch.tensor([max(ranges.get(kind, 0.0), 1e-6) for kind in self.kinds])
@@ -97,7 +98,7 @@ class Policy(Phi):
             p.zero_()
 
     def levels(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Each kind's logarithm of its range (a flip's logit) for each image, `[B]`."""
+        """The logarithm of each kind's range (for the flip: the logit) for each image, `[B]`."""
         if self.by == "image":
             change = self.last(self.look(images))
         else:
@@ -109,7 +110,7 @@ class Policy(Phi):
         return {k: v.sigmoid() if k == "flip" else v.exp() for k, v in self.levels(images, labels).items()}
 
     def report(self) -> dict[str, float]:
-        """Each kind's range, the geometric mean over classes where they differ; nothing where an image decides."""
+        """Each kind's range (by class: the geometric mean over classes); empty if the ranges depend on the image."""
         if self.by == "image":
             return {}
         of = (self.first + PACE * self.change.detach()).mean(0)
@@ -121,7 +122,7 @@ class Policy(Phi):
         draw = {k: levels[k].exp() * noise[:, i] for i, k in enumerate(self.kinds) if k != "flip"}
         nothing = images.new_zeros(len(images))
 
-        def factor(kind: str) -> Tensor:  # a factor, less the one that changes nothing
+        def factor(kind: str) -> Tensor:  # the factor minus 1: 0 changes nothing
             return draw[kind].exp() - 1 if kind in draw else nothing
 
         def drawn(kinds: Sequence[str]) -> list[Tensor]:

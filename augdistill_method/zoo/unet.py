@@ -1,4 +1,4 @@
-"""Small U-Nets as residuals: class-blind, with noise, or conditioned on class and position."""
+"""Small U-Nets that predict a residual: class-blind, with noise, or conditioned on class and position."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,9 @@ from augdistill_method.random import randn
 
 
 class UNet(Phi):
-    """A small U-Net (two halvings) as a residual: x + out, the last layer zero, so that it starts as the identity.
+    """A small U-Net (two halvings) that predicts a residual, x + out. Its last layer starts at zero: the identity.
 
-    With `noise` > 0 that many channels of fresh standard normal noise stand beside the image at the input.
+    With `noise` > 0 the input has that many more channels of standard normal noise, redrawn in each call.
     """
 
     starts_as_identity = True
@@ -20,7 +20,7 @@ class UNet(Phi):
         super().__init__()
         channels, size = images.shape[1], images.shape[-1]
         if size < 4:
-            raise ValueError(f"images of {size}x{size} pixels: a U-Net of two halvings takes at least 4x4")
+            raise ValueError(f"images of {size}x{size} pixels: a U-Net with two halvings needs at least 4x4")
         self.noise, self.stochastic = noise, noise > 0
 
         def block(a, b):
@@ -50,9 +50,9 @@ class UNet(Phi):
 
 
 class ConditionalUNet(UNet):
-    """A U-Net that sees classes and positions: x + gain[y] unet(x) + bias[y], gain and bias `[classes, C, H, W]`.
+    """A U-Net conditioned on class and position: x + gain[y] unet(x) + bias[y], gain and bias `[classes, C, H, W]`.
 
-    Mind what it stores: bias alone is a free image for every class, so it can distil pixels without looking at x.
+    Mind what it stores: the bias is one free image per class, so it can distil pixels without using x.
     """
 
     conditional = True

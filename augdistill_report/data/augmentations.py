@@ -1,9 +1,8 @@
-"""Augmentations without anything to learn, called like a phi: `augment(images, labels=, index=, generator=)`.
+"""Hand-designed augmentations, called like a phi: `augment(images, labels=, index=, generator=)`.
 
-`AUGMENTATIONS` names those that experts, the unroll (MTT, Algorithm 1, line 12) and evaluation may use, beside any of
-kornia's ("kornia:NAME(key=value)"). All draw from
-the generator alone, and take images of any type on any device. All but those on bytes (`OnPixels`) are differentiable
-in the images, so that the unroll may use them (`DIFFERENTIABLE`).
+`AUGMENTATIONS` lists those that experts, the unroll (MTT, Algorithm 1, line 12) and evaluation may use; any of kornia's
+("kornia:NAME(key=value)") works too. All sample from the generator only, and take images of any type on any device. All
+but those on bytes (`OnPixels`) are differentiable in the images, so the unroll can use them (`DIFFERENTIABLE`).
 """
 
 import dataclasses
@@ -19,9 +18,9 @@ from augdistill_report.data.datasets import Dataset
 
 @dataclasses.dataclass(frozen=True)
 class RandomAffine:
-    """Each image turned, scaled and shifted by its own normal draw, and flipped with a probability.
+    """Each image is rotated, scaled and shifted by its own normal sample, and flipped with probability `flip`.
 
-    `rotation` in radians, `scale` of the logarithm, `shift` as a part of the image's side: standard deviations.
+    Standard deviations: `rotation` in radians, `scale` of the logarithm, `shift` as a fraction of the image's side.
     Pixels from outside the image repeat its border (the background, for digits).
     """
 
@@ -48,12 +47,12 @@ class RandomAffine:
         return images
 
 
-# --- the operations of DSA: images [B, C, H, W], then for each image its own parameters [B] ---------------------------
-# Not kornia's: its crops and shifts sample where these index, to the bit; its erasing keeps boxes inside the image
+# --- the operations of DSA: images [B, C, H, W], then parameters [B], one per image -----------------------------------
+# Not kornia's: its crops and shifts interpolate, these index pixels exactly; its erasing keeps boxes inside the image
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """The window that lies `down` and `right` (whole pixels) of the image's own; zero where it leaves the image."""
+    """The image's window shifted `down` and `right` (whole pixels); zero outside the image."""
     _, channels, height, width = images.shape
     rows = (count(height, images) + down[:, None])[:, None, :, None]
     columns = (count(width, images) + right[:, None])[:, None, None, :]
@@ -64,7 +63,7 @@ def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, top: Tensor, left: Tensor, box: tuple[int, int]) -> Tensor:
-    """Zeros in the `box` (height, width) whose first row is `top` and first column `left`; it may leave the image."""
+    """Zeros in the `box` (height, width) with first row `top` and first column `left`; it may exceed the image."""
     rows = (count(images.shape[2], images) - top[:, None])[:, None, :, None]
     columns = (count(images.shape[3], images) - left[:, None])[:, None, None, :]
     inside = (rows >= 0) & (rows < box[0]) & (columns >= 0) & (columns < box[1])
@@ -72,21 +71,21 @@ def cutout(images: Tensor, top: Tensor, left: Tensor, box: tuple[int, int]) -> T
 
 
 def scale(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Images seen `x` times as wide and `y` times as high a window: above 1 they shrink, and zeros surround them."""
+    """Images seen through a window `x` times as wide and `y` times as high: above 1 they shrink, with zeros around."""
     zero = torch.zeros_like(x)
     matrix = torch.stack([x, zero, zero, zero, y, zero], 1).view(-1, 2, 3)
     return warp(images, matrix, padding="zeros", align_corners=True)
 
 
 def rotate(images: Tensor, angle: Tensor) -> Tensor:
-    """Images turned anticlockwise by `angle` (radians) about their middle; zeros come in at the corners."""
+    """Images rotated anticlockwise by `angle` (radians) about their centre; zeros come in at the corners."""
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
     matrix = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
     return warp(images, matrix, padding="zeros", align_corners=True)
 
 
 def count(n: int, like: Tensor) -> Tensor:
-    """0 .. n - 1, where `like` lives."""
+    """0 .. n - 1, on the device of `like`."""
     return torch.arange(n, device=like.device)
 
 
@@ -97,20 +96,20 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (color, c
 class DSA(Config):
     """Differentiable siamese augmentation (Zhao & Bilen, ICML 2021), with the constants of MTT's official code.
 
-    One operation a batch, drawn uniformly from `strategy`, its parameters drawn for each image (MTT's `aug_mode` "S").
-    It acts on standardised images as theirs does: nothing is clamped, and what comes in from outside is zero, the mean
-    colour. A strength of zero (of one for `scale`) is exactly the identity.
+    Each batch gets one operation, sampled uniformly from `strategy`, with parameters sampled per image (MTT's
+    `aug_mode` "S"). It acts on standardised images, like MTT's: nothing is clamped, and pixels from outside are zero,
+    the mean colour. A strength of 0 (of 1 for `scale`) is exactly the identity.
     """
 
-    strategy: tuple = knob(tuple(OPERATIONS), "names of operations, one of which is drawn for each batch")
-    brightness: float = knob(1.0, "width of the range of what is added, around 0", low=0)
-    saturation: float = knob(2.0, "width of the range of its factor, around 1", low=0)
-    contrast: float = knob(0.5, "half the width of the range of its factor, around 1", low=0)
-    crop: float = knob(0.125, "largest shift either way, as a part of the side", low=0, high=1)
-    cutout: float = knob(0.5, "side of the box, as a part of the image's", low=0, high=1)
+    strategy: tuple = knob(tuple(OPERATIONS), "names of operations; one of them is sampled for each batch")
+    brightness: float = knob(1.0, "width of the range of the added value, around 0", low=0)
+    saturation: float = knob(2.0, "width of the range of the factor, around 1", low=0)
+    contrast: float = knob(0.5, "half the width of the range of the factor, around 1", low=0)
+    crop: float = knob(0.125, "largest shift in each direction, as a fraction of the side", low=0, high=1)
+    cutout: float = knob(0.5, "side of the box, as a fraction of the image's side", low=0, high=1)
     flip: float = knob(0.5, "probability", low=0, high=1)
-    scale: float = knob(1.2, "largest factor r; each axis has its own in [1/r, r]", low=1)
-    rotate: float = knob(15.0, "largest angle either way, in degrees", low=0, high=180)
+    scale: float = knob(1.2, "largest factor r; each axis has its own factor in [1/r, r]", low=1)
+    rotate: float = knob(15.0, "largest angle in each direction, in degrees", low=0, high=180)
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,7 +121,7 @@ class DSA(Config):
         return OPERATIONS[name](images, *self.draw(name, images, generator))
 
     def draw(self, name: str, images: Tensor, generator: torch.Generator) -> tuple:
-        """Parameters of the operation `name`, in its own order, for each of `images`."""
+        """The sampled parameters of operation `name`, in the order of its arguments, for each of `images`."""
         options = dict(size=(len(images),), generator=generator, device=generator.device)
 
         def uniform(low: float, high: float) -> Tensor:
@@ -138,7 +137,7 @@ class DSA(Config):
             return tuple(integer(-shift, shift) for shift in (int(self.crop * side + 0.5) for side in sides))
         if name == "cutout":
             box = tuple(int(self.cutout * side + 0.5) for side in sides)
-            # its middle lies anywhere in the image (of an even box: on any line between pixels, or on the border)
+            # its centre is anywhere in the image (for an even box: on any line between pixels, or on the border)
             top, left = (integer(0, side - b % 2) - b // 2 for side, b in zip(sides, box, strict=True))
             return top, left, box
         if name == "flip":
@@ -150,13 +149,13 @@ class DSA(Config):
 
 @dataclasses.dataclass(frozen=True)
 class OnPixels:
-    """What practitioners use: crop and flip, and then (but for "crop_flip") a policy of `policies_by_kornia`.
+    """Common practice: crop and flip, then (except for "crop_flip") a policy of `policies_by_kornia`.
 
-    Each image has draws of its own, on its pixels as bytes, which is what the policies are made for: what was done to
-    the pixels (`data.pixels`) is undone first and done again behind them. So whatever leaves [0, 1], as a phi before it
-    may, is clamped, and the output is one of 256 values a channel. The crop pads with black, an eighth of the side
-    (CIFAR's 4 pixels). AutoAugment's policy is the one for CIFAR-10, and `magnitude`, of 30, is that of RandAugment's
-    two operations. Of one channel "color" (saturation) changes nothing, as in Pillow.
+    Each image has its own samples. The policies are made for pixels as bytes, so standardising (or whitening) is
+    inverted before and repeated after (`data.pixels`, `data.standardise`). Values outside [0, 1], which a phi may
+    produce, are therefore clamped, and the output has 256 values per channel. The crop pads with black, 1/8 of the side
+    (4 pixels on CIFAR). AutoAugment uses its policy for CIFAR-10. `magnitude` in [0, 30] is that of RandAugment's two
+    operations. For one channel "color" (saturation) changes nothing, as in Pillow.
     """
 
     policy: str
@@ -189,11 +188,11 @@ AUGMENTATIONS = {
 
 DIFFERENTIABLE = tuple(name for name in AUGMENTATIONS if name not in LIBRARY)
 
-KORNIA = "kornia:"  # then a name of `kornia.augmentation`, and its arguments in brackets
+KORNIA = "kornia:"  # followed by a name of `kornia.augmentation`, with arguments in brackets
 
 
 class Choices(tuple):
-    """What a setting may be: these names, or "kornia:NAME(key=value, ...)", which is looked at as a whole."""
+    """The choices of a setting: these names, or "kornia:NAME(key=value, ...)", which is checked as a whole."""
 
     def __new__(cls, key: str, names: Iterable[str], differentiable: bool = False):
         choices = super().__new__(cls, names)
@@ -212,11 +211,11 @@ class Choices(tuple):
         return True
 
 
-NEVER_FLIPPED = ("digits", "mnist")  # data sets where a mirror image is of no class or of another
+NEVER_FLIPPED = ("digits", "mnist")  # data sets where a mirror image has another class, or none
 
 
 def augmentation(name: str, data: Dataset, magnitude: int = 9) -> Callable | None:
-    """`AUGMENTATIONS[name]`, or kornia's, as it fits a data set; RandAugment's has that `magnitude`."""
+    """`AUGMENTATIONS[name]`, or kornia's, adapted to a data set; `magnitude` in [0, 30] is RandAugment's."""
     if name.startswith(KORNIA):
         from augdistill_report.data.kornia_by_name import ByKornia  # kornia is slow to import
 
@@ -228,7 +227,7 @@ def augmentation(name: str, data: Dataset, magnitude: int = 9) -> Callable | Non
 
 
 def augmentation_for(name: str, dataset: str) -> Callable | None:
-    """`AUGMENTATIONS[name]` without its flip where a flip changes what an image shows."""
+    """`AUGMENTATIONS[name]`, without its flip for data sets where a flip changes the class."""
     augment = AUGMENTATIONS[name]
     if augment is None or dataset not in NEVER_FLIPPED:
         return augment
@@ -238,7 +237,7 @@ def augmentation_for(name: str, dataset: str) -> Callable | None:
 
 
 def without_flips(phi: Phi, dataset: str) -> Phi:
-    """`phi`, its policies without the flip where a flip changes what an image shows."""
+    """`phi`, whose policies lose the flip for data sets where a flip changes the class."""
     for policy in phi.modules():
         if hasattr(policy, "leave_out") and dataset in NEVER_FLIPPED:
             policy.leave_out("flip")

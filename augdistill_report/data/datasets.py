@@ -1,7 +1,7 @@
 """Data sets: images as tensors, standardised or whitened, with a fixed split into train, validation and test.
 
 To add one, write a loader `(size, place) -> Dataset` that ends in `standardised`, and register it in `DATASETS`.
-Images stay bytes (uint8); a batch or a subset becomes floats when it is read, on its device.
+Images are stored as bytes (uint8); a batch or a subset is converted to floats on its device when it is read.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from augdistill_report.data.folders import IMAGE_SUFFIXES, FolderContents, read_
 from augdistill_report.data.sources import PUBLISHED, find, published
 from augdistill_report.data.whitening import PIECE, cached_fit
 
-SPLIT_SEED = 20230  # the split belongs to the data set: it does not depend on the run's seed
+SPLIT_SEED = 20230  # the split is fixed for a data set: it does not depend on the run's seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Images and labels `[n]` (int64). `raw` `[n, C, H, W]` are the stored images: uint8, or floats in [0, 1].
 
-    `images` are standardised by channel. With `whiten` `[d, d]`, d = C H W, they are whitened: each image minus the
-    mean image, flattened, times that matrix.
+    `images` are standardised per channel. With `whiten` `[d, d]`, d = C H W, they are whitened: each image minus the
+    mean image is flattened and multiplied by that matrix.
     """
 
     raw: Tensor
@@ -42,8 +42,8 @@ class Split:
         """Standardised (or whitened) images `[n, C, H, W]`, float32; computed at every access, so `take` first."""
         images = (self.raw - self.zero).div_(self.unit)
         if self.whiten is not None:
-            for part in images.split(PIECE):  # in place: no second copy of the images
-                part.copy_(mixed(part, self.whiten))
+            for chunk in images.split(PIECE):  # in place: no second copy of the images
+                chunk.copy_(mixed(chunk, self.whiten))
         return images
 
     def made(self) -> "Split":
@@ -73,13 +73,13 @@ class Split:
 class Sealed(Split):
     """The test split. Its images can be read only after `opened()`, which only the final scoring calls.
 
-    So no method and no model selection uses a test image unnoticed. `images` raises a `ValueError`.
+    So no method and no model selection can use a test image by mistake: `images` raises a `ValueError`.
     """
 
     @property
     def images(self) -> Tensor:
         raise ValueError(
-            "the test split is sealed: methods and choices see train and validation, only the last scoring opens it"
+            "the test split is sealed: model selection uses train and validation, only the final scoring opens it"
         )
 
     def opened(self) -> Split:
@@ -91,8 +91,8 @@ class Dataset:
     """A data set with its split. `mean` and `std` `[C, 1, 1]`, for pixels in [0, 1], are those of the training images.
 
     If it is whitened (`whitened`), `mean` `[C, H, W]` is the mean image, `std` is 1, and `colour` `[d, d]` inverts
-    `whiten`. `fingerprint` identifies images, labels and split; `where` says where they were found, and for a folder
-    how it was split and which files were skipped.
+    `whiten`. `fingerprint` identifies images, labels and split. `where` says where the images were found and, for a
+    folder, how it was split and which files were skipped.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Dataset:
         return pixels.clamp(0, 1) if clamp else pixels
 
     def standardise(self, pixels: Tensor) -> Tensor:
-        """Pixels `[n, C, H, W]` in [0, 1], standardised or whitened in the same way as the images of the splits."""
+        """Pixels `[n, C, H, W]` in [0, 1], standardised or whitened like the images of the splits."""
         images = (pixels - self.mean) / self.std
         return images if self.colour is None else mixed(images, self.train.whiten)
 
@@ -131,7 +131,7 @@ class Dataset:
         """Indices `[n]` into `train` of a stratified subset, sorted by class: a `fraction` in (0, 1], or `per_class`.
 
         Subsets of one seed are nested: a smaller one is contained in every larger one. `skip` in [0, 1) leaves out the
-        first images of each class, this fraction of it: the subset shares no image with that of `fraction=skip`.
+        first images of each class, as a fraction: the subset shares no image with the subset of `fraction=skip`.
         A `ValueError` names a class that would be empty or has too few images.
         """
         if (fraction is None) == (per_class is None):
@@ -144,7 +144,7 @@ class Dataset:
         for c, name in enumerate(self.classes):
             members = torch.nonzero(self.train.labels == c).flatten().cpu()
             first = round(skip * len(members))
-            # a fraction and the rest that skips it make the whole class, however they are rounded
+            # rounded so that a fraction and the complement that skips it always make the whole class
             count = per_class if fraction is None else round((skip + fraction) * len(members)) - first
             if count < 1:
                 raise ValueError(
@@ -177,22 +177,22 @@ def moved_to(holder, device: str):
 
 def split_indices(labels: Tensor, held_out: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
     """Stratified train, validation and test indices; `held_out` are the fractions of validation and test."""
-    parts = ([], [], [])
+    splits = ([], [], [])
     for c in labels.unique():
         members = torch.nonzero(labels == c).flatten()
         members = members[torch.randperm(len(members), generator=seeded(SPLIT_SEED, "split", int(c)))]
         validation, test = (round(f * len(members)) for f in held_out)
         sizes = [len(members) - validation - test, validation, test]
-        for part, piece in zip(parts, members.split(sizes), strict=True):
-            part.append(piece)
-    return tuple(torch.cat(part).sort().values for part in parts)
+        for split, piece in zip(splits, members.split(sizes), strict=True):
+            split.append(piece)
+    return tuple(torch.cat(split).sort().values for split in splits)
 
 
 def moments(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `[C, 1, 1]` of each channel of `raw` `[n, C, H, W]`, in the units of `raw`."""
     if raw.dtype != torch.uint8:
         return raw.mean((0, 2, 3)).view(-1, 1, 1), raw.std((0, 2, 3)).view(-1, 1, 1)
-    # exact for bytes, and without a float copy: from how often each value occurs
+    # from counts of each value: exact for bytes, and without a float copy
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in raw.unbind(1)]).double()
     values, total = torch.arange(256.0, dtype=torch.float64), counts.sum(1, keepdim=True)
     mean = (counts * values).sum(1, keepdim=True) / total
@@ -212,14 +212,14 @@ def fingerprint(splits: list[Split]) -> str:
 def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where: str = "") -> Dataset:
     """A `Dataset` from images `[n, C, H, W]` (floats in [0, 1], or uint8), labels `[n]` and the indices of each split.
 
-    A `ValueError` if a label has no class, or a channel of the training images has no contrast.
+    A `ValueError` if a label has no class, or a channel of the training images is constant.
     """
     classes, full = tuple(classes), 255 if raw.dtype == torch.uint8 else 1
     if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-        raise ValueError(f"dataset={name!r}: labels beyond its {len(classes)} classes ({where})")
+        raise ValueError(f"dataset={name!r}: has labels outside its {len(classes)} classes ({where})")
     zero, unit = moments(raw[indices[0]])
     if not unit.min() > 0:
-        raise ValueError(f"dataset={name!r}: a channel of its training images is the same everywhere ({where})")
+        raise ValueError(f"dataset={name!r}: a channel of its training images is constant ({where})")
     kinds = Split, Split, Sealed
     splits = [kind(raw[i], labels[i], zero, unit) for kind, i in zip(kinds, indices, strict=True)]
     return Dataset(name, classes, *splits, zero / full, unit / full, fingerprint(splits), where)
@@ -254,31 +254,31 @@ def load_digits(size: int, place: str = "") -> Dataset:
 
 
 def load_published(name: str, size: int, data: str = "") -> Dataset:
-    """A data set that torchvision reads: the published test split, and 10 % of every training class for validation."""
+    """A data set of torchvision: its published test split, and 10 % of every training class for validation."""
     kind, root = published(name), find(name, data)
     raw, labels = [], []
     with warnings.catch_warnings():
-        # CIFAR's pickles are older than numpy's rule
+        # CIFAR's pickles are older than this rule of numpy
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed as Python or NumPy boolean")
-        parts = [kind(root, train=train, download=False) for train in (True, False)]
-    for part in parts:
-        images = torch.as_tensor(part.data)  # MNIST [n, H, W], CIFAR [n, H, W, C]
+        both = [kind(root, train=train, download=False) for train in (True, False)]
+    for split in both:
+        images = torch.as_tensor(split.data)  # MNIST [n, H, W], CIFAR [n, H, W, C]
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         raw.append(resized(images, size or images.shape[-1]).contiguous())
-        labels.append(torch.as_tensor(part.targets, dtype=torch.int64))
+        labels.append(torch.as_tensor(split.targets, dtype=torch.int64))
         if len(raw[-1]) != len(labels[-1]):
             raise ValueError(f"dataset={name!r}: {len(raw[-1])} images but {len(labels[-1])} labels in {root}")
-    classes, count = parts[0].classes, len(labels[0])
+    classes, count = both[0].classes, len(labels[0])
     train, validation, _ = split_indices(labels[0], (0.1, 0))
     raw, labels = torch.cat(raw), torch.cat(labels)
     return standardised(name, classes, raw, labels, (train, validation, torch.arange(count, len(labels))), str(root))
 
 
 def load_folder(size: int, path: str) -> Dataset:
-    """Images in one sub-folder for each class (named by it), or in split folders that hold those; resized.
+    """Images in one sub-folder per class (its name), or in split folders that contain such sub-folders; resized.
 
-    A split without a folder is cut from every class of the training images: 10 % for validation, 20 % for the test.
-    Grey images make a grey set; one in colour makes all of them RGB.
+    A split without a folder is taken from every class of the training images: 10 % for validation, 20 % for the test.
+    If all images are grey, the data set has one channel; otherwise all are RGB. A `ValueError` says what is wrong.
     """
     name = f"folder:{path}"
     try:
@@ -306,12 +306,12 @@ def load_folder(size: int, path: str) -> Dataset:
 
 
 def missing_shares(found: FolderContents) -> tuple[float, float]:
-    """The fractions of the training images that become validation and test: 0 for a split with its own folder."""
+    """The fractions of the training images used for validation and test: 0 for a split with its own folder."""
     return tuple(0 if split in found.files else share for split, share in zip(SPLITS[1:], (0.1, 0.2), strict=True))
 
 
 def check_counts(found: FolderContents) -> None:
-    """A `ValueError` names a class that has too few images in a split, or to hold some of them out."""
+    """A `ValueError` names a class with too few images in a split, or too few to hold some out."""
     shares = [share for share in missing_shares(found) if share]
     enough = next(n for n in range(1, 100) if all(round(share * n) for share in shares))
     for split, by_class in found.files.items():
@@ -327,7 +327,7 @@ def check_counts(found: FolderContents) -> None:
 
 
 def folder_text(path: str, found: FolderContents) -> str:
-    """Where the images of a folder lie, how they are split, and what was skipped."""
+    """The `where` of a folder: its path, how it was split, and what was skipped."""
     given = [f"{split} from {folder}/" for split, folder in found.folders.items()]
     source = f" of {found.folders['train']}/" if given else ""
     cut = [
@@ -338,7 +338,7 @@ def folder_text(path: str, found: FolderContents) -> str:
     return f"{Path(path).expanduser()}; {', '.join([*given, *cut])}; skipped: {found.skipped_text()}"
 
 
-# loaders `(size, place)` by name. A size of 0 is the data set's own, 32 for a folder. `place` is what follows
+# loaders `(size, place)` by name. A size of 0 means the data set's own size, 32 for a folder. `place` is the path after
 # "folder:", and the setting `data` for the others
 DATASETS: dict[str, Callable[[int, str], Dataset]] = {
     "digits": load_digits,
@@ -375,7 +375,7 @@ def load_data(dataset: str, size: int, data: str, device: str, zca: bool = False
 
 
 def describe(data: Dataset) -> str:
-    """A summary to read: where it was found, images by split and class, shape, mean, std, fingerprint."""
+    """A summary as text: where it was found, images per split and class, shape, mean, std, fingerprint."""
     counts = {k: torch.bincount(getattr(data, k).labels, minlength=len(data.classes)).tolist() for k in SPLITS}
     width = max(map(len, data.classes))
     rows = [f"{c:{width}} " + " ".join(f"{counts[k][i]:>10}" for k in SPLITS) for i, c in enumerate(data.classes)]

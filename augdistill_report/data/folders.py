@@ -1,8 +1,8 @@
 """Folders of images: which files are read, which are skipped and counted, and how a file becomes a tensor.
 
 A folder has one of two layouts: a sub-folder for each class, or split folders (`train/`, and `val/`, `test/` or both)
-that each hold the same class folders. Links are never followed, whether they stay in the folder or leave it: a linked
-image would be counted twice, or be in two splits.
+that each hold the same class folders. Links are never followed, inside or outside the folder: a linked image would be
+counted twice, or be in two splits.
 """
 
 import collections
@@ -18,7 +18,7 @@ from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # torchvision's
 
-# what such files hold, whatever their suffix says; Pillow runs other programs for some other formats
+# the allowed contents, whatever the suffix says; for some other formats Pillow would run other programs
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 SPLIT_OF = {
@@ -29,12 +29,12 @@ SPLIT_OF = {
 
 APPLY_PICTURE = "grid.png"  # `augdistill apply` writes it beside the class folders
 
-NAMED = 10  # bad files that an error names; the rest is counted
+NAMED = 10  # the number of bad files that an error names; others are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderContents:
-    """What a folder of images holds. `files[split][c]` are the sorted image files of class `classes[c]`.
+    """The contents of an image folder. `files[split][c]` are the sorted image files of class `classes[c]`.
 
     `folders[split]` is the name of the split's folder. Without split folders, it is empty and all files are in "train".
     """
@@ -49,7 +49,7 @@ class FolderContents:
 
 
 def listed(folder: Path, skipped: collections.Counter) -> tuple[list[Path], list[Path]]:
-    """The sub-folders and the image files directly in `folder`, sorted; all else in it is counted in `skipped`."""
+    """The sub-folders and image files directly in `folder`, sorted; other entries are counted in `skipped`."""
     folders, images = [], []
     try:
         with os.scandir(folder) as entries:
@@ -73,17 +73,17 @@ def listed(folder: Path, skipped: collections.Counter) -> tuple[list[Path], list
 
 
 def are_splits(folders: list[Path]) -> bool:
-    """Whether these are split folders. One such name among others is a class, as "train" among vehicles."""
+    """Whether these are split folders. A single such name among others is a class, like "train" among vehicles."""
     splits = {SPLIT_OF.get(folder.name.lower()) for folder in folders}
     return bool(folders) and (None not in splits or len(splits - {None}) > 1)
 
 
 def image_files(folder: Path, skipped: collections.Counter | None = None) -> list[Path]:
-    """The image files under `folder`, sub-folders included, sorted; what is not one is counted in `skipped`."""
+    """The image files under `folder` and its sub-folders, sorted; other files are counted in `skipped`."""
     skipped = collections.Counter() if skipped is None else skipped
     folders, images = listed(folder, skipped)
     if are_splits(folders):
-        raise ValueError(f"{folder} holds {first_names(folders)}: split folders must lie above the class folders")
+        raise ValueError(f"{folder} holds {first_names(folders)}: split folders must contain the class folders")
     return sorted([*images, *(path for inner in folders for path in image_files(inner, skipped))])
 
 
@@ -94,9 +94,9 @@ def first_names(paths: list[Path]) -> str:
 
 
 def scan_folder(folder: Path) -> FolderContents:
-    """Which images a folder holds, by split and class; no image is opened.
+    """The images in a folder by split and class; no image is opened.
 
-    A `ValueError` says what was found and what would be right if it has neither layout, or cannot be read.
+    A `ValueError` says what was found and what is needed, if the folder has neither layout or cannot be read.
     """
     if not folder.is_dir():
         raise ValueError("there is no such folder")
@@ -123,15 +123,15 @@ def scan_folder(folder: Path) -> FolderContents:
     for split, names in classes.items():
         if names != classes["train"]:
             here, there = set(classes["train"]) - set(names), set(names) - set(classes["train"])
-            found = [f"{folders['train'].name} alone has {', '.join(sorted(here))}"] if here else []
-            found += [f"{folders[split].name} alone has {', '.join(sorted(there))}"] if there else []
+            found = [f"only {folders['train'].name} has {', '.join(sorted(here))}"] if here else []
+            found += [f"only {folders[split].name} has {', '.join(sorted(there))}"] if there else []
             raise ValueError(f"the split folders must hold the same classes; {'; '.join(found)}")
     files = {split: [image_files(path, skipped) for path in paths] for split, paths in by_split.items()}
     return FolderContents(classes["train"], files, {split: path.name for split, path in folders.items()}, skipped)
 
 
 def holds_classes(folders: list[Path]) -> bool:
-    """Whether a folder with a split's name holds folders and no image, so that it is no class."""
+    """Whether a folder with the name of a split holds folders and no image, and so is not a class."""
     for folder in folders:
         if folder.name.lower() in SPLIT_OF:
             inner, images = listed(folder, collections.Counter())
@@ -141,7 +141,7 @@ def holds_classes(folders: list[Path]) -> bool:
 
 
 def split_folders(folder: Path, inner: list[Path]) -> dict[str, Path]:
-    """The split folders by split, "train" first; a `ValueError` if they are not one of each and nothing else."""
+    """The split folders by split, "train" first; a `ValueError` if one is double or missing, or others are there."""
     found = collections.defaultdict(list)
     for path in inner:
         found[SPLIT_OF.get(path.name.lower(), "")].append(path)
@@ -164,14 +164,14 @@ def resized(raw: Tensor, size: int) -> Tensor:
     if raw.shape[-2:] == (size, size):
         return raw
     options = dict(size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return torch.cat([F.interpolate(part.float(), **options).round().byte() for part in raw.split(4096)])
+    return torch.cat([F.interpolate(chunk.float(), **options).round().byte() for chunk in raw.split(4096)])
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 `[3, size, size]`, squeezed if it is not square, upright as its EXIF data say.
+    """One image file as uint8 `[3, size, size]`, resized to a square (not cropped), rotated as its EXIF data say.
 
-    Transparency is dropped; of 16 bits a channel in colour, the upper 8 are read. A `ValueError` names a file that
-    cannot be read, has several frames, grey values of more than 8 bits, or more pixels than Pillow takes for harmless
+    Transparency is dropped. Of 16 bits per colour channel, the upper 8 are used. A `ValueError` names a file that
+    cannot be read, has several frames, has grey values of more than 8 bits, or has more pixels than Pillow allows
     (`Image.MAX_IMAGE_PIXELS`, 89 million; a small file may hold far more).
     """
     import numpy as np
@@ -182,26 +182,26 @@ def read_image(path: Path, size: int) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 if image.mode[0] in "IF":
-                    raise ValueError(f"mode {image.mode}; must have 8 bits a channel")
+                    raise ValueError(f"mode {image.mode}; must have 8 bits per channel")
                 if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
-                    # an MPO file is a photograph (.jpg) that brings its preview along
+                    # an MPO file is a photograph (.jpg) with its preview
                     raise ValueError(f"it has {frames} frames; must be one image")
                 ImageOps.exif_transpose(image, in_place=True)
-                # Pillow warns if transparency goes straight to RGB
+                # Pillow warns if transparency is converted to RGB directly
                 upright = image.convert("RGBA") if "transparency" in image.info else image
                 pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
-    except Exception as error:  # damaged files make Pillow raise nearly anything
+    except Exception as error:  # a damaged file can make Pillow raise nearly any exception
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"{path} is no image that can be read ({reason or type(error).__name__})") from None
+        raise ValueError(f"{path} is not a readable image ({reason or type(error).__name__})") from None
     channels = torch.from_numpy(pixels).permute(2, 0, 1)
     at_once = 3 if channels.numel() < 1 << 24 else 1  # floats of a large image: one channel at a time
-    return torch.cat([resized(part[None], size)[0] for part in channels.split(at_once)])
+    return torch.cat([resized(chunk[None], size)[0] for chunk in channels.split(at_once)])
 
 
 def read_images(paths: list[Path], size: int, show: Callable[[str], None] = lambda text: None) -> Tensor:
-    """Image files as uint8 `[n, 3, size, size]`; `show` is told how many have been read.
+    """Image files as uint8 `[n, 3, size, size]`; `show` gets the progress as text.
 
-    A `ValueError` names the first ten files that cannot be read, each with its reason, and counts the rest.
+    A `ValueError` names the first 10 files that cannot be read, each with its reason, and counts the rest.
     """
     images, bad = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), []
     for i, path in enumerate(paths):

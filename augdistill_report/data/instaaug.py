@@ -1,13 +1,14 @@
-"""InstaAug (Miao et al. 2023): for each image its own ranges of rotation, crop and colour, learned with the classifier.
+"""InstaAug (Miao et al. 2023): ranges of rotation, crop and colour for each image, learned with the classifier.
 
-A small network looks at an image x and gives two ends for each kind of transformation, and x gets a draw between them:
+A small network maps an image x to two ends of a range for each kind of transformation; a sample between them is used:
 
     t = r high(x) - (1 - r) low(x),   r uniform in [0, 1],   each end = limit * sigmoid(network + start)
 
-Classifier and network minimise cross entropy - w * range together: the classifier keeps ranges small where they change
-what an image shows, the reward w widens them everywhere else. w is multiplied or divided by 1.2 while the mean range
-lies below or above its band and does not come back by itself. (The official code calls this range an entropy; a uniform
-draw's entropy is its logarithm. Numbers are that code's, where it has them.) Students are scored on plain images.
+Classifier and network together minimise cross entropy - w * range. The cross entropy keeps a range small where the
+transformation changes the class of an image; elsewhere the reward w makes it wider. w is multiplied (or divided) by 1.2
+while the mean range is below (or above) its band and does not return by itself. (The official code calls this range an
+entropy; the entropy of a uniform sample is its logarithm.) Constants are those of the official code where it has them.
+Students are scored on images without augmentation.
 """
 
 import math
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from augdistill_core import affine, color, per_image, turn_hue
 
-# a kind: the furthest that its ends may go, the logit that they start from, and the reward w for a unit of range.
-# Radians; of the logarithm; parts of the side; then standard deviations of the data, factors' logarithms, radians
+# for each kind: the limit of its ends, their initial logit, and the reward w per unit of range.
+# Units: radians; logarithm; fractions of the side; standard deviations of the data, logarithms of factors, radians
 KINDS = {
     "rotation": (math.pi, -2.0, 0.1),
     "zoom": (math.log(2), -2.0, 0.2),  # with the shifts: a crop
@@ -31,20 +32,20 @@ KINDS = {
 
 RGB_KINDS = {"saturation": (0.8, -4.0, 0.1), "hue": (0.8, -4.0, 0.1)}
 
-LEARNING_RATE = 0.01  # of Adam; at .03 the ranges outrun the classifier, and end as wide as they can be
+LEARNING_RATE = 0.01  # of Adam; at .03 the ranges grow faster than the classifier learns, and end at their limits
 
-RANGE_PACE, FURTHEST = 1.2, 50  # of w: by how much it changes at once, and how often in all, either way
+RANGE_PACE, FURTHEST = 1.2, 50  # of w: the factor of one change, and the largest number of changes in each direction
 
-EVERY = 20  # steps between two looks at the mean range since the last (the official code: an epoch)
+EVERY = 20  # steps over which the mean range is taken before w may change (the official code: an epoch)
 
-UNCHANGED = 0.005  # a range that comes back by less than this stands still
+UNCHANGED = 0.005  # a smaller change towards the band counts as none
 
 
 class InstaAug(nn.Module):
-    """An augmentation for images like `images` `[n, C, H, W]`, called like a phi; `learn` takes a step.
+    """An augmentation for images like `images` `[n, C, H, W]`, called like a phi; `learn` takes a training step.
 
-    `kinds` leaves only these; `reward` is how many times w they start from; `bands` has other bands for some: (lowest,
-    highest) mean of an end, else [0, its limit].
+    `kinds` selects kinds (empty = all). `reward` is a factor on the initial w. `bands` replaces the band of some kinds:
+    (lowest, highest) mean of an end; the default is (0, limit).
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class InstaAug(nn.Module):
         limit, start, weight = (torch.tensor(column)[:, None] for column in zip(*table.values(), strict=True))
         self.register_buffer("limit", limit)
         self.register_buffer("start", start)
-        self.register_buffer("first", reward * weight.expand(-1, 2))  # w, [kinds, 2], one an end,
-        self.register_buffer("changes", torch.zeros_like(self.first))  # and how often it has grown since
+        self.register_buffer("first", reward * weight.expand(-1, 2))  # the initial w, [kinds, 2], one per end,
+        self.register_buffer("changes", torch.zeros_like(self.first))  # and how often it was multiplied since
         self.register_buffer("band", torch.tensor([bands[kind] for kind in self.kinds]).T[..., None])  # [2, kinds, 1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -76,11 +77,11 @@ class InstaAug(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """w as it is now, `[kinds, 2]`, one an end."""
+        """The current w, `[kinds, 2]`, one per end."""
         return self.first * RANGE_PACE**self.changes
 
     def ends(self, images: Tensor) -> Tensor:
-        """How far each kind may go either way, for each image: `[B, kinds, (low, high)]`, both at least 0."""
+        """The two ends of each kind's range for each image: `[B, kinds, (low, high)]`, both at least 0."""
         out = self.last(self.look(images)).view(len(images), -1, 2)
         return self.limit * torch.sigmoid(out + self.start)
 
@@ -99,7 +100,7 @@ class InstaAug(nn.Module):
         return turn_hue(images, draw["hue"]) if "hue" in draw else images
 
     def learn(self) -> None:
-        """A step, once the loss of the images that it last made has been differentiated: the reward comes on top."""
+        """A step of the network, after the backward pass of the loss on its last images; adds the reward's gradient."""
         mean = self.ends(self.images).mean(0)
         (-(self.weight * mean).sum()).backward()
         self.optimizer.step()
@@ -110,7 +111,7 @@ class InstaAug(nn.Module):
             self.seen = []
 
     def adapt(self, mean: Tensor) -> None:
-        """Change the w of each end whose mean range is out of its band, unless it is coming back."""
+        """Change the w of each end whose mean range is outside its band, unless it is returning."""
         lowest, highest = self.band
         before = mean if self.before is None else self.before
         up = (mean < lowest) & (mean < before + UNCHANGED)

@@ -1,7 +1,7 @@
 """Any augmentation of kornia by name: `kornia:RandomPlasmaShadow`, `kornia:RandomAffine(degrees=15, shear=5)`.
 
-The text is read, never run: a name of `kornia.augmentation`, and literals for its arguments. What is no augmentation of
-single images is refused by name, after a look at what it makes of a few random images.
+The text is parsed, never executed: a name of `kornia.augmentation`, and literals for its arguments. A name that is not
+an augmentation of single images is rejected with a reason, after a test on a few random images.
 """
 
 import ast
@@ -27,16 +27,16 @@ BASES = (AugmentationBase2D, RigidAffineAugmentationBase2D, GeometricAugmentatio
 REFUSED = {
     "RandomTransplantation": "it needs a mask",
     "RandomDissolving": "it keeps state: a diffusion model, which it downloads",
-    "RandomMixUpV2": "it returns two things: images, and labels that are mixed along",
-    "RandomCutMixV2": "it returns two things: images, and labels that are mixed along",
-    "RandomMosaic": "it returns two things: images, and boxes that are moved along",
-    "PatchMix": "it mixes images of different classes, and leaves the labels as they were",
-    "RandomJigsaw": "it has no draw an image: one order of the pieces serves the batch",
+    "RandomMixUpV2": "it returns images and mixed labels",
+    "RandomCutMixV2": "it returns images and mixed labels",
+    "RandomMosaic": "it returns images and boxes",
+    "PatchMix": "it mixes images of different classes, and does not change the labels",
+    "RandomJigsaw": "it does not sample per image: the whole batch gets one order of the pieces",
 }
 
 
 def known() -> list[str]:
-    """The names that can be given: kornia's augmentations of single images."""
+    """The names that can be used: kornia's augmentations of single images."""
     found = {name: getattr(kornia.augmentation, name) for name in kornia.augmentation.__all__}
     single = {n for n, c in found.items() if isinstance(c, type) and issubclass(c, AugmentationBase2D)}
     return sorted(n for n in single if found[n] not in BASES and n not in REFUSED)
@@ -64,13 +64,13 @@ def first_line(error: Exception) -> str:
 
 
 def build(text: str, **changes) -> nn.Module:
-    """The augmentation that a text names, or a `ValueError` that names what is wrong with it, and what is near."""
+    """The augmentation that a text names; a `ValueError` says what is wrong, with the nearest names."""
     name, arguments = read(text)
     if name in REFUSED:
         refuse(text, f"kornia's {name} cannot be used here: {REFUSED[name]}")
     if name not in known():
         if name in kornia.augmentation.__all__:
-            refuse(text, f"kornia's {name} is no augmentation of single images")
+            refuse(text, f"kornia's {name} is not an augmentation of single images")
         refuse(text, f"kornia has no augmentation {name}: {nearest(name, known())}")
     make = getattr(kornia.augmentation, name)
     takes = inspect.signature(make).parameters
@@ -82,11 +82,11 @@ def build(text: str, **changes) -> nn.Module:
     try:
         return make(**arguments | {k: v for k, v in changes.items() if k in takes})
     except Exception as error:  # each augmentation checks its arguments in its own way
-        refuse(text, f"{name} refuses its arguments: {first_line(error)}")
+        refuse(text, f"{name} rejects its arguments: {first_line(error)}")
 
 
 def drawn(module: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
-    """`module` applied, its draws, which come from the global generators, seeded by one draw from `generator`."""
+    """`module` applied to images; torch's global generators, which it uses, are seeded from `generator`."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -95,10 +95,10 @@ def drawn(module: nn.Module, images: Tensor, generator: torch.Generator) -> Tens
 
 
 def check_kornia(text: str, shape: tuple[int, int, int] | None = None, differentiable: bool = False) -> None:
-    """A `ValueError` unless a text names an augmentation that takes images of `shape` (C, H, W), gives such back, is
-    the same for the same draws, and, where that is asked for, has a gradient in the images.
+    """A `ValueError` unless a text names an augmentation that takes images of `shape` (C, H, W) and keeps their shape,
+    gives the same result for the same seed, and (if `differentiable`) has a gradient in the images.
 
-    Without a shape, which depends on the data: three channels, and the sides that its argument `size` asks for.
+    Without a shape (no data yet), three channels are assumed, and the sides in its argument `size` (or 32).
     """
     name, arguments = read(text)
     module = build(text, p=1.0)
@@ -111,27 +111,27 @@ def check_kornia(text: str, shape: tuple[int, int, int] | None = None, different
     except Exception as error:  # as above
         refuse(text, f"{name} cannot take images of {' x '.join(map(str, shape))}: {first_line(error)}")
     if not isinstance(one, Tensor):
-        refuse(text, f"{name} returns two things: must return images")
+        refuse(text, f"{name} returns something else than a tensor: must return images")
     if one.shape != images.shape:
         refuse(text, f"{name} changes the shape, from {tuple(images.shape)} to {tuple(one.shape)}: must keep it")
     if not torch.equal(one, other):
-        refuse(text, f"{name} keeps state: it gives two results for the same draws")
+        refuse(text, f"{name} keeps state: it gives two results for the same seed")
     if not one.isfinite().all():
         refuse(text, f"{name} returns values that are not finite")
     if differentiable:
         weights = torch.randn(one.shape, generator=seeded(0, "weights"))
         gradient = torch.autograd.grad((one * weights).sum(), images)[0] if one.requires_grad else torch.zeros(1)
         if not gradient.isfinite().all() or not gradient.any():
-            refuse(text, f"{name} is not differentiable in the images, which an augmentation of the unroll must be")
+            refuse(text, f"{name} is not differentiable in the images; an augmentation in the unroll must be")
 
 
 @dataclasses.dataclass(frozen=True)
 class ByKornia:
-    """kornia's augmentation of that name, on the pixels in [0, 1] that its colour operations take.
+    """kornia's augmentation of that name, on pixels in [0, 1], which its colour operations need.
 
-    What was done to the pixels is undone first and done again behind them. Colour operations clamp: what a phi drove
-    out of [0, 1] comes back to its border there, without a gradient. Geometry takes it as it is. What comes in from
-    outside is black, unless the arguments say otherwise.
+    Standardising (or whitening) is inverted before and repeated after. For colour operations, values outside [0, 1],
+    which a phi may produce, are clamped and get no gradient; geometric operations keep them. Pixels from outside the
+    image are black, unless the arguments say otherwise.
     """
 
     text: str

@@ -1,9 +1,9 @@
-"""AutoAugment, RandAugment, TrivialAugment and AugMix on the images' device, each image with draws of its own.
+"""AutoAugment, RandAugment, TrivialAugment and AugMix on the images' device, sampled for each image.
 
-kornia's own policies draw one operation for a whole batch, and from the global generator. Here each image's operation
-and magnitude come from the caller's generator, and kornia's functions do all images of one operation together. The
-operations, their ranges and their order are torchvision's (`torchvision.transforms.v2`), and so are the pictures: see
-`tests/data/test_policies_by_kornia.py`. Images are floats `[B, C, H, W]` that hold bytes / 255, before and after.
+kornia's own policies sample one operation for a whole batch, from the global generator. Here each image has its own
+operation and magnitude from the caller's generator, and kornia's functions process all images of one operation
+together. Operations, ranges and order are torchvision's (`torchvision.transforms.v2`), and so are the results: see
+`tests/data/test_policies_by_kornia.py`. Input and output images are floats `[B, C, H, W]` with values bytes / 255.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from kornia.augmentation.auto.autoaugment.autoaugment import cifar10_policy
 from kornia.geometry import transform
 from torch import Tensor
 
-BINS = 30  # a level in [0, 1] is one of 31, but for AutoAugment's and AugMix's, which are one of 10
+BINS = 30  # a level in [0, 1] has 31 values, except in AutoAugment and AugMix, where it has 10
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Values cut to bytes / 255, as torchvision's operations do it on bytes; 1e-3 of a byte is rounding."""
+    """Values rounded down to bytes / 255, like torchvision's operations on bytes; up to 1e-3 of a byte is rounding."""
     return (images * 255 + 1e-3).floor() / 255
 
 
 def moved(images: Tensor, rows: list, mode: str) -> Tensor:
-    """The pixel at (x, y) goes to `rows` (two of three numbers or `[B]`) times (x, y, 1); black comes in."""
+    """Affine map: pixel (x, y) moves to `rows` (two rows of three numbers or `[B]`) times (x, y, 1); black outside."""
     like = images.new_zeros(len(images))
     matrix = torch.stack([torch.stack([like + entry for entry in row], 1) for row in rows], 1)
     return (transform.affine(images, matrix, mode, align_corners=True) * 255).round() / 255
@@ -36,15 +36,15 @@ def turned(images: Tensor, degrees: Tensor, mode: str) -> Tensor:
 
 
 def stretched(images: Tensor) -> Tensor:
-    """Each channel's values spread over [0, 1]; a channel of one value stays."""
+    """Each channel's values stretched to [0, 1]; a constant channel stays."""
     flat = images.amax((2, 3), keepdim=True) == images.amin((2, 3), keepdim=True)
     return torch.where(flat, images, as_bytes(enhance.normalize_min_max(images, eps=1e-12)))
 
 
-# images, a magnitude [B] and how geometry reads between pixels -> images
+# (images, magnitude [B], interpolation mode of geometry) -> images
 PIXEL_OPERATIONS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "identity": lambda x, m, mode: x,
-    "shear_x": lambda x, m, mode: moved(x, [[1, -m, -m / 2], [0, 1, 0]], mode),  # the image's corner stays
+    "shear_x": lambda x, m, mode: moved(x, [[1, -m, -m / 2], [0, 1, 0]], mode),  # the image's corner is fixed
     "shear_y": lambda x, m, mode: moved(x, [[1, 0, 0], [-m, 1, -m / 2]], mode),
     "translate_x": lambda x, m, mode: moved(x, [[1, 0, m.trunc()], [0, 1, 0]], mode),
     "translate_y": lambda x, m, mode: moved(x, [[1, 0, 0], [0, 1, m.trunc()]], mode),
@@ -66,7 +66,7 @@ SIGNED = torch.tensor([name.startswith(("shear", "translate", "rotate")) or name
 
 
 def space(shear: float, shift: float, rotate: float, colour: float, bits: int, most: int = 8) -> tuple[Tensor, Tensor]:
-    """Each operation's magnitude at the levels 0 and 1, both `[operations]`: bits kept, and the rest as named."""
+    """Each operation's magnitude at the levels 0 and 1, both `[operations]`; `bits` and `most` are for posterize."""
     ends = {"posterize": (most, most - bits), "solarize": (1.0, 0.0), "rotate": (0, rotate)}
     ends |= {f"{kind}_{axis}": (0, end) for kind, end in (("shear", shear), ("translate", shift)) for axis in "xy"}
     ends |= dict.fromkeys(COLOUR, (0, colour))
@@ -75,7 +75,7 @@ def space(shear: float, shift: float, rotate: float, colour: float, bits: int, m
 
 
 def done(images: Tensor, which: Tensor, magnitude: Tensor, mode: str = "nearest") -> Tensor:
-    """Each image after its own operation: `which` `[B]` counts in `ORDER`, `magnitude` `[B]`; both on the CPU."""
+    """Each image after its own operation: `which` `[B]` are indices in `ORDER`, `magnitude` `[B]`; both on the CPU."""
     out = images.clone()
     for k in which.unique().tolist():
         mine = (which == k).nonzero()[:, 0]
@@ -86,27 +86,27 @@ def done(images: Tensor, which: Tensor, magnitude: Tensor, mode: str = "nearest"
 
 
 class Draws:
-    """What a policy draws for `count` images, from the generator alone; on the CPU, so that no device is waited for."""
+    """The samples of a policy for `count` images, from the generator only; on the CPU, not to wait for a device."""
 
     def __init__(self, count: int, generator: torch.Generator):
         self.count, self.options = count, dict(generator=generator, device=generator.device)
 
     def whole(self, high: int) -> Tensor:
-        """Each of 0 .. high - 1 as likely, `[count]`."""
+        """Uniform integers in 0 .. high - 1, `[count]`."""
         return torch.randint(high, (self.count,), **self.options).cpu()
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(self.count, *shape, **self.options).cpu()
 
     def magnitude(self, which: Tensor, level: Tensor | float, ends: tuple[Tensor, Tensor]) -> Tensor:
-        """The magnitude at a level in [0, 1], with a sign of its own where the operation takes one, `[count]`."""
+        """The magnitude at a level in [0, 1], with a random sign where the operation has one, `[count]`."""
         low, high = (end[which] for end in ends)
         sign = torch.where(SIGNED[which] & (self.uniform() < 0.5), -1, 1)
         return sign * (low + level * (high - low))
 
 
 def randaugment(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
-    """Two operations of 14, both at `magnitude` of 30 (Cubuk et al. 2020)."""
+    """Two of 14 operations, both at `magnitude` in [0, 30] (Cubuk et al. 2020)."""
     ends = space(0.3, 150 / 331 * images.shape[-1], 30, 0.9, 4)
     for _ in range(2):
         which = draws.whole(len(ORDER) - 1)
@@ -115,14 +115,14 @@ def randaugment(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
 
 
 def trivialaugment(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
-    """One operation of 14 at one of 31 levels (Müller & Hutter 2021), shifts by up to a whole side."""
+    """One of 14 operations at one of 31 levels, shifts by up to a whole side (Müller & Hutter 2021)."""
     ends = space(0.99, images.shape[-1], 135, 0.99, 6)
     which = draws.whole(len(ORDER) - 1)
     return done(images, which, draws.magnitude(which, draws.whole(BINS + 1) / BINS, ends))
 
 
 def autoaugment(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
-    """One of the 25 pairs of operations found for CIFAR-10, each with its own probability (Cubuk et al. 2019)."""
+    """One of the 25 operation pairs found for CIFAR-10, with their probabilities (Cubuk et al. 2019)."""
     ends = space(0.3, 150 / 331 * images.shape[-1], 30, 0.9, 4)
     pair = draws.whole(len(cifar10_policy))
     for step in range(2):
@@ -135,9 +135,9 @@ def autoaugment(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
 
 
 def augmix(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
-    """The image mixed with three chains of one to three operations of 13, weakly (Hendrycks et al. 2020)."""
+    """The image mixed with three chains of one to three weak operations of 13 (Hendrycks et al. 2020)."""
     ends = space(0.3, images.shape[-1] / 3, 30, 0.9, 4, most=4)
-    weights = -torch.log1p(-draws.uniform(3))  # exponential: after the division, uniform on the simplex
+    weights = -torch.log1p(-draws.uniform(3))  # exponential, so after the division uniform on the simplex
     own, weights = draws.uniform(), weights / weights.sum(1, keepdim=True)
     weights = torch.cat([own[:, None], (1 - own[:, None]) * weights], 1).to(images)
     mixed = weights[:, 0].view(-1, 1, 1, 1) * images

@@ -1,6 +1,6 @@
-"""Where the files of published data sets are, and whether they are complete.
+"""Finds the files of published data sets, and checks that they are complete.
 
-The files are torchvision's, in torchvision's layout, so a folder that torchvision has filled is one to read from.
+The files and their layout are torchvision's, so a folder that torchvision has downloaded can be used.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ PUBLISHED = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10", 
 
 
 def published(name: str):
-    """torchvision's class of that data set."""
-    from torchvision import datasets  # a second to import: only for those who read such a set
+    """torchvision's class for that data set."""
+    from torchvision import datasets  # imports in a second: only when needed
 
     return getattr(datasets, PUBLISHED[name])
 
 
 def cache() -> Path:
-    """The user's folder for files that can be computed or downloaded again."""
+    """The user's cache folder, for files that can be computed or downloaded again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "augdistill"
 
 
 def roots(data: str = "") -> dict[str, Path]:
-    """The folders that may hold data sets, in the order of the search; the keys say what names each of them."""
+    """The folders that may hold data sets, in search order; each key says which setting or variable names it."""
     named = {"the setting data": data, "AUGDISTILL_DATA": os.environ.get("AUGDISTILL_DATA", "")}
     return {what: Path(path).expanduser() for what, path in named.items() if path} | {"the cache": cache()}
 
@@ -40,7 +40,7 @@ def files(name: str) -> dict[Path, str]:
 
 
 def damage(path: Path, md5: str) -> str:
-    """What is wrong with a file, or "". Without an md5 sum, its size must be the one that its idx header gives."""
+    """What is wrong with a file, or "". Without an md5 sum, its size must match its idx header."""
     if not path.is_file():
         return "is missing"
     if md5:
@@ -65,7 +65,7 @@ def check_files(name: str, root: Path) -> None:
 
 
 def find(name: str, data: str = "") -> Path:
-    """The first root that holds the data set; its files are checked. A `ValueError` lists where it was looked for."""
+    """The first root that holds the data set, its files checked; a `ValueError` lists the searched folders."""
     if data and not Path(data).expanduser().is_dir():
         raise ValueError(f"data={data!r}: there is no such folder")
     folder = next(iter(files(name))).parts[0]
@@ -75,6 +75,6 @@ def find(name: str, data: str = "") -> Path:
             return root
     places = ", ".join(f"{root / folder} ({what})" for what, root in roots(data).items())
     raise ValueError(
-        f"dataset={name!r}: not found; looked for {places}. `augdistill data fetch {name}` downloads it; "
-        "the setting data, or the variable AUGDISTILL_DATA, names a folder that already has it"
+        f"dataset={name!r}: not found in {places}. `augdistill data fetch {name}` downloads it; "
+        "the setting data, or the environment variable AUGDISTILL_DATA, can name a folder that already holds it"
     )

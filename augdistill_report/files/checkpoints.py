@@ -1,7 +1,7 @@
-"""How far a long piece of work has come, on disk: one that is killed goes on from there instead of starting anew.
+"""Checkpoints of long jobs: a job that was killed resumes from its last checkpoint.
 
-A state is nested dictionaries and lists of tensors and plain values. Like everything in the store it is a sealed file
-that is whole or not there, says what it belongs to, and holds no code.
+A state is nested dictionaries and lists of tensors and plain values. Like every file in the store, a checkpoint is a
+sealed file: it is complete or absent, says which job it belongs to, and contains no code.
 """
 
 import time
@@ -14,17 +14,17 @@ from augdistill_report.files.store import Store
 
 CHECKPOINT = "checkpoint"
 
-SECONDS = 30.0  # between two checkpoints: what a kill costs at most,
+SECONDS = 30.0  # between two checkpoints: the most that is lost when a job is killed,
 
-SHARE = 0.02  # unless writing them would take more than this part of the time
+SHARE = 0.02  # unless writing would take more than this fraction of the time
 
-TENSOR = "tensor "  # with its number: what stands for a tensor in the JSON
+TENSOR = "tensor "  # the key of a tensor's number, which replaces the tensor in the JSON
 
 
 class Checkpoint:
-    """The state of the work with this specification, beside its future result.
+    """The checkpoint of the job with this specification, in the same store as its result.
 
-    `seconds` is the CPU time that went into the state that was read, in all the processes that worked on it.
+    `seconds` is the CPU time spent until the state that was read, summed over all processes that worked on it.
     """
 
     def __init__(self, store: Store, spec: dict):
@@ -33,7 +33,7 @@ class Checkpoint:
         self.seconds, self.began = 0.0, time.process_time()
 
     def held(self) -> AbstractContextManager:
-        """While work goes on from here: other processes that would, wait."""
+        """A lock to hold while this job runs: other processes that want to run it wait."""
         return self.store.making(CHECKPOINT, self.spec)
 
     @property
@@ -41,9 +41,9 @@ class Checkpoint:
         return self.store.has(CHECKPOINT, self.spec)
 
     def read(self, build: Callable[[dict], object] = lambda state: state):
-        """What `build` makes of the state that was written last, or None if there is none.
+        """`build` applied to the last written state, or None if there is none.
 
-        A `ValueError` names a file that is damaged or foreign, or of which `build` can make nothing.
+        A `ValueError` names a file that is damaged, belongs to something else, or is rejected by `build`.
         """
         if not self.there:
             return None
@@ -55,13 +55,13 @@ class Checkpoint:
         return found
 
     def offer(self, state: Callable[[], dict]) -> None:
-        """Write what `state` gives, if the last one that was written is old enough."""
+        """Write the state that `state` returns, if the last checkpoint is old enough."""
         self.state = state
         if time.monotonic() >= self.due:
             self.write()
 
     def write(self) -> None:
-        """Write what was offered last, if anything was."""
+        """Write the state that was offered last, if there is one."""
         if self.state is None:
             return
         begun = time.monotonic()
@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def packed(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a state by number, and the state with a name in the place of each."""
+    """The tensors of a state by number, and the state with each tensor replaced by {TENSOR: number}."""
     tensors: dict[str, Tensor] = {}
 
     def named(value):
@@ -90,7 +90,7 @@ def packed(state: dict) -> tuple[dict[str, Tensor], dict]:
 
 
 def unpacked(tensors: dict[str, Tensor], plain: dict) -> dict:
-    """The state that was `packed`; tuples come back as lists."""
+    """The inverse of `packed`; tuples become lists."""
 
     def found(value):
         if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""Experts on disk: one file each, read a snapshot at a time and checked as it is read.
+"""Expert trajectories on disk: one file per expert, read and checked one snapshot at a time.
 
-An expert's file is what the store keeps of it: `expert-<digest>.safetensors`, a sealed file with a tensor `[P]` a
-snapshot (float32 or float16, named "0", "1", ...), which says what made it and how well it does. The header is the
-truth; the .json beside it says the same to people and other programs, with the SHA-256 of the whole file.
+The file is the expert's result in the store, `expert-<digest>.safetensors`: a sealed file with one tensor `[P]` per
+snapshot (float32 or float16, named "0", "1", ...). Its header says how it was trained, and its accuracies. Only the
+header is used here; the .json file next to it has the same content for people and other programs, and the SHA-256 of
+the whole file.
 """
 
 import functools
@@ -19,9 +20,9 @@ EXPERT = "expert"
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16}
 
-NAMES = {"F32": "float32", "F16": "float16"}  # what safetensors calls them
+NAMES = {"F32": "float32", "F16": "float16"}  # their names in safetensors
 
-SETUP_KEYS = ("dataset", "size", "zca", "width", "depth")  # of a setup: what an expert's student and data are
+SETUP_KEYS = ("dataset", "size", "zca", "width", "depth")  # of a setup: they define an expert's student and data
 
 SETUP_FORM = dict(zip(SETUP_KEYS, (str, a_count, bool, a_count, a_count), strict=True))
 
@@ -36,22 +37,22 @@ FORM = {
 
 
 def snapshot_tensors(theta: Tensor, expert: int) -> dict[str, Tensor]:
-    """A trajectory `[snapshots, P]` as the tensors of an expert's file; a `ValueError` if it is not finite."""
+    """A trajectory `[snapshots, P]` as tensors for an expert file; a `ValueError` if a value is not finite."""
     if not theta.isfinite().all():
         raise ValueError(f"expert {expert} has parameters that are not finite (as {theta.dtype})")
     return {str(t): snapshot for t, snapshot in enumerate(theta)}
 
 
 def content_of(digests: dict[str, str]) -> str:
-    """A digest of the parameters at every snapshot, from those of a file's tensors."""
+    """A digest of the whole trajectory, from the digests of a file's tensors."""
     return digest({"sha256": [digests[str(t)] for t in range(len(digests))]})
 
 
 class ExpertFile(Sequence):
     """An expert trajectory on disk: item t is snapshot t, `[P]` in float32 on `device`.
 
-    `spec` and `about` are what the header says. Opening reads the header alone; reading a snapshot reads no other. A
-    `ValueError` names a file that is damaged or no expert's, and a snapshot that is not what was written.
+    `spec` and `about` come from the header. Opening reads only the header, and each snapshot is read alone. A
+    `ValueError` names a file that is damaged or not an expert file, or a snapshot that has changed since writing.
     """
 
     def __init__(self, path: Path | str, device: str = "cpu"):
@@ -63,9 +64,9 @@ class ExpertFile(Sequence):
         with self.file.checking():
             kind, shape = shapes["0"]
             if len(shape) != 1 or shapes != {str(t): (kind, shape) for t in range(len(shapes))}:
-                raise ValueError("its tensors are no snapshots, all of one size")
+                raise ValueError("its tensors are not snapshots of one size")
             if len(self.about["validation"]) != len(shapes):
-                raise ValueError(f"{len(self.about['validation'])} accuracies of {len(shapes)} snapshots")
+                raise ValueError(f"{len(self.about['validation'])} accuracies for {len(shapes)} snapshots")
             self.parameters, self.float = shape[0], NAMES[kind]
 
     def __len__(self):
@@ -75,13 +76,13 @@ class ExpertFile(Sequence):
         snapshot = range(len(self))[snapshot]
         stored = self.file[str(snapshot)]
         with self.file.checking():
-            if not torch.stack(stored.aminmax()).isfinite().all():  # without a copy of it
+            if not torch.stack(stored.aminmax()).isfinite().all():  # without a copy
                 raise ValueError(f"snapshot {snapshot} has values that are not finite")
         return stored.to(self.device, torch.float32)
 
     @functools.cached_property
     def content(self) -> str:
-        """A digest of the parameters at every snapshot."""
+        """A digest of the whole trajectory."""
         return content_of(self.file.digests)
 
     @property
@@ -89,7 +90,7 @@ class ExpertFile(Sequence):
         return self.path.with_suffix(".json")
 
     def describe(self) -> str:
-        """What the .json beside it says."""
+        """The content of the .json file next to it."""
         shape = {"snapshots": len(self), "parameters": self.parameters, "float": self.float}
         setup = {key: value for key, value in self.spec["setup"].items() if value is not None}
         fingerprint = {"fingerprint": setup.pop("dataset")}
@@ -99,26 +100,26 @@ class ExpertFile(Sequence):
         return as_json(about | {"setup": setup})
 
     def write_json(self) -> None:
-        """Write it, unless it is there."""
+        """Write the .json file, unless it exists."""
         if not self.json.is_file():
             write(self.json, self.describe())
 
     def check(self) -> None:
-        """Read it whole; a `ValueError` that says what is wrong."""
+        """Read and check the whole file; a `ValueError` says what is wrong."""
         for _ in self:
             pass
-        # to the byte: what is parsed may be taken for the same where it is not (true for 1)
+        # compared as bytes: parsed values can be equal where the text differs (true and 1)
         if self.json.is_file() and self.json.read_bytes() != self.describe().encode():
-            raise ValueError(f"{self.json} does not describe the {self.path.name} beside it: delete one of them")
+            raise ValueError(f"{self.json} does not describe {self.path.name} in the same folder: delete one of them")
 
 
 def in_folder(folder: Path | str) -> list[Path]:
-    """What is called an expert's file in a folder."""
+    """The files in a folder that are named like expert files, sorted."""
     return sorted(Path(folder).glob(f"{EXPERT}-*.safetensors"))
 
 
 def experts_of_setup(folder: str, count: int, key: dict, device: str) -> list[ExpertFile]:
-    """The first `count` experts of a folder, by their numbers; a `ValueError` names one of a setup other than `key`."""
+    """The first `count` experts of a folder by number; a `ValueError` names a file whose setup differs from `key`."""
     files = sorted((ExpertFile(path, device) for path in in_folder(folder)), key=lambda f: (f.about["expert"], f.path))
     for file in files:
         for name, right in key.items():
@@ -126,7 +127,5 @@ def experts_of_setup(folder: str, count: int, key: dict, device: str) -> list[Ex
                 what = "the data's fingerprint" if name == "dataset" else name
                 raise ValueError(f"expert_files: {file.path} was made with {what} {own}, this run has {right}")
     if len(files) < count:
-        raise ValueError(
-            f"expert_files={folder!r}: holds {len(files)} files expert-*.safetensors, experts={count} are asked for"
-        )
+        raise ValueError(f"expert_files={folder!r}: has {len(files)} files expert-*.safetensors, but experts={count}")
     return files[:count]

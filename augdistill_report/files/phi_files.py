@@ -1,4 +1,4 @@
-"""A trained phi as one file that says what it was trained on, holds no code, and is refused where it does not fit.
+"""A trained phi as one file: it says how phi was trained, contains no code, and is rejected for data that do not fit.
 
 augment = load_phi("runs/digits/phis/unet.safetensors")  # pixels in [0, 1] go in, augmented pixels come out
 """
@@ -31,16 +31,16 @@ from augdistill_report.work.setup import public_name
 
 KIND = "phi"
 
-WHITENING = ("data/mean", "data/whiten", "data/colour")  # tensors beside those of a phi that saw whitened images
+WHITENING = ("data/mean", "data/whiten", "data/colour")  # additional tensors in the file of a phi for whitened images
 
 
 def a_deviation(value) -> bool:
-    """A form: a standard deviation that can be divided by."""
+    """A form: a standard deviation in (1e-12, 1e12)."""
     return a_finite_number(value) and 1e-12 < value < 1e12
 
 
 def a_side(value) -> bool:
-    """A form: an image's height and width, as in the settings."""
+    """A form: an image's side in pixels, as in the settings."""
     return a_count(value) and 4 <= value <= 256
 
 
@@ -65,7 +65,7 @@ ABOUT = {
 def save_phi(
     path: Path | str, job: Distillation, store: Store, strength: float = 1.0, probability: float = 1.0
 ) -> Path:
-    """Write the phi that `job` trained (or trains now), and how to use it; a `ValueError` if it would not come back."""
+    """Write the phi of `job` (trained now if needed), and how to use it; a `ValueError` if it cannot be restored."""
     use, data, index = Use(strength, probability), job.data, job.subset.index(job.data)
     distilled = job.stored_phi(store)
     phi = distilled.phi.cpu()
@@ -73,14 +73,14 @@ def save_phi(
     own = job.phi_source or own_source(job.phi)
     about = {
         "phi": job.phi,
-        "own_source": own and digest({"source": own}),  # the digest alone: what a user wrote stays the user's
+        "own_source": own and digest({"source": own}),  # only the digest: a user's code is not stored
         "shape": list(data.shape),
         "base_images": len(index),
         "classes": list(data.classes),
         "data": {
             "name": public_name(data.name),
             "fingerprint": data.fingerprint,
-            # of whitened images they stand with the tensors
+            # for whitened images they are among the tensors
             "mean": data.mean.flatten().tolist() if data.colour is None else [],
             "std": data.std.flatten().tolist(),
         },
@@ -92,17 +92,17 @@ def save_phi(
         "torch": torch.__version__,
         **use.to_dict(),
     }
-    # a phi may hold more than its state, which is all that the file keeps: try it on images of its own
+    # the file keeps only phi's state, and a phi may hold more: compare the restored phi on some of its images
     few = data.train.take(index[:8]).to("cpu")
     given = few.images, few.labels, torch.arange(len(few))
     with torch.no_grad():
         before, after = (augmented(p, *given, seeded(0)) for p in (phi, rebuilt(about, tensors)))
     if not before.isfinite().all():
-        raise ValueError(f"phi {job.phi!r} makes images that are not finite: not worth a file")
+        raise ValueError(f"phi {job.phi!r} returns images that are not finite, so it is not saved")
     if not torch.equal(before, after):
         raise ValueError(
-            f"phi {job.phi!r} does other things when it is made again from its shape, parameters and buffers: "
-            "keep what it needs in those"
+            f"phi {job.phi!r} differs after it is rebuilt from its shape, parameters and buffers: "
+            "keep all that it needs in its parameters and buffers"
         )
     if data.colour is not None:
         tensors |= dict(zip(WHITENING, (t.cpu() for t in (data.mean, data.train.whiten, data.colour)), strict=True))
@@ -111,35 +111,35 @@ def save_phi(
 
 
 def made_for(about: dict, base: Tensor) -> Phi:
-    """A fresh phi of that name and classes, for such base images."""
+    """A new phi with the name and classes in `about`, for base images like `base`."""
     return without_flips(make_phi(about["phi"], base, len(about["classes"]), 0), about["data"]["name"])
 
 
 def rebuilt(about: dict, tensors: dict[str, Tensor]) -> Phi:
-    """The phi of that name, shape and classes, with this state."""
+    """The phi with the name, shape and classes in `about`, and with `tensors` as its state."""
     phi = made_for(about, torch.zeros(1, 1, 1, 1).expand(about["base_images"], *about["shape"]))
     try:
         return restore(phi, tensors)
     except ValueError as error:
-        raise ValueError(f"phi {about['phi']!r}, as it is registered here, has other tensors ({error})") from None
+        raise ValueError(f"phi {about['phi']!r}, as registered here, has other tensors ({error})") from None
 
 
 def open_phi(path: Path | str) -> SealedFile:
-    """The file of a saved phi, its header checked whole and its tensors unread; a `ValueError` says what is wrong."""
+    """Open a saved phi: its header is checked, its tensors are not read yet; a `ValueError` says what is wrong."""
     file = SealedFile(path, KIND)
     file.check(ABOUT)
     about, shapes = file.about, file.shapes
     with file.checking():
         channels, *sides = about["shape"]
         if sides != 2 * [about["setup"]["size"]]:
-            raise ValueError(f"shape={about['shape']}: must be channels and twice the size {about['setup']['size']}")
+            raise ValueError(f"shape={about['shape']}: must be [channels, size, size], size {about['setup']['size']}")
         if (
             not channels
             or not about["base_images"]
             or not about["classes"]
             or len(set(about["classes"])) < len(about["classes"])
         ):
-            raise ValueError("it must have channels, base images, and classes of different names")
+            raise ValueError("it must have channels, base images, and classes with different names")
         Use(about["strength"], about["probability"])
         subset = Subset(**about["subset"])
         if (subset.per_class is None) == (subset.fraction is None):
@@ -152,14 +152,14 @@ def open_phi(path: Path | str) -> SealedFile:
                 raise ValueError(f"zca={whitened}, but {name} is {shapes.get(name)}")
         lengths = [len(about["data"][key]) for key in ("mean", "std")]
         if lengths not in ([[0, 1], [0, channels]] if whitened else [[channels, channels]]):
-            raise ValueError(f"{lengths} means and deviations of {channels} channels")
+            raise ValueError(f"{lengths} means and standard deviations for {channels} channels")
     return file
 
 
 def check_sizes(file: SealedFile) -> None:
-    """A `ValueError` unless the tensors have the sizes of such a phi's, which is made without memory for it.
+    """A `ValueError` unless the tensors have the sizes of this phi, which is built on the meta device (no memory).
 
-    A user's own phi is passed over: it may need values of its base images.
+    A user's own phi is not checked: it may need the values of its base images.
     """
     about = file.about
     if not all(map(is_ours, builders(about["phi"]))):
@@ -171,30 +171,28 @@ def check_sizes(file: SealedFile) -> None:
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             sizes = f"{name} is {found.get(name, 'missing')}, must be {wanted.get(name, 'absent')}"
-            raise ValueError(
-                f"{file.path}: phi {about['phi']!r}, as it is registered here, has other tensors ({sizes})"
-            )
+            raise ValueError(f"{file.path}: phi {about['phi']!r}, as registered here, has other tensors ({sizes})")
 
 
 def unregistered(phi: str) -> list[str]:
-    """The parts of a phi's name that nothing is registered under."""
-    return [part for part in phi.split("+") if part not in PHIS]
+    """The names in a phi's (chain's) name that are not registered."""
+    return [name for name in phi.split("+") if name not in PHIS]
 
 
 def load_phi(path: Path | str, strength: float | None = None, probability: float | None = None) -> Augment:
-    """A saved phi, ready for use as it was saved, or with another strength or probability.
+    """A saved phi, ready for use, with the saved or with another strength (any float) or probability (in [0, 1]).
 
-    A `ValueError` names a file that is damaged, no phi's, or of a phi that is not registered here.
+    A `ValueError` names a file that is damaged, is not a phi file, or needs a phi that is not registered here.
     """
     file = open_phi(path)
     about = file.about
-    for part in unregistered(about["phi"]):
-        own = "it is of its user's own: register it before (--set phis=FILE on the command line)"
+    for name in unregistered(about["phi"]):
+        own = "it is a user's own phi: register it first (--set phis=FILE on the command line)"
         known = f"must be one of {', '.join(PHIS)}"
-        raise ValueError(f"{path}: unknown phi {part!r}; {own if about['own_source'] else known}")
+        raise ValueError(f"{path}: unknown phi {name!r}; {own if about['own_source'] else known}")
     own = own_source(about["phi"])
     if (own and digest({"source": own})) != about["own_source"]:
-        warnings.warn(f"{path}: phi {about['phi']!r} was trained with other source than it has here", stacklevel=2)
+        warnings.warn(f"{path}: phi {about['phi']!r} was trained with other source code than it has here", stacklevel=2)
     given = {"strength": strength, "probability": probability}
     use = Use(**{key: about[key] if value is None else value for key, value in given.items()})
     check_sizes(file)

@@ -1,7 +1,7 @@
-"""JSON files that our own code reads back: a person can read them, and any change of their content is noticed.
+"""JSON files that our own code reads back: readable for people, and every change of their content is detected.
 
-Each holds its content in the order in which it was put together, between "kind" (what the file is) and "sha256" (a
-digest of all the rest, its order included). Only spaces and line breaks may change.
+The content keeps its order, between "kind" (the kind of file) and "sha256" (a digest of the content and its order).
+Only spaces and line breaks may change.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from augdistill_report.files.store import as_json, write
 
 
 class JsonKind(NamedTuple):
-    """What a file of some kind must hold (`shape`), and what a user does about a damaged one (`again`).
+    """The content that a kind of file must have (`shape`), and what a user can do about a damaged file (`again`).
 
     `shape` is a type, `[shape]` (a list), `{"key": shape}` (an object with at least these keys) or `{str: shape}` (an
     object with any keys).
@@ -40,7 +40,7 @@ JSON_KINDS = {
             "headline": str,
             "figure": str,
         },
-        "delete it and run its notebook again (or publish it again, if it lies in figures/)",
+        "delete it and run its notebook again (or publish it again, if it is in figures/)",
     ),
     "sweep": JsonKind(
         {
@@ -50,24 +50,24 @@ JSON_KINDS = {
             "environment": CODE_STATE,
             "cells": [{"row": str, "point": dict, "settings": dict}],
         },
-        "delete it and run the sweep again: finished cells are kept (or publish it again, if it lies in figures/)",
+        "delete it and run the sweep again: finished cells are kept (or publish it again, if it is in figures/)",
     ),
-    "timings": JsonKind({"seconds": {str: float}}, "delete it and run the report again, which measures them anew"),
-    "tracked": JsonKind({"sent": {str: str}}, "delete it and run the notebooks again: all is sent again"),
+    "timings": JsonKind({"seconds": {str: float}}, "delete it and run the report again, which measures them again"),
+    "tracked": JsonKind({"sent": {str: str}}, "delete it and run the notebooks again: everything is sent again"),
     "apply": JsonKind({"phi": str, "to": str, "of": str, "state": str}, "delete its folder, or choose an empty one"),
 }
 
 
 def write_json(path: Path, kind: str, content: dict) -> None:
-    """Write `content` (JSON values, by text keys) as a sealed file of a kind in `JSON_KINDS`.
+    """Write `content` (JSON values with text keys) as a sealed file of a kind in `JSON_KINDS`.
 
-    What is not finite becomes null. A `ValueError` that names the file if the content is not what that kind holds.
+    Values that are not finite become null. A `ValueError` names the file if the content does not fit the kind.
     """
     try:
-        content = strict_json(as_json(content))  # as it will be read: lists, text as keys
+        content = strict_json(as_json(content))  # as it will be read: tuples as lists, keys as text
         check_json(content, JSON_KINDS[kind].shape, "it")
         if {"kind", "sha256"} & set(content):
-            raise ValueError("its keys 'kind' and 'sha256' are the seal's own")
+            raise ValueError("the keys 'kind' and 'sha256' are reserved for the seal")
         text = as_json({"kind": kind, **content, "sha256": json_seal(kind, content)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
@@ -75,11 +75,11 @@ def write_json(path: Path, kind: str, content: dict) -> None:
 
 
 def read_json(path: Path, kind: str) -> dict:
-    """The content that `write_json` wrote, or a `ValueError` that names the file and says what to do about it."""
+    """The content that `write_json` wrote; a `ValueError` names a damaged file and says what to do about it."""
     try:
         content = strict_json(path.read_bytes().decode())
         if not isinstance(content, dict) or "sha256" not in content:
-            raise ValueError("it has no seal: not ours, or written by an earlier version")
+            raise ValueError("it has no seal: not a file of augdistill, or of an earlier version")
         if (said := content.pop("kind", None)) != kind:
             raise ValueError(f"its kind is {said!r}, must be {kind!r}")
         if content.pop("sha256") != json_seal(kind, content):
@@ -92,7 +92,7 @@ def read_json(path: Path, kind: str) -> dict:
 
 
 def strict_json(text: str):
-    """The value of a JSON text; a `ValueError` for what another reader may read otherwise (NaN, a key that repeats)."""
+    """The value of a JSON text; a `ValueError` for what parsers may read differently (NaN, a repeated key)."""
 
     def distinct(pairs: list[tuple]) -> dict:
         found = dict(pairs)
@@ -101,18 +101,18 @@ def strict_json(text: str):
         return found
 
     def refused(name: str):
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not valid JSON")
 
     return json.loads(text, object_pairs_hook=distinct, parse_constant=refused)
 
 
 def json_seal(kind: str, content: dict) -> str:
-    """The SHA-256 of a file's kind and content, in the content's order: tables follow it."""
+    """The SHA-256 of a file's kind and content, with the content's order, since tables are shown in it."""
     return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()
 
 
 def check_json(value, shape, place: str) -> None:
-    """A `ValueError` that says where `value` (at `place`) is not of a `JsonKind`'s shape."""
+    """A `ValueError` that says where `value` (at `place`) does not have a `JsonKind`'s shape."""
     kind = shape if isinstance(shape, type) else type(shape)
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{place} must be of type {kind.__name__}, is {type(value).__name__}")

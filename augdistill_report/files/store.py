@@ -1,8 +1,8 @@
-"""Files that a person can trust: each is whole or not there, says what made it, and holds no code.
+"""The store of results: each file is complete or absent, says how it was made, and contains no code.
 
-A result is stored under a digest of everything that it depends on (its settings, the data, the source of the method,
-the version of torch), so an equal configuration finds it and no other configuration can. All tensors are kept in one
-format (`write_sealed`): safetensors, never pickles, with digests that show a file that has changed since.
+A result is stored under a digest of everything that it depends on (settings, data, source code of the method, torch
+version). So an equal configuration finds it, and no other configuration does. All tensors have one file format
+(`write_sealed`): safetensors, never pickles, with digests that detect every later change.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 TOKEN = ".token"
 
-FORMAT = "augdistill 1"  # the one key in the header of a sealed file
+FORMAT = "augdistill 1"  # the only key in the header of a sealed file
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # there is no room for a file, or not for one as large
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk or quota, or of a too large file
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all: a reader sees the old one or the new one, whatever happens in between.
+    """Write a file atomically: a reader always sees either the complete old file or the complete new one.
 
-    An `OSError` that names the file if there is no room for it.
+    An `OSError` that names the file if there is no space for it.
     """
     content = content.encode() if isinstance(content, str) else content
     temporary = None
@@ -50,14 +50,14 @@ def write(path: Path, content: bytes | str) -> None:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            kept = "what was finished is kept, and once there is room the same command goes on from there"
+            kept = "finished results are kept; free some space, and the same command continues from there"
             reason = f"{error.strerror} ({len(content)} bytes did not fit; {kept})"
             raise OSError(error.errno, reason, str(path)) from None
         raise
 
 
 def as_json(value) -> str:
-    """For people and other programs: in the order in which it was put together; what is not finite becomes null."""
+    """A value as JSON text, in its own order; numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
@@ -70,16 +70,16 @@ def _finite(value):
 
 
 def digest(spec: dict) -> str:
-    """12 hexadecimal digits that stand for `spec` (plain JSON values)."""
+    """12 hexadecimal digits that identify `spec` (plain JSON values)."""
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_form(value, form, name: str = "it") -> None:
-    """A `ValueError` that names the first part of a JSON value that does not have this form.
+    """A `ValueError` that names the first place where a JSON value does not have this form.
 
-    A form is a type (`float` takes whole numbers too, `int` no `True`), `{key: form}` for a dictionary with at least
-    these keys (`{str: form}` for one with any), `[form]` for a list, a tuple of forms of which one is enough, or a
-    predicate, whose name says what is right.
+    A form is a type (`float` accepts integers, `int` does not accept `True`), `{key: form}` for a dictionary with at
+    least these keys (`{str: form}` for any keys), `[form]` for a list, a tuple of alternative forms, or a predicate,
+    whose name says what is right.
     """
     if isinstance(form, dict):
         check_form(value, dict, name)
@@ -110,12 +110,12 @@ def _fits(value, form) -> bool:
 
 
 def a_count(value) -> bool:
-    """A form: a whole number from 0 on."""
+    """A form: an integer in [0, 2^53)."""
     return _fits(value, int) and 0 <= value < 2**53
 
 
 def a_finite_number(value) -> bool:
-    """A form."""
+    """A form: a finite number."""
     return _fits(value, float) and abs(value) <= sys.float_info.max
 
 
@@ -128,10 +128,10 @@ def a_fraction(value) -> bool:
 
 
 def write_sealed(path: Path, kind: str, about: dict, tensors: dict[str, Tensor]) -> None:
-    """Write tensors and plain JSON values as one safetensors file that shows every later change of it.
+    """Write tensors and plain JSON values as one safetensors file in which every later change is detected.
 
-    Its header has one key, a JSON of {kind, about, digests, seal}: the SHA-256 of every tensor, and one of all this.
-    The same content in the same order is the same bytes.
+    Its header has one key, a JSON of {kind, about, digests, seal}: `digests` are the SHA-256 of every tensor, `seal` is
+    that of the other three. The same content in the same order gives the same bytes.
     """
     tensors = separate(tensors)
     content = {
@@ -147,36 +147,36 @@ def _seal(content: dict) -> str:
 
 
 class SealedFile:
-    """A file of `write_sealed`, to read. Opening verifies the header alone, reading a tensor verifies that tensor.
+    """A file of `write_sealed`, to read. Opening verifies only the header; reading a tensor verifies that tensor.
 
-    `about` is what it says, `shapes` holds the type and shape of every tensor by name, `digests` their SHA-256. Every
-    `ValueError` names the file: one that is damaged (`advice` says what to do then), or that is none of this kind.
+    `about` is its JSON content, `shapes` the type and shape of every tensor by name, `digests` their SHA-256. A
+    `ValueError` names a file that is damaged (`advice` says what to do then) or not of this kind.
     """
 
     def __init__(self, path: Path | str, kind: str, advice: str = ""):
         self.path, self.advice = Path(path), advice
-        if not self.path.is_file():  # a folder, a link to nowhere, or a pipe, on which a reader would wait for ever
+        if not self.path.is_file():  # a folder, a broken link, or a pipe, on which reading would never end
             raise ValueError(f"{self.path}: no such file")
         with self._open() as file:
             header = file.metadata() or {}
             if FORMAT not in header:
-                raise ValueError(f"{self.path} is not ours (a safetensors file, but of something else)")
+                raise ValueError(f"{self.path} is not ours (it is another kind of safetensors file)")
             with self.checking():
                 content = json.loads(header[FORMAT])
                 check_form(content, {"kind": str, "about": dict, "digests": {str: str}, "seal": str}, "header")
                 if content.pop("seal") != _seal(content):
-                    raise ValueError("its header is not what was written")
+                    raise ValueError("its header has changed since it was written")
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
                 self.shapes = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
                 self.about, self.digests = content["about"], content["digests"]
                 if self.shapes.keys() != self.digests.keys():
-                    raise ValueError("its tensors are not those that its header names")
+                    raise ValueError("its tensors are not those that its header lists")
         if content["kind"] != kind:
-            raise ValueError(f"{self.path} is not ours (of something else: {content['kind']!r}, not {kind!r})")
+            raise ValueError(f"{self.path} is not ours (its kind is {content['kind']!r}, must be {kind!r})")
 
     @contextlib.contextmanager
     def checking(self):
-        """While what the file holds is checked: what is wrong becomes a `ValueError` that names the file."""
+        """A context for checks of the content: an error in it becomes a `ValueError` that names the file."""
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -190,24 +190,24 @@ class SealedFile:
         except SafetensorError as error:
             with open(self.path, "rb") as file:
                 start = file.read(2)
-            # what torch.save writes, an archive or a bare pickle; a whole safetensors file may start so too
+            # torch.save writes an archive or a bare pickle; an intact safetensors file may start so too
             pickled = start == b"PK" or start[:1] == b"\x80"
-            reason = "a pickle, which may hold code, is never opened" if pickled else str(error)
+            reason = "it is a pickle, which may contain code and is never opened" if pickled else str(error)
             raise ValueError(f"{self.path} is damaged ({reason}){self.advice}") from None
 
     def check(self, form: dict) -> None:
-        """A `ValueError` unless `about` has this form."""
+        """A `ValueError` unless `about` has this form (see `check_form`)."""
         with self.checking():
             check_form(self.about, form, "about")
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Copies of the tensors of these names (of all), each compared with its digest."""
+        """Copies of the tensors with these names (default: all), each compared with its digest."""
         found = {}
         with self._open() as file, self.checking():
             for name in self.shapes if names is None else names:
-                found[name] = file.get_tensor(name).clone()  # of the file itself it would be a view
+                found[name] = file.get_tensor(name).clone()  # a copy: otherwise it is a view of the file
                 if tensor_digest(found[name]) != self.digests[name]:
-                    raise ValueError(f"{name}: its contents are not those that were written")
+                    raise ValueError(f"{name}: its values have changed since they were written")
         return found
 
     def __getitem__(self, name: str) -> Tensor:
@@ -223,12 +223,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as a file takes them: on the CPU, each with memory of its own (a phi may hold one layer twice)."""
+    """Tensors ready for a file: on the CPU, each with its own memory (a phi may hold one layer twice)."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def restore(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """`module` with this state; a `ValueError` unless names, shapes and types are those of its own."""
+    """`module` with this state loaded; a `ValueError` unless names, shapes and types match."""
     own = {name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items()}
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     for name in sorted(own.keys() | found.keys()):
@@ -239,7 +239,7 @@ def restore(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 class Store:
-    """Results of finished pieces of work, in `folder`, by kind and specification."""
+    """The results of finished jobs in `folder`, by kind and specification."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -248,13 +248,13 @@ class Store:
         return self.folder / f"{kind}-{digest(spec)}.safetensors"
 
     def token(self) -> str:
-        """What this folder is known by, wherever it is seen from: a file in it, made once."""
+        """The identity of this folder, the same from every machine: the content of a file in it, written once."""
         if not self.known_by():
             write(self.folder / TOKEN, uuid.uuid4().hex)
         return (self.folder / TOKEN).read_text()
 
     def known_by(self, token: str = "") -> bool:
-        """Whether it is the folder of this token (or of any)."""
+        """Whether this folder has this token (or, without an argument, any token)."""
         path = self.folder / TOKEN
         return path.is_file() and token in ("", path.read_text())
 
@@ -263,33 +263,33 @@ class Store:
 
     @contextlib.contextmanager
     def making(self, kind: str, spec: dict):
-        """Held while a result is made: another process that wants it waits, and finds it. Ends with its process."""
+        """A lock to hold while a result is made: other processes wait, then find it. It ends with its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
         with self.lock(self.path(kind, spec)):
             yield
 
     def lock(self, path: Path) -> FileLock:
-        """What a process holds while it makes or writes a result; one that holds it may take it again."""
+        """The lock for making or writing a result; the process that holds it may acquire it again."""
         return FileLock(self.folder / f".{path.stem}.lock", is_singleton=True)
 
     def sweep(self) -> None:
-        """Remove what was left half written by processes that were killed: the files that nobody holds the lock of."""
+        """Remove temporary files of killed processes: those whose lock nobody holds."""
         for left in self.folder.glob(".*.safetensors.*"):
             lock = self.lock(Path(left.name.removeprefix(".")).with_suffix(""))
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 left.unlink(missing_ok=True)
 
     def save(self, kind: str, spec: dict, tensors: dict[str, Tensor], meta: dict, seconds: float = 0.0) -> None:
-        """Store tensors and plain JSON values; the specification goes with them, and how long it took."""
+        """Store tensors and plain JSON values, with their specification and the CPU seconds that they took."""
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock(path):
             write_sealed(path, kind, {"spec": spec, "meta": meta, "seconds": seconds}, tensors)
 
     def open(self, kind: str, spec: dict, form: dict | None = None) -> SealedFile:
-        """The file of a result, its tensors unread; a `ValueError` names one that is damaged, foreign, or whose values
-        do not have this `form` (see `check_form`).
+        """The file of a result, tensors not read yet; a `ValueError` names a file that is damaged, of another kind or
+        specification, or without this `form` (see `check_form`).
         """
         file = open_stored(self.path(kind, spec), kind, form)
         if file.about["spec"] != json.loads(json.dumps(spec)):
@@ -297,17 +297,17 @@ class Store:
         return file
 
     def seconds(self, kind: str, spec: dict) -> float:
-        """How long a stored result took to make, all the processes that worked on it together."""
+        """The CPU seconds that a stored result took, summed over all processes that worked on it."""
         return self.open(kind, spec).about["seconds"]
 
     def load(self, kind: str, spec: dict, form: dict | None = None) -> tuple[dict[str, Tensor], dict]:
-        """The tensors and values that `save` stored; a `ValueError` as that of `open`, or if a tensor is damaged."""
+        """The tensors and values that `save` stored; a `ValueError` as in `open`, or for a damaged tensor."""
         file = self.open(kind, spec, form)
         return file.read(), file.about["meta"]
 
 
 def open_stored(path: Path, kind: str, form: dict | None = None) -> SealedFile:
-    """A file that some `Store` holds, whatever its specification."""
+    """Open a file of any `Store`, with any specification; a `ValueError` as in `Store.open`."""
     file = SealedFile(path, kind, advice=": delete it, and run again")
     file.check({"spec": dict, "meta": form or dict, "seconds": a_finite_number})
     return file

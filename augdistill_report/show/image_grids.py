@@ -1,6 +1,6 @@
-"""Pictures that are made of images: rows of them with their names, as one picture or as the frames of a film.
+"""Grids of images: labelled rows, as one picture or as the frames of an animation.
 
-Pillow draws them in a tenth of the time that matplotlib takes, fast enough to redraw twenty images under a slider.
+Pillow draws them 10 times as fast as matplotlib: fast enough to redraw 20 images while a slider moves.
 """
 
 import io
@@ -15,27 +15,27 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL = 84  # pixels that an image is wide, about: it is enlarged by a whole number
+CELL = 84  # approximate width of an image in pixels: it is enlarged by an integer factor
 
-GAP, LINE = 6, 18  # pixels between images, and of a line of text
+GAP, LINE = 6, 18  # pixels between images, and height of a text line in pixels
 
 INK, PAPER = "#111111", "#ffffff"
 
 
 @lru_cache(maxsize=4)
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """The typeface of matplotlib's pictures, which comes with it."""
+    """The typeface of matplotlib's pictures, which is part of matplotlib."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def printable(text: str) -> str:
-    """A text on one line: control characters, line breaks and broken Unicode as escapes, which Pillow can draw."""
-    bad = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of them
+    """A text on one line: control characters, line breaks and invalid Unicode as escapes, which Pillow can draw."""
+    bad = ("Cc", "Cs", "Zl", "Zp")  # their Unicode categories
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
 
 
 def shortened(text: str, width: int, size: int) -> str:
-    """As much of a text as fits in so many pixels."""
+    """The beginning of a text that fits into `width` pixels at a font size."""
     if font(size).getlength(text) <= width:
         return text
     while text and font(size).getlength(text + "…") > width:
@@ -44,14 +44,14 @@ def shortened(text: str, width: int, size: int) -> str:
 
 
 def difference_image(change: Tensor) -> Tensor:
-    """A change of pixels in [-1, 1] as an image: grey where there is none, lighter where they became lighter."""
+    """A difference of pixels, in [-1, 1], as an image in [0, 1]: grey = no change, lighter = larger values."""
     return (change / 2 + 0.5).clamp(0, 1)
 
 
 def image_grid(rows: dict[str, Tensor], columns: list[str], cell: int = CELL, title: str = "") -> Image.Image:
-    """Rows of images `[k, C, H, W]` in [0, 1] below each other, row names at the left, column names on top.
+    """Rows of images `[k, C, H, W]` in [0, 1], with row names at the left and column names on top.
 
-    Grey (C 1) and RGB rows may stand together, and a row may be shorter than the others. Names may be any text.
+    Grey (C = 1) and RGB rows can be mixed, and rows may have different lengths. Names may be any text.
     """
     rows = {printable(name): images for name, images in rows.items()}
     columns, title = [printable(name) for name in columns], printable(title)
@@ -82,14 +82,14 @@ def image_grid(rows: dict[str, Tensor], columns: list[str], cell: int = CELL, ti
 
 
 def png(sheet: Image.Image, effort: int = 6) -> bytes:
-    """A picture as PNG: the same bytes for the same picture; less `effort` (1 to 9) is quicker, and larger."""
+    """A picture as PNG, always with the same bytes; a smaller `effort` (1 to 9) is faster, but the file is larger."""
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", compress_level=effort)
     return buffer.getvalue()
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether a file is a PNG as it was written: every chunk has its checksum, and the last one is there."""
+    """Whether a file is an intact PNG: every chunk has the right checksum, and the last chunk is there."""
     content, place = path.read_bytes(), 8
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         return False
@@ -104,10 +104,10 @@ def is_whole_png(path: Path) -> bool:
 
 
 def film(frames: list[Image.Image], seconds: float = 0.4) -> bytes:
-    """Pictures of one size as an animated GIF without end, so many seconds each, the last one six times as long."""
+    """Pictures of one size as an endless GIF, each shown for `seconds`, the last for 6 times as long."""
     if not frames or any(frame.size != frames[0].size for frame in frames):
         raise ValueError(f"film: needs frames, all of one size; has {sorted({frame.size for frame in frames})}")
-    # one table of colours for all, or colours would flicker
+    # one colour table for all frames, otherwise colours flicker
     strip = Image.new("RGB", (frames[0].width, sum(frame.height for frame in frames)))
     for frame, y in zip(frames, itertools.count(0, frames[0].height), strict=False):
         strip.paste(frame, (0, y))

@@ -1,4 +1,4 @@
-"""The executed notebooks of a run as one page that reads offline: pictures are in it, code is folded."""
+"""The executed notebooks of a run as one HTML page that works offline: with its pictures, code folded."""
 
 import base64
 import html
@@ -22,18 +22,20 @@ QUESTION = (
 
 
 def read_results(folder: Path, ignore: list[str] | None = None) -> dict[str, dict]:
-    """The results of a run's notebooks by name, but for those to `ignore`; a `ValueError` that names a damaged file."""
+    """The results of a run by notebook name, without those in `ignore`; a `ValueError` names a damaged file."""
     results = {}
     for path in sorted((folder / "results").glob("*.json")):
         if path.stem not in (ignore or []):
             result = results[path.stem] = read_json(path, "results")
             if result["notebook"] != path.stem:
-                raise ValueError(f"{path}: holds results of {result['notebook']}; delete it and run {path.stem} again")
+                raise ValueError(
+                    f"{path}: has the results of {result['notebook']}; delete it and run {path.stem} again"
+                )
     return results
 
 
 def finished(folder: Path, configuration: str) -> tuple[dict[str, dict], list[str]]:
-    """The results by notebook that belong to this configuration, and the names of those that do not."""
+    """The results of this configuration by notebook, and the names of notebooks with another configuration."""
     results = read_results(folder)
     ours = {name: r for name, r in results.items() if r["configuration"] == configuration}
     return ours, [name for name in results if name not in ours]

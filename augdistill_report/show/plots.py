@@ -1,6 +1,6 @@
-"""Pictures: each function returns a matplotlib Figure, draws nothing by itself, and takes plain results.
+"""Figures: each function takes plain results and returns a matplotlib Figure, without showing it.
 
-A name has one `look` in every picture. Pictures of the subset table are handed its rows, which bring their own.
+A name has one `look` in every figure. Figures of the subset table get its rows, which define their own look.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from augdistill_report.work.statistics import level, mean_and_std, over_seeds, r
 
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a"]  # Okabe & Ito, + 2
 
-COLOURS = {  # of names in notebooks 01 to 04 and 07; the methods of 05 have theirs in studies/subset_methods
+COLOURS = {  # of names in notebooks 01 to 04 and 07; methods of 05 define their own in studies/subset_methods
     "real images": "#777777",
     "no augmentation": "#777777",
     "all the data": "#222222",
@@ -44,7 +44,7 @@ COLOURS = {  # of names in notebooks 01 to 04 and 07; the methods of 05 have the
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a picture shows a name: its label, and its colour, marker and line as matplotlib has them."""
+    """How a figure shows a name: its label, and matplotlib's colour, marker and line style."""
 
     label: str
     colour: str
@@ -53,10 +53,10 @@ class Style:
 
 
 def look(name: str | tuple, rows: dict | None = None):
-    """How a name is shown: as its row says, where `rows` (objects like a `Style`) have one, else by `COLOURS`.
+    """The `Style` of a name: from its row in `rows` (objects like a `Style`), if there is one, else from `COLOURS`.
 
-    A name with a variant, `(name, variant, ...)`, has the colour of the name. A name that nobody knows has a colour
-    that follows from its letters.
+    A name with a variant, `(name, variant, ...)`, has the colour of the name. An unknown name has a colour computed
+    from its letters.
     """
     first, *variant = (name,) if isinstance(name, str) else name
     found = (rows or {}).get(first)
@@ -66,18 +66,18 @@ def look(name: str | tuple, rows: dict | None = None):
 
 
 def pale(colour: str) -> np.ndarray:
-    """A colour as it covers a picture's area: RGB in [0, 1], a quarter of the way to white."""
+    """A paler colour for areas: RGB in [0, 1], mixed with 25 % white."""
     return 0.75 * np.array(to_rgb(colour)) + 0.25
 
 
 def ink(fill) -> str:
-    """Black or white, whichever stands out more against a fill (WCAG's relative luminance)."""
+    """Black or white text, whichever has more contrast to a fill (WCAG's relative luminance)."""
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(fill)]
     return "white" if np.dot((0.2126, 0.7152, 0.0722), linear) < 0.18 else "black"
 
 
 def log_scale(axis) -> None:
-    """A logarithmic y axis with ticks that read 0.02, not 2 x 10^-2."""
+    """Make the y axis logarithmic, with ticks like 0.02 instead of 2 x 10^-2."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -103,9 +103,9 @@ def smooth(values: list[float], window: int) -> np.ndarray:
 
 
 def curves(histories: dict, loss: str = "matching loss", rows: dict | None = None) -> Figure:
-    """The loss and alpha against iterations: each iteration thin, the mean over a tenth of the run bold.
+    """The loss and alpha against iterations: thin = each iteration, bold = the mean over a tenth of the run.
 
-    `histories` by name (`look`, with `rows`). A cross marks where a run ended before the others.
+    `histories` by name (shown as `look` says, with `rows`). A cross marks the end of a run that stopped early.
     """
     figure, (left, right) = new_figure(10.5, 3.6, 2)
     drawn: list[str] = []
@@ -129,7 +129,7 @@ def curves(histories: dict, loss: str = "matching loss", rows: dict | None = Non
 
 
 def bars(scores: dict) -> Figure:
-    """Test accuracy by name: mean, standard deviation, every student a dot."""
+    """Test accuracy by name: mean and standard deviation, one dot per student."""
     figure, (axis,) = new_figure(7.5, 0.9 + 0.42 * len(scores))
     looks = [look(name) for name in scores]
     for y, (its, score) in enumerate(zip(looks, scores.values(), strict=True)):
@@ -146,9 +146,9 @@ def bars(scores: dict) -> Figure:
 
 
 def accuracy_dots(scores: dict, full, rows: dict | None = None) -> Figure:
-    """Test accuracy by method, on an axis as wide as they differ: mean, standard deviation, every student a dot.
+    """Test accuracy by method, on an axis cut to their range: mean and standard deviation, one dot per student.
 
-    `full` is the accuracy of all the data, a line.
+    A line shows `full`, the accuracy with all the data.
     """
     figure, (axis,) = new_figure(8.5, 1.1 + 0.36 * len(scores))
     looks = [look(name, rows) for name in scores]
@@ -166,14 +166,14 @@ def accuracy_dots(scores: dict, full, rows: dict | None = None) -> Figure:
 
 
 def band(full, line: Callable, span: Callable) -> None:
-    """The accuracy of all the data, by an axis' `line` and `span`: mean (dashed) ± one standard deviation."""
+    """Draw the accuracy with all the data by an axis' `line` and `span`: mean (dashed) ± one standard deviation."""
     its = look("all the data")
     line(100 * full.mean, color=its.colour, linestyle="--", label=f"all the data, no augmentation: {full}")
     span(*(100 * (full.mean + side * full.std) for side in (-1, 1)), color=its.colour, alpha=0.1)
 
 
 def expert_curves(validation: list[list[float]], theta: Tensor) -> Figure:
-    """By snapshot: each expert's validation accuracy, and the distance of its weights from the snapshot before."""
+    """By snapshot: each expert's validation accuracy, and the distance of its weights to the previous snapshot."""
     figure, (left, right) = new_figure(10.5, 3.4, 2)
     expert = look("all the data")
     steps = (theta[:, 1:] - theta[:, :-1]).norm(dim=2).cpu()
@@ -186,7 +186,7 @@ def expert_curves(validation: list[list[float]], theta: Tensor) -> Figure:
     right.plot(range(1, steps.shape[1] + 1), steps.mean(0), color=PALETTE[0], linewidth=2.5)
     left.legend(frameon=False, loc="lower right")
     left.set(xlabel="snapshot", ylabel="validation accuracy (%)", ylim=(0, 100))
-    right.set(xlabel="snapshot", ylabel="distance from the snapshot before (norm of weights)", ylim=(0, None))
+    right.set(xlabel="snapshot", ylabel="distance to the previous snapshot (norm of weights)", ylim=(0, None))
     return figure
 
 
@@ -205,7 +205,7 @@ def principal_plane(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plane(axis, theta: Tensor, paths: dict[str, list[Tensor]]) -> None:
-    """Draw expert trajectories `[experts, snapshots, P]` in their plane, and paths (lists of `[n, P]`) on top."""
+    """Draw expert trajectories `[experts, snapshots, P]` in their principal plane, with paths (lists of `[n, P]`)."""
     mean, directions, share = principal_plane(theta)
 
     def project(points: Tensor) -> np.ndarray:
@@ -213,7 +213,7 @@ def plane(axis, theta: Tensor, paths: dict[str, list[Tensor]]) -> None:
 
     for k, trajectory in enumerate(theta):
         x, y = project(trajectory).T
-        label = "expert (a dot: a snapshot)" if k == 0 else None
+        label = "expert (one dot per snapshot)" if k == 0 else None
         axis.plot(x, y, ".-", color=look("all the data").colour, alpha=0.4, linewidth=0.8, label=label)
         axis.plot(x[0], y[0], "o", color="black", markersize=5)
     for name, several in paths.items():
@@ -224,12 +224,12 @@ def plane(axis, theta: Tensor, paths: dict[str, list[Tensor]]) -> None:
     axis.legend(frameon=False, fontsize=9)
     axis.set(
         xlabel=f"first principal component ({100 * share[0]:.0f} % of the variance)",
-        ylabel=f"second ({100 * share[1]:.0f} %)",
+        ylabel=f"second principal component ({100 * share[1]:.0f} %)",
     )
 
 
 def trajectory_planes(theta: Tensor, paths: dict[str, list[Tensor]]) -> Figure:
-    """Left: all experts in one plane. Right: the first expert alone in its own plane, with other paths on top."""
+    """Left: all experts in one plane. Right: only the first expert, in its own plane, with other paths."""
     figure, (left, right) = new_figure(11, 4.6, 2)
     plane(left, theta, {})
     plane(right, theta[:1], paths)
@@ -244,9 +244,9 @@ def student_paths(trajectory: list[Tensor], paths: dict[str, list[Tensor]]) -> F
 
 
 def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full, rows: dict | None = None) -> Figure:
-    """Test accuracy against the size of the subset, a panel each: a band of one standard deviation a method.
+    """Test accuracy against the size of the subset, one panel per title: mean ± one standard deviation per method.
 
-    `panels` hold accuracies by method and fraction; `full` is that of all the data, a line.
+    `panels` hold accuracies by method and fraction. A line shows `full`, the accuracy with all the data.
     """
     figure, axes = new_figure(5.6 * len(panels), 5.2, len(panels), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=True):
@@ -268,10 +268,10 @@ def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full, rows: d
 
 
 def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
-    """What a sweep found: a row a choice, a square a seed (or a point on other axes), coloured by one of its numbers.
+    """The results of a sweep: one row per choice, one square per seed (or point on other axes), coloured by a number.
 
-    `cells` are what a grid found; `number` names what to show (the first there is, if it is empty); accuracies and
-    their differences are shown in points. A cross is a run that diverged; a grey row failed, and says why.
+    `cells` are the results of a grid. `number` names the number to show (empty = the first); accuracies and their
+    differences are in points. A cross marks a run that diverged. A grey row failed; its text says why.
     """
     numbers = [cell["numbers"] for cell in cells if "numbers" in cell]
     number = number or next((k for n in numbers for k, v in n.items() if level(v) is not None), "")
@@ -284,14 +284,14 @@ def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
     for (panel, *row), group in over_seeds(cells).items():
         panels.setdefault(panel, {})[row_label(("", *row))] = group
     sides: list[list[str]] = [[] for _ in range(min(columns, len(panels)))]
-    for panel in panels:  # each goes where there is most room left
+    for panel in panels:  # each panel goes to the side with the most free space
         min(sides, key=lambda side: sum(len(panels[p]) + 2 for p in side)).append(panel)
     heights = [sum(len(panels[p]) + 2 for p in side) for side in sides]
     figure = Figure(figsize=(5.4 * len(sides), 0.6 + 0.25 * max(heights)), layout="constrained")
-    for part, side, height in zip(figure.subfigures(1, len(sides), squeeze=False)[0], sides, heights, strict=True):
-        # the last one is empty: it keeps the rows of both sides equally high
+    for half, side, height in zip(figure.subfigures(1, len(sides), squeeze=False)[0], sides, heights, strict=True):
+        # the last axes are empty: they keep the rows of both sides equally high
         ratios = [len(panels[p]) + 1 for p in side] + [max(heights) - height or 1e-3]
-        axes = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        axes = half.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
         axes[-1].set_axis_off()
         for axis, panel in zip(axes, side, strict=False):
             _heat_panel(axis, panels[panel], number, unit, look)
@@ -326,7 +326,7 @@ def _heat_panel(axis, rows: dict[str, list[dict]], number: str, unit: float, loo
 
 
 def lines(panels: dict[str, dict], *, x: str, y: str, log: str = "") -> Figure:
-    """A panel each, of curves by name (`[(x, y), ...]`); `log` names the logarithmic axes ("x", "y", "xy")."""
+    """One panel per title, with curves by name (`[(x, y), ...]`); `log` lists the logarithmic axes ("x", "y", "xy")."""
     figure, axes = new_figure(5.2 * len(panels) + 0.5, 3.6, len(panels))
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         for place, (name, points) in enumerate(curves.items()):
@@ -343,10 +343,10 @@ def lines(panels: dict[str, dict], *, x: str, y: str, log: str = "") -> Figure:
 
 
 def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figure:
-    """A policy's ranges against iterations, a panel each: a line a repetition, the true ranges of the experts dashed.
+    """A policy's ranges against iterations: one panel per title, one line per repetition.
 
-    `panels` hold histories by title, one a repetition; kinds that the experts' augmentation has not are grey
-    (none, where its ranges are not known).
+    `panels` hold histories by title, one per repetition. The ranges `truth` of the experts' augmentation are dashed;
+    kinds that it does not have are grey (none, if `truth` is empty).
     """
     figure, axes = new_figure(4.2 * len(panels) + 1.2, 3.6, len(panels), sharey=True)
     for axis, (title, histories) in zip(axes, panels.items(), strict=True):
@@ -369,23 +369,25 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
 
 
 def range_losses(found: dict[str, dict[float, tuple[float, float]]]) -> Figure:
-    """How much the loss rises as one range leaves its true value: a line and a band of one standard error a kind."""
+    """The increase of the loss when one range differs from its true value: line ± one standard error per kind."""
     figure, (axis,) = new_figure(6.4, 3.6)
     for place, (kind, curve) in enumerate(found.items()):
         x, (y, error) = list(curve), np.array(list(curve.values())).T
         axis.plot(x, y, ".-", color=PALETTE[place % len(PALETTE)], label=kind.replace("_", " "))
         axis.fill_between(x, y - error, y + error, color=PALETTE[place % len(PALETTE)], alpha=0.15, linewidth=0)
     axis.axhline(0, color="black", linewidth=0.7, linestyle=":")
-    axis.set(xlabel="range / the experts' range", ylabel="rise of the matching loss over\nthat at the experts' ranges")
+    axis.set(
+        xlabel="range / the experts' range", ylabel="increase of the matching loss\nover that at the experts' ranges"
+    )
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def drift_panels(panels: dict[str, dict], noise: str, rows: dict | None = None) -> Figure:
-    """The remaining distance of each method's students to the target, by the step that they start from: a panel each.
+    """The remaining distance of each method's students to the target, by start step: one panel per title.
 
-    `panels` hold by title and start step: (value, standard error or None) by method. The method called `noise` is the
-    share of an expert's own movement that is noise of its batches: grey bars.
+    `panels` hold by title and start step: (value, standard error or None) by method. The entry named `noise` is the
+    fraction of an expert's squared movement that is batch noise: grey bars.
     """
     figure, axes = new_figure(4.2 * len(panels) + 1.8, 3.8, len(panels), sharey=True)
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
@@ -403,7 +405,7 @@ def drift_panels(panels: dict[str, dict], noise: str, rows: dict | None = None) 
         axis.set_yscale("symlog", linthresh=0.2)
         axis.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0", ".1", ".2", ".5", "1", "2", "5", "10"], minor=False)
         axis.set_ylim(bottom=min([-0.02, *(value for by_name in found.values() for value, _ in by_name.values())]))
-    axes[0].set_ylabel("remaining squared distance to the target\n(0: as all the data, 1: no movement)")
+    axes[0].set_ylabel("remaining squared distance to the target\n(0: like all the data, 1: no movement)")
     looks = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     beside_all = dict(loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1].legend(looks.values(), looks, frameon=False, fontsize=8, **beside_all)
@@ -411,13 +413,13 @@ def drift_panels(panels: dict[str, dict], noise: str, rows: dict | None = None) 
 
 
 def steps_by_layer(found: dict[str, dict[str, dict]]) -> Figure:
-    """The first update of each tensor of phi by optimiser: its norm over that of the tensor, on a logarithmic axis."""
+    """The norm ratio of the first update and each parameter tensor of phi, by optimiser, on a logarithmic axis."""
     layers = list(next(iter(found.values())))
     figure, (axis,) = new_figure(8.5, 1.2 + 0.33 * len(layers))
     for place, (name, steps) in enumerate(found.items()):
-        sizes = [max(s["update"] / (s["weights"] or 1), 1e-9) for s in steps.values()]
+        ratios = [max(s["update"] / (s["weights"] or 1), 1e-9) for s in steps.values()]
         y = np.arange(len(layers)) + 0.25 * (place - (len(found) - 1) / 2)
-        axis.plot(sizes, y, "o", color=PALETTE[place % len(PALETTE)], label=name)
+        axis.plot(ratios, y, "o", color=PALETTE[place % len(PALETTE)], label=name)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="norm of the first update / norm of the weights (dotted: equal)")
     axis.set_yticks(range(len(layers)), layers)

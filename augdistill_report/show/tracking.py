@@ -1,7 +1,7 @@
-"""Curves and pictures in a tracker too, beside the files: TensorBoard, Weights & Biases, or trackio.
+"""Sends curves and pictures to an experiment tracker: TensorBoard, Weights & Biases, or trackio.
 
-Each row that a notebook trains is a run there, named after the notebook and the row, with its settings; the notebook's
-pictures are one more run. Everything is sent once, after it has finished: `tracked/<tracker>.json` says what was sent.
+Each row that a notebook trains is one run in the tracker, named after the notebook and the row, with its settings. The
+notebook's pictures are another run. Everything is sent once, when it is finished: `tracked/<tracker>.json` lists it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def to_tensorboard(folder: Path, group: str, name: str, config: dict, curve: lis
     from torch.utils.tensorboard import SummaryWriter
 
     place = folder / "tensorboard" / group / name
-    shutil.rmtree(place, ignore_errors=True)  # what other settings left there would be drawn over it
+    shutil.rmtree(place, ignore_errors=True)  # otherwise the curves of earlier settings would overlap
     with SummaryWriter(place) as writer:
         writer.add_text("settings", f"```\n{as_json(config)}```")
         for step, numbers in enumerate(curve):
@@ -36,7 +36,7 @@ def to_tensorboard(folder: Path, group: str, name: str, config: dict, curve: lis
 
 
 def to_wandb(folder: Path, group: str, name: str, config: dict, curve: list[dict], pictures: list[Path]) -> None:
-    """A run of the project `augdistill`, as its own variables say (WANDB_MODE=offline keeps it in tracked/wandb)."""
+    """A run in the project `augdistill`; wandb's variables apply (WANDB_MODE=offline keeps it in tracked/wandb)."""
     import wandb
 
     quiet = wandb.Settings(silent=True, disable_git=True, x_disable_stats=True)
@@ -49,7 +49,7 @@ def to_wandb(folder: Path, group: str, name: str, config: dict, curve: list[dict
 
 
 def to_trackio(folder: Path, group: str, name: str, config: dict, curve: list[dict], pictures: list[Path]) -> None:
-    """A run of the project `augdistill`, where TRACKIO_DIR says: `trackio show --project augdistill`."""
+    """A run in the project `augdistill`, in TRACKIO_DIR: see it with `trackio show --project augdistill`."""
     import trackio
 
     about = dict(project=PROJECT, group=group, name=f"{group}/{name}", config=config, embed=False, auto_log_gpu=False)
@@ -65,38 +65,38 @@ TRACKERS: dict[str, Callable] = {"tensorboard": to_tensorboard, "trackio": to_tr
 
 
 def check_tracker(track: str) -> None:
-    """A `ValueError` that says what to install, if the package of this tracker is missing."""
+    """A `ValueError` that says what to install if the tracker's package is missing."""
     if track != "none" and importlib.util.find_spec(track) is None:
         raise ValueError(f"track={track!r}: the package is not installed; pip install {track}")
 
 
 def numbers(record: dict) -> dict[str, float]:
-    """What of a record of `distill` is a number; what phi reports of itself as "phi/<name>"."""
+    """The numbers in a record of `distill`; those that phi reports as "phi/<name>"."""
     flat = record | {f"phi/{key}": value for key, value in record.get("phi", {}).items()}
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and k != "iteration"}
 
 
 def already_sent(folder: Path, track: str) -> dict[str, str]:
-    """What a run's folder has sent to a tracker: a digest of the content by run there ("<notebook>/<row>")."""
+    """What was sent from a run's folder to a tracker: a digest of the content by run ("<notebook>/<row>")."""
     note = folder / "tracked" / f"{track}.json"
     return read_json(note, "tracked")["sent"] if note.exists() else {}
 
 
 class Tracker:
-    """Sends to the tracker of that name what a notebook makes; "none" sends nothing."""
+    """Sends a notebook's curves and pictures to the tracker with that name; "none" sends nothing."""
 
     def __init__(self, track: str, folder: Path, notebook: str):
-        """A `ValueError` if the tracker's package is missing, or if the note of what was sent is damaged."""
+        """A `ValueError` if the tracker's package is missing, or the file that lists what was sent is damaged."""
         check_tracker(track)
         self.track, self.folder, self.notebook = track, folder, notebook
-        already_sent(folder, track)  # now, not after an hour of work
+        already_sent(folder, track)  # fails now, not after an hour of work
 
     def curve(self, name: str, config: dict, history: list[dict]) -> None:
-        """The numbers of every record, by iteration."""
+        """Send the numbers of every record, by iteration."""
         self.send(name, config, [numbers(record) for record in history], [])
 
     def pictures(self, paths: list[Path]) -> None:
-        """PNG files, under their names."""
+        """Send PNG files under their names."""
         self.send("pictures", {}, [], paths)
 
     def send(self, name: str, config: dict, curve: list[dict], pictures: list[Path]) -> None:
@@ -109,6 +109,6 @@ class Tracker:
             return
         place = self.folder / "tracked"
         place.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # the notebook is for its reader
+        with contextlib.redirect_stdout(io.StringIO()):  # keeps the tracker's output out of the notebook
             TRACKERS[self.track](place, self.notebook, name, config, curve, pictures)
         write_json(place / f"{self.track}.json", "tracked", {"sent": sent | {run: own}})

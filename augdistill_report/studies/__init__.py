@@ -1,1 +1,1 @@
-"""The studies: a file each, and its settings in a leaf file `*_config.py`, which `settings` finds by its name."""
+"""The studies: one file each. Their settings are in leaf files `*_config.py`, which `settings` finds by name."""

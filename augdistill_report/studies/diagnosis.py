@@ -1,4 +1,4 @@
-"""Why a phi learns or not, by measurement: what each one is, where its gradient goes, what its student can see."""
+"""Measures why a phi learns or not: its size and receptive field, its gradient by layer, the student's sensitivity."""
 
 import copy
 import dataclasses
@@ -23,16 +23,16 @@ from augdistill_report.data.datasets import Split
 
 
 def operations(module, *inputs, **given) -> int:
-    """Multiply-adds of one call, in convolutions and matrix products."""
+    """The number of multiply-adds of one call, in convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs, **given)
     return counter.get_total_flops() // 2
 
 
 def receptive_field(phi: Phi, image: Tensor) -> int:
-    """The side of the square of pixels that the centre of phi(x) depends on, found through its gradient; 0 for none."""
+    """The side of the receptive field of the centre of phi(x), in pixels, found by its gradient; 0 if it is empty."""
     size, reached = image.shape[-1], torch.zeros(image.shape[-2:], dtype=torch.bool)
-    for seed in range(8):  # a ReLU may be shut for one choice of weights
+    for seed in range(8):  # for one choice of weights a ReLU may be zero
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for p in phi.parameters():
@@ -47,7 +47,7 @@ def receptive_field(phi: Phi, image: Tensor) -> int:
 
 
 def zoo(names: list[str], base: Split, classes: int, student: nn.Module) -> list[dict]:
-    """For each phi of `names`: its parameters (also in images), what it sees, its multiply-adds in student passes."""
+    """For each phi of `names`: parameters (also in images), inputs, and multiply-adds in student forward passes."""
     x, rows = base.images[:1], []
     passes = operations(student, x)
     for name in names:
@@ -70,12 +70,12 @@ def zoo(names: list[str], base: Split, classes: int, student: nn.Module) -> list
 
 
 def first_step(phi: Phi, base: Split, experts: Trajectories, config: DistillConfig, seed: int) -> dict[str, dict]:
-    """For each tensor of phi's parameters: the norms of itself, its gradient, and its first update by `config`."""
+    """For each parameter tensor of phi: the norms of the weights, the gradient, and the first update by `config`."""
 
     def change(**changes) -> dict[str, float]:
         own = copy.deepcopy(phi)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a step may be so large that phi explodes: that is what is looked for
+            warnings.simplefilter("ignore")  # phi may explode in this step, and that is measured here
             moved = step(own, base, experts, dataclasses.replace(config, iterations=1, **changes), seed)
         return {name: float((moved[name] - p.detach()).norm()) for name, p in phi.named_parameters()}
 
@@ -87,7 +87,7 @@ def first_step(phi: Phi, base: Split, experts: Trajectories, config: DistillConf
 
 
 def step(phi: Phi, base: Split, experts: Trajectories, config: DistillConfig, seed: int) -> dict[str, Tensor]:
-    """phi's parameters as they are after one step, before anything looks whether that was wise."""
+    """phi's parameters after one step, taken before `distill` checks for divergence."""
     states = []
 
     def before_each(record):
@@ -99,9 +99,9 @@ def step(phi: Phi, base: Split, experts: Trajectories, config: DistillConfig, se
 
 
 def gains(student: nn.Module, split: Split, sizes: list[float], seed: int) -> dict[str, list[float]]:
-    """How much a student's first step changes if its images are `sizes` times as large: ||g(s x) - g(x)|| / ||g(x)||.
+    """The relative change of a student's first gradient g when x is scaled by `sizes`: ||g(s x) - g(x)|| / ||g(x)||.
 
-    For the student, and for the same one without its instance norm, both at a fresh initialisation.
+    For the student, and for the same student without instance norm, both at a new initialisation.
     """
     bare = nn.Sequential(*(m for m in student.features if not isinstance(m, nn.GroupNorm)), nn.Flatten())
     bare.append(student.classifier)
@@ -113,6 +113,6 @@ def gains(student: nn.Module, split: Split, sizes: list[float], seed: int) -> di
             with torch.no_grad():
                 return unroll(model, start, [images], [split.labels], 1.0) - start
 
-        plain = direction(split.images)
-        found[name] = [float((direction(s * split.images) - plain).norm() / plain.norm()) for s in sizes]
+        unscaled = direction(split.images)
+        found[name] = [float((direction(s * split.images) - unscaled).norm() / unscaled.norm()) for s in sizes]
     return found

@@ -1,10 +1,10 @@
-"""How far students end from the target that all the data set, when they train on a subset by each method.
+"""The drift of each method: how far its students end from the mean movement of training on all the data.
 
-An expert's movement is largely noise of its batches. The ordinary matching loss counts that noise, which no image can
-match; here it is left out. From one snapshot several students take the expert's own steps on all the data, with the
-augmentation that the expert was trained with: the mean of their moves is the target. Others take as many of the same
-steps on a subset, by a method. The squared distance of their mean move from the target, over the squared length of the
-target, is what remains: 0 = as all the data; 1 = as no movement at all.
+An expert's movement is largely batch noise. The ordinary matching loss includes that noise, which no image can match;
+the drift does not. From one snapshot, several students take an expert's steps on all the data, with the experts'
+augmentation: the mean of their movements is the target. Other students take equally many such steps on a subset, by a
+method. The remaining distance is the squared distance of their mean movement to the target, divided by the squared
+norm of the target: 0 = like all the data, 1 = no movement.
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ from augdistill_report.work.setup import Setup
 
 NOISE = "noise (share of an expert's squared movement)"
 
-MOST_EXPERTS = 3  # whose trajectories are looked at
+MOST_EXPERTS = 3  # the largest number of trajectories that are used
 
-BRANCHES = 4  # students from each snapshot: their mean move is found from pairs
+BRANCHES = 4  # students per snapshot: inner products of mean movements are estimated from pairs
 
 
 def branches(
     student: nn.Module, start: Tensor, split: Split, through: list[Callable | None], setup: Setup, *seed
 ) -> Tensor:
-    """`[BRANCHES, P]`: how far students move from `start` `[P]` in an expert's steps between two snapshots.
+    """`[BRANCHES, P]`: the movements of students from `start` `[P]` in an expert's steps between two snapshots.
 
-    On the images of `split`, in every step through each of `through`; each student by batches and draws of its own, and
-    from rest, where the experts have momentum.
+    They train on the images of `split`; each batch passes through each of `through`. Each student has its own batches
+    and samples. If the experts use momentum, it starts at zero.
     """
 
     def batches(k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        noise = seeded(*seed, k, "noise")  # apart, so that all methods see the same batches of a subset
+        noise = seeded(*seed, k, "noise")  # separate, so that all methods get the same batches of a subset
         for i in minibatches(len(split), setup.expert_batch, seeded(*seed, k)):
             images, labels = split.images[i], split.labels[i]
             for method in through:
@@ -58,7 +58,7 @@ def branches(
 
 
 def common(moves: Tensor, others: Tensor | None = None) -> float:
-    """<E a, E b> from independent draws `[K, P]` of a and of b; without `others` ||E a||^2: the mean over pairs."""
+    """<E a, E b> from independent samples `[K, P]` of a and b; without `others` ||E a||^2, by the mean over pairs."""
     if others is not None:
         return float(moves.mean(0) @ others.mean(0))
     products = moves @ moves.T
@@ -67,10 +67,11 @@ def common(moves: Tensor, others: Tensor | None = None) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Drift(Job):
-    """From snapshot `start` of the experts: how far from the target each method ends.
+    """The job that measures the drift of each method from snapshot `start` of the experts.
 
-    Finds lists of a value per expert: `length`, the squared length of the target; `noise`, what an expert's own squared
-    movement has beside it; and `remaining`, by method id, the squared distance of its mean move from the target.
+    The result has lists with one value per expert: `length`, the squared norm of the target; `noise`, the rest of an
+    expert's expected squared movement; and `remaining`, by method id, the squared distance of its mean movement to the
+    target.
     """
 
     start: int
@@ -112,15 +113,15 @@ class Drift(Job):
 
 
 def shares(found: dict) -> dict[str, tuple[float, float | None]]:
-    """What remains, over the squared length of the target, and its standard error (None for one expert), by method id.
+    """The remaining distance of each method, over the squared norm of the target: (value, standard error or None).
 
-    By the name `NOISE`: the noise, over an expert's whole squared movement.
+    The standard error is None for one expert. The entry `NOISE` is the noise over an expert's whole squared movement.
     """
     length, noise = np.array(found["length"]), np.array(found["noise"])
 
     def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float | None]:
         value, n = above.sum() / below.sum(), len(above)
-        errors = (above - value * below) / below.mean()  # of a ratio of means, to first order
+        errors = (above - value * below) / below.mean()  # the error of a ratio of means, to first order
         return float(value), float(errors.std(ddof=1) / n**0.5) if n > 1 else None
 
     return {NOISE: ratio(noise, length + noise)} | {

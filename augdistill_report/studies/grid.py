@@ -1,16 +1,16 @@
-"""Grids of settings: which combinations a sweep runs, and the table of their results.
+"""Grids of settings: the runs of a sweep, and the table of their results.
 
-A grid file says which notebook runs, and how its settings (those of `Settings`) vary:
+A grid file says which notebook runs, and how its settings (fields of `Settings`) vary:
 
-    notebook: one_phi.ipynb           # beside the grid file, or one of the report's
+    notebook: one_phi.ipynb           # in the folder of the grid file, or one of the report's
     preset: digits
     set: {iterations: 100}            # for every run
-    rows:                             # by name, the settings that each row changes; "panel: name" puts it into a panel
+    rows:                             # the settings of each row, by name; "panel: name" puts it into a panel
       Adam: {phi_optimizer: Adam, phi_lr: 0.01}
       SGD: {phi_optimizer: SGD, phi_lr: 0.1}
-    axes: {seed: [0, 1, 2]}           # every row at every combination of these
+    axes: {seed: [0, 1, 2]}           # every row runs at every combination of these
     short: [Adam]                     # the rows that --short keeps (and notebook 04 in a short report)
-    picture: gain                     # the number that the picture shows
+    picture: gain                     # the number that the figure shows
 """
 
 import dataclasses
@@ -50,19 +50,19 @@ class Grid:
     ) -> list["GridPoint"]:
         """Every run of the grid: `base`, changed by the grid's `set`, then by `changes`, its row and its point.
 
-        `only` names the rows to keep; `short` keeps the rows that the grid lists as its short form. A `ValueError`
-        names the row or setting that is wrong.
+        `only` names the rows to keep; `short` keeps the rows in the grid's list `short`. A `ValueError` names the row
+        or setting that is wrong.
         """
         for name in only or []:
             if panel_and_name(name) not in self.rows:
                 known = list(map(row_label, self.rows))
-                raise ValueError(f"row {name!r}: is no row of {self.path}; {nearest(name, known)}")
+                raise ValueError(f"row {name!r}: is not a row of {self.path}; {nearest(name, known)}")
         for key in changes or {}:
             if key in self.axes:
                 raise ValueError(f"{key}: is an axis of {self.path}; change it in that file")
         changes = self.fixed | (changes or {})
         if self.fixed.get("phis") and changes["phis"] != self.fixed["phis"]:
-            changes["phis"] = f"{self.fixed['phis']}, {changes['phis']}"  # the grid's rows need their own
+            changes["phis"] = f"{self.fixed['phis']}, {changes['phis']}"  # the grid's rows need its own files
         base = changed(base, changes, str(self.path))
         base.load_phis()
         kept = [panel_and_name(name) for name in only or []] or (short and self.short) or self.rows
@@ -76,7 +76,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GridPoint:
-    """One run of a grid: its row (in a panel), its value on each axis, and all its settings."""
+    """One run of a grid: its panel and row, its value on each axis, and all its settings."""
 
     panel: str
     row: str
@@ -89,13 +89,13 @@ class GridPoint:
 
 
 def panel_and_name(row: str) -> tuple[str, str]:
-    """A row as a grid file writes it, "panel: name" or "name" alone, as (panel, name)."""
+    """(panel, name) of a row in a grid file, "panel: name" or "name"."""
     panel, colon, name = row.partition(": ")
     return (panel, name) if colon else ("", row)
 
 
 def changed(settings: Settings, changes: dict, where: str) -> Settings:
-    """The settings with some keys changed; a `ValueError` says `where` the wrong one was given."""
+    """The settings with some keys changed; a `ValueError` says `where` a wrong one was given."""
     try:
         return Settings.from_dict(settings.to_dict() | changes)
     except ValueError as error:
@@ -103,7 +103,7 @@ def changed(settings: Settings, changes: dict, where: str) -> Settings:
 
 
 def read_grid(path: Path | str) -> Grid:
-    """A grid file, or a `ValueError` of one line that names what is wrong in it."""
+    """Read a grid file; a `ValueError` of one line says what is wrong in it."""
     path = Path(path)
     content = read_yaml(path)
 
@@ -126,18 +126,18 @@ def read_grid(path: Path | str) -> Grid:
         raise ValueError(f"{path}: has neither rows nor axes; there is nothing to vary")
     pieces = [("set", fixed), *((f"row {in_short(name)}", row) for name, row in rows.items())]
     pieces += [("axes", {key: value}) for key, values in axes.items() for value in values]
-    for where, part in pieces:
-        for key in set(WorkConfig.names()).intersection(part):
-            raise ValueError(f"{path}: {where}: {key}: a grid cannot change who does the work; use --set {key}=...")
+    for where, values in pieces:
+        for key in set(WorkConfig.names()).intersection(values):
+            raise ValueError(f"{path}: {where}: {key}: a grid cannot set where jobs run; use --set {key}=...")
         try:
-            Settings.from_dict(part)
+            Settings.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {where}: {error}") from None
     for key, values in axes.items():
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{path}: axes: {key}={in_short(values)}: must be different values")
     for name in map(str, rows):
-        if not name.isprintable() or "$" in name:  # pictures and tables show it; $ would begin a formula
+        if not name.isprintable() or "$" in name:  # figures and tables show it; $ would start a formula
             raise ValueError(f"{path}: row {name!r}: must be printable text on one line, without $")
     rows = {panel_and_name(str(name)): row for name, row in rows.items()} or {("", ""): {}}
     short, preset, picture = content.get("short", []), content.get("preset", "digits"), content.get("picture", "")
@@ -145,33 +145,33 @@ def read_grid(path: Path | str) -> Grid:
         raise wrong("short", "a list of names of rows")
     for name in short:
         if panel_and_name(name) not in rows:
-            raise ValueError(f"{path}: short: {name!r} is no row; {nearest(name, list(map(row_label, rows)))}")
+            raise ValueError(f"{path}: short: {name!r} is not a row; {nearest(name, list(map(row_label, rows)))}")
     short = [panel_and_name(name) for name in short]
     if not isinstance(preset, str):
         raise wrong("preset", "the name of a preset, or the path of a .yaml file")
     if not isinstance(picture, str):
-        raise wrong("picture", "the name of a number that the notebook leaves")
+        raise wrong("picture", "the name of a number in the notebook's results")
     name = content.get("notebook")
     places = [str(folder / str(name)) for folder in (path.parent, NOTEBOOKS)]
     notebook = next((place for place in places if os.path.isfile(place) and place.endswith(".ipynb")), None)
     if notebook is None:
-        raise wrong("notebook", "a notebook beside the grid, or one of the report's (01_expert_trajectories.ipynb)")
-    if fixed.get("phis"):  # relative to the grid
-        fixed = fixed | {"phis": ", ".join(str(path.parent / part.strip()) for part in fixed["phis"].split(","))}
+        raise wrong("notebook", "a notebook in the grid's folder, or of the report (01_expert_trajectories.ipynb)")
+    if fixed.get("phis"):  # paths are relative to the grid file
+        fixed = fixed | {"phis": ", ".join(str(path.parent / file.strip()) for file in fixed["phis"].split(","))}
     return Grid(path, Path(notebook), preset, fixed, rows, axes, short, picture)
 
 
 def run_grid(
     tasks: dict[GridPoint, Task], store: Store, pool: Pool, show: Callable, failures: dict | None = None
 ) -> list[dict]:
-    """Run the tasks of a grid that are not finished yet, over the cores; the result of each one, as JSON stores it.
+    """Run the unfinished tasks of a grid in parallel; returns the result of each, as JSON stores it.
 
-    A result is its panel, row and point, its settings, and what the task's `found` returns, or an `error`. A task that
-    fails does not stop the others: its exception is put into `failures`, which a caller can count meanwhile.
+    A result has its panel, row, point and settings, and what the task's `found` returns, or an `error`. A task that
+    fails does not stop the others: its exception is put into `failures`, which a caller can count during the run.
     """
     failures = {} if failures is None else failures
     run_jobs(list(tasks.values()), store, pool, show, failures)
-    # by path: tasks of equal settings are made once
+    # by path: tasks with equal settings run once
     errors = {store.path(task.kind, task.spec()): error for task, error in failures.items()}
     cells = []
     for point, task in tasks.items():
@@ -184,7 +184,7 @@ def run_grid(
 
 
 def sweep_table(cells: list[dict]) -> str:
-    """A Markdown table: a line for each row and point, mean ± deviation over seeds, and why a run failed."""
+    """A Markdown table with a line per row and point: mean ± standard deviation over seeds, and why a run failed."""
     columns = list(dict.fromkeys(k for c in cells for k, v in c.get("numbers", {}).items() if level(v) is not None))
     rows = []
     for row, group in over_seeds(cells).items():

@@ -1,7 +1,7 @@
 """The methods of the subset table (notebook 05): a `Method` is one row, and `every_method` is the one list of them.
 
-A row says how its phi learns, what students see, what validation chooses, and how tables and pictures show it. To add
-a method, add a `Method` to the list in `every_method`; everything else follows from it.
+A row says how its phi learns, how students train, what is selected on the validation split, and how tables and figures
+show it. To add a method, add a `Method` to the list in `every_method`; nothing else is needed.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from augdistill_report.work.statistics import BASELINE
 
 CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"  # groups
 
-# what validation chooses between, as changes of `EvalConfig`: the first is taken where several are equally good
+# alternatives that the validation split selects from, as changes of `EvalConfig`; the first wins a tie
 MAGNITUDES = ({"eval_magnitude": 2}, {"eval_magnitude": 9})  # of RandAugment
 
 REWARDS = ({"eval_reward": 1.0}, {"eval_reward": 0.1})  # of InstaAug, for wide ranges
 
-APPLIED = ({"eval_augment_probability": 1.0}, {"eval_augment_probability": 0.5})  # an augmentation
+APPLIED = ({"eval_augment_probability": 1.0}, {"eval_augment_probability": 0.5})  # of an augmentation
 
 USES = tuple(dict(phi_strength=s, phi_probability=p) for s, p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)))  # of a phi
 
-STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which takes one or a few
+STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which uses one or a few
 
 
 # --- how a phi learns on a subset: changes of `DistillConfig` ---------------------------------------------------------
@@ -37,22 +37,22 @@ def batches(repetition: Repetition) -> dict:
 
 
 def by_own_settings(repetition: Repetition) -> dict:
-    """As the run's settings say."""
+    """The run's own settings."""
     return repetition.settings.select(DistillConfig, **batches(repetition)).to_dict()
 
 
 def one_iteration(repetition: Repetition) -> dict:
-    """As the run's settings say, but for one iteration: for a phi with nothing to learn."""
+    """The run's own settings, with one iteration: for a phi without parameters."""
     return by_own_settings(repetition) | {"iterations": 1}
 
 
 def by_mtt(repetition: Repetition) -> dict:
-    """MTT's objective for free images."""
+    """MTT's objective, for free images (pixels)."""
     return dataclasses.replace(repetition.settings.pixel_config, **batches(repetition)).to_dict()
 
 
 def by_2018(repetition: Repetition) -> dict:
-    """The objective of 2018 for free images: the loss on real images after a few student steps."""
+    """The objective of 2018, for free images (pixels): the loss on real images after a few student steps."""
     return dict(objective="real_loss", alpha_mode="log", syn_steps=STEPS_2018, phi_lr=0.05) | batches(repetition)
 
 
@@ -66,21 +66,21 @@ def by_two_draws(repetition: Repetition) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of the subset table. Students train on `augment`(phi(x)) of a subset, by hard or soft labels.
+    """A row of the subset table. Students train on `augment`(phi(x)) for x of a subset, with hard or soft labels.
 
     id: its key in results, and its name in `subset_rows`
-    label, colour, marker, line: how every table and picture shows it (matplotlib's terms)
+    label, colour, marker, line: how every table and figure shows it (matplotlib's terms)
     group: one of `CONTROL`, `HAND`, `LEARNED`, `IMAGES`
-    phi: which phi learns on the subset ("" = none): any name in PHIS
-    recipe: how it learns, a function of the repetition that gives changes of `DistillConfig`
+    phi: the phi that learns on the subset, any name in PHIS ("" = none)
+    recipe: how it learns: a function of the repetition that returns changes of `DistillConfig`
     experts: the augmentation that its experts were trained with
-    under: the augmentation inside the unroll ("" = as the run's settings say)
-    augment, labels: of the students' steps, as in `EvalConfig`
-    choices: what validation chooses, beside the step size: a tuple of alternatives for each choice
-    follows: the id of the method whose chosen augmentation it keeps; then only the rest is chosen
-    small: whether it learns on subsets up to `policy_fraction` alone, since it takes long
+    under: the augmentation inside the unroll ("" = the run's own)
+    augment, labels: of the students' training, as in `EvalConfig`
+    choices: what is selected on the validation split, besides the step size: a tuple of alternatives per choice
+    follows: the id of the method whose selected augmentation it keeps; only the rest is selected for it
+    small: whether it learns only on subsets up to `policy_fraction`, because it is slow
     drift: whether it is in the drift table
-    carried: whether students of other architectures are trained by it, too
+    carried: whether students of other architectures are trained by it too
     """
 
     id: str
@@ -103,11 +103,11 @@ class Method:
 
     @property
     def panel(self) -> str:
-        """Which of the two panels of the accuracy picture it is in; the baseline is in both."""
+        """Its panel in the accuracy figure, one of two; the baseline is in both."""
         return PANELS[bool(self.phi) or self.labels == "soft"]
 
     def options(self, settings: Settings) -> list[dict]:
-        """What the validation split may choose between, as changes of `EvalConfig`."""
+        """All alternatives for the selection on the validation split, as changes of `EvalConfig`."""
         rates = [dict(eval_lr=rate) for rate in settings.lr_list]
         always = dict(eval_augment=self.augment, eval_labels=self.labels)
         return [
@@ -118,7 +118,7 @@ class Method:
 
 PANELS = ("augmentations", "phi, distilled images and soft labels")
 
-NONE, PHI = "none", "phi"  # ids: of the row that every gain is over, and of the run's own phi
+NONE, PHI = "none", "phi"  # ids: of the baseline of every gain (no augmentation), and of the run's own phi
 
 EXPERTS = "experts' augmentation"
 
@@ -126,7 +126,7 @@ FULL = Method("all", "all the data, no augmentation", CONTROL, "#222222")
 
 
 def every_method(settings: Settings) -> list[Method]:
-    """Every row that the table can have, in its order."""
+    """Every row that the table can have, in order."""
     given, taught = settings.expert_augment, settings.taught_augment
     crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
     of_taught = {"none": (), "randaugment": (MAGNITUDES, APPLIED)}.get(taught, (APPLIED,))
@@ -134,7 +134,7 @@ def every_method(settings: Settings) -> list[Method]:
     late = dict(recipe=by_two_draws, experts=taught, small=True, drift=True)
     randaugment = dict(augment="randaugment", choices=(MAGNITUDES, APPLIED))
     both, under = dict(phi=f"{CONDITIONED}+{POLICY}"), dict(phi="pixels", under=taught, augment=taught)
-    known = COLOURS  # of labels that other notebooks show, too
+    known = COLOURS  # of labels that other notebooks show too
     orange, blue, green, sky, pink, brown = "#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#8c6d31"
     rows = [
         Method(NONE, BASELINE, CONTROL, known[BASELINE], drift=True, carried=True),
@@ -148,7 +148,7 @@ def every_method(settings: Settings) -> list[Method]:
         Method("autoaugment", "AutoAugment", HAND, green, "v", augment="autoaugment", choices=(APPLIED,)),
         Method("randaugment", "RandAugment", HAND, orange, "P", **randaugment, drift=True, carried=True),
         Method("trivialaugment", "TrivialAugment", HAND, brown, "X", augment="trivialaugment", choices=(APPLIED,)),
-        # it learns with the student, and how often it does what
+        # it learns together with the student, also how often it applies each transformation
         Method("instaaug", "InstaAug", LEARNED, blue, "*", augment="instaaug", choices=(REWARDS,)),
         Method(
             "pixels_mtt", "pixels (MTT)", IMAGES, known["pixels (MTT)"], "^", "-", "pixels", by_mtt, given, carried=True
@@ -171,15 +171,15 @@ def every_method(settings: Settings) -> list[Method]:
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:
-    """The rows of the table at a fraction by id, in its order: those of `subset_rows`, or all, and no augmentation.
+    """The rows of the table at a fraction by id, in order: no augmentation, and those in `subset_rows` (empty = all).
 
-    A `ValueError` for a row that there is not.
+    A `ValueError` names an unknown row.
     """
     every = {method.id: method for method in every_method(settings)}
-    named = [part.strip() for part in settings.subset_rows.split(",") if part.strip()]
+    named = [name.strip() for name in settings.subset_rows.split(",") if name.strip()]
     if unknown := [name for name in named if name not in every]:
         known = ", ".join(name for name in every if name != NONE)
-        raise ValueError(f"subset_rows={settings.subset_rows!r}: no row is {unknown[0]!r}; must be among {known}")
+        raise ValueError(f"subset_rows={settings.subset_rows!r}: unknown row {unknown[0]!r}; must be among {known}")
     small = fraction <= settings.policy_fraction
     return {
         id: method
@@ -189,7 +189,7 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
 
 
 def shown_rows(settings: Settings) -> dict[str, Method]:
-    """The rows of all fractions by id, and that of all the data: what pictures and tables are handed."""
+    """The rows of all fractions by id, and the row of all the data, for figures and tables."""
     found = {id: method for f in settings.fraction_list for id, method in methods(settings, f).items()}
     order = [method.id for method in every_method(settings) if method.id in found]
     return {id: found[id] for id in order} | {FULL.id: FULL}

@@ -1,9 +1,9 @@
-"""How well students do on subsets of the data by each method: what notebook 05 learns, chooses and scores.
+"""The test accuracy of students trained on subsets by each method: what notebook 05 learns, selects and scores.
 
-One protocol for all methods (`subset_methods`): the same student, the same number of steps (or, as a second budget,
-until it stops improving), the same nested and stratified subsets, every choice by validation accuracy.
-`settings.subset_repeats` subsets of each size, each with phis of its own, are the repetitions that intervals are over;
-experts and the students' seeds are the same in all of them.
+All methods (`subset_methods`) have one protocol: the same student, the same number of steps (or, as a second budget,
+until validation accuracy stops improving), the same nested and stratified subsets, and selection on the validation
+split. Intervals are over `settings.subset_repeats` repetitions, each with its own subsets and phis; experts and the
+students' seeds are the same in all of them.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ from augdistill_report.work.scoring import Evaluation, train_student
 from augdistill_report.work.setup import Setup
 from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled
 
-Key = tuple[str, float, int]  # of an evaluation and its score: a method's id, the fraction, the repetition's number
+Key = tuple[str, float, int]  # of an evaluation and its score: method id, fraction, number of the repetition
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial(Repetition):
-    """One repetition in the setup of `settings`: subsets of its own, by `number`."""
+    """One repetition in the setup of `settings`, with its own subsets, by `number`."""
 
     number: int = 0
 
     def setup(self, augment: str) -> Setup:
-        """As for any repetition; the experts that were given, where they are of that kind."""
+        """As in `Repetition`, but with the given `expert_files` if they have that augmentation."""
         return self.settings.select(Setup) if augment == self.settings.expert_augment else super().setup(augment)
 
     def subset(self, fraction: float) -> Subset:
@@ -58,7 +58,7 @@ class Trial(Repetition):
         return dataclasses.replace(job, setup=dataclasses.replace(job.setup, augment=method.under or job.setup.augment))
 
     def learned(self, fraction: float) -> dict[str, Distillation]:
-        """What is trained on a subset, by method id; what two methods share is under the first of them."""
+        """The phis trained on a subset, by method id; one that two methods share is under the first."""
         found: dict[str, Distillation] = {}
         for id, method in methods(self.settings, fraction).items():
             job = self.distilled(method, fraction)
@@ -67,7 +67,7 @@ class Trial(Repetition):
         return found
 
     def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
-        """The evaluation of a method on a subset, by an option of its own."""
+        """The evaluation of a method on a subset, with one of its options."""
         return self.evaluation(self.subset(fraction), self.distilled(method, fraction), **option | changes)
 
 
@@ -76,9 +76,9 @@ def trials(settings: Settings) -> list[Trial]:
 
 
 def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
-    """Each method's option at each fraction, and that of all the data: the best on validation, of the first subsets.
+    """Each method's option at each fraction, and that of all the data: the best on validation, in the first trial.
 
-    A method that `follows` another keeps that one's augmentation, where both are in the table.
+    A method that `follows` another keeps that one's augmentation, if both are in the table.
     """
     settings, first = run.settings, trials(run.settings)[0]
     rows = {(id, f): method for f in fractions for id, method in methods(settings, f).items()} | {(FULL.id, 1.0): FULL}
@@ -99,9 +99,9 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
 
 
 def evaluations(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[Key, Evaluation]:
-    """The evaluations of every method at every fraction in every trial, each by the option that was chosen for it.
+    """The evaluations of every method at every fraction in every trial, with the chosen options.
 
-    All the data are the same in every trial: they are one row of the first.
+    All the data are the same in every trial, so they are evaluated only in the first.
     """
     jobs = {}
     for (id, f), option in chosen.items():
@@ -115,10 +115,10 @@ EQUAL, UNTIL, DC_BENCH = "equal updates", "until it stops", "DC-Bench"  # budget
 
 
 def budgets(settings: Settings) -> dict[str, dict]:
-    """What other budgets than equal updates change, by name, where the settings ask for them.
+    """The training budgets besides equal updates that the settings ask for: changes of `EvalConfig`, by name.
 
-    "until it stops": until validation stops improving, looked at four times as often. "DC-Bench": its protocol (Cui et
-    al. 2022), so many passes over the subset, whatever step size was chosen; the augmentation is that of the row.
+    "until it stops": until validation accuracy stops improving, checked 4 times as often. "DC-Bench": its protocol (Cui
+    et al. 2022), a number of epochs on the subset with its own step size; the augmentation is that of the row.
     """
     patient = dict(eval_patience=settings.subset_patience, eval_steps=max(settings.subset_eval_steps // 4, 2))
     dc_bench = dict(eval_epochs=settings.subset_epochs, eval_batch=256, eval_lr=0.01)
@@ -127,7 +127,7 @@ def budgets(settings: Settings) -> dict[str, dict]:
     return {name: how for name, how in {UNTIL: patient, DC_BENCH: dc_bench}.items() if asked[name]}
 
 
-# --- what tables, pictures and results say of the scores --------------------------------------------------------------
+# --- tables, figures and results from the scores ----------------------------------------------------------------------
 
 
 def percent(fraction: float) -> str:
@@ -140,7 +140,7 @@ def at(scores: dict[Key, Accuracy], fraction: float) -> dict[tuple[str, int], Ac
 
 
 def by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Accuracy]]:
-    """The scores of all trials together, by method and fraction."""
+    """The scores pooled over all trials, by method and fraction."""
     series: dict[str, dict[float, Accuracy]] = {}
     for f in dict.fromkeys(f for _, f, _ in scores):
         for id, score in pooled(at(scores, f)).items():
@@ -149,12 +149,12 @@ def by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Accuracy]]:
 
 
 def as_results(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
-    """What a notebook stores of the scores: a `summary` by method and fraction."""
+    """The scores as a notebook stores them: a `summary` by method and fraction."""
     return {id: {f"{f:g}": score.numbers() for f, score in series.items()} for id, series in by_method(scores).items()}
 
 
 def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
-    """What each method adds to no augmentation, by method and fraction: mean, half of its 95 % interval, over what."""
+    """The gain of each method over no augmentation, by method and fraction: mean, half the 95 % interval, over what."""
     found: dict[str, dict[str, dict]] = {}
     for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id not in (NONE, FULL.id)):
         its = difference(at(scores, f), id, NONE)
@@ -163,7 +163,7 @@ def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
 
 
 def panels(settings: Settings, series: dict) -> dict[str, dict[str, dict[float, Accuracy]]]:
-    """The curves of the two panels of the accuracy picture; no augmentation is in both."""
+    """The curves of the two panels of the accuracy figure; no augmentation is in both."""
     rows = shown_rows(settings)
     found = {
         title: {id: scores for id, scores in series.items() if id == NONE or rows[id].panel == title}
@@ -173,7 +173,7 @@ def panels(settings: Settings, series: dict) -> dict[str, dict[str, dict[float, 
 
 
 def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[float, float]]:
-    """Of each method at each fraction: CPU seconds to learn it, and of an epoch of a student; means over trials."""
+    """CPU seconds to learn each method at each fraction, and of one student epoch; means over trials."""
     found: dict[tuple[str, float], list] = {}
     for (id, f, _), job in jobs.items():
         images, c = len(job.subset.index(job.data)), job.config
@@ -183,7 +183,7 @@ def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[f
     return {key: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for key, rows in found.items()}
 
 
-CHOSEN = {  # what an option chooses, as a table says it
+CHOSEN = {  # the keys of an option, as a table names them
     "eval_lr": "step size",
     "eval_magnitude": "magnitude",
     "eval_reward": "reward",
@@ -194,7 +194,7 @@ CHOSEN = {  # what an option chooses, as a table says it
 
 
 def subset_table(settings: Settings, scores: dict, chosen: dict, cost: dict, fraction: float) -> list[dict]:
-    """The rows at one fraction: accuracy, gain over no augmentation, CPU seconds, and what validation chose."""
+    """The table rows at one fraction: accuracy, gain over no augmentation, CPU seconds, and the selected option."""
     here, rows = at(scores, fraction), []
     for id, score in pooled(here).items():
         learning, epoch = cost[id, fraction]
@@ -204,16 +204,18 @@ def subset_table(settings: Settings, scores: dict, chosen: dict, cost: dict, fra
                 f"{percent(fraction)} subset": shown_rows(settings)[id].label,
                 f"test accuracy (n = {len(score.test)} students)": str(score),
                 GAIN: gain(here, id, NONE),
-                "seconds to learn": f"{learning:.0f}" if learning else "",
-                "seconds per epoch of a student": f"{epoch:.2f}",
-                "chosen": ", ".join(f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options),
+                "CPU seconds to learn": f"{learning:.0f}" if learning else "",
+                "CPU seconds per student epoch": f"{epoch:.2f}",
+                "selected on validation": ", ".join(
+                    f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options
+                ),
             }
         )
     return rows
 
 
 def side_by_side(settings: Settings, scores: dict, others: dict, budget: str) -> list[dict]:
-    """Accuracy with equal updates, and by another budget, by method and fraction."""
+    """Accuracy with equal updates and with another budget, by method and fraction."""
     first, rows = by_method(scores), shown_rows(settings)
     return [
         {f"{EQUAL}; {budget}": rows[id].label} | {percent(f): f"{first[id][f]}; {score}" for f, score in series.items()}
@@ -222,10 +224,10 @@ def side_by_side(settings: Settings, scores: dict, others: dict, budget: str) ->
 
 
 def verdict(scores: dict, settings: Settings) -> str:
-    """Which method is best at each fraction, in words, from the numbers: paragraphs of Markdown.
+    """Which method is best at each fraction: paragraphs of Markdown, from the numbers.
 
-    Two methods differ significantly where the 95 % interval of their mean difference over trials (students, if there is
-    one trial) excludes 0.
+    Two methods differ significantly if the 95 % interval of their mean difference over trials (over students, if there
+    is one trial) excludes 0.
     """
     said, full, reached, rows = [], pooled(at(scores, 1.0))[FULL.id], [], shown_rows(settings)
     for f in dict.fromkeys(f for id, f, _ in scores if id != FULL.id):
@@ -243,7 +245,7 @@ def verdict(scores: dict, settings: Settings) -> str:
         learned = [id for id in means if rows[id].group not in (CONTROL, HAND)]
         designed = [id for id in means if rows[id].group == HAND]
         ours, hand = (max(group, key=means.get, default="") for group in (learned, designed))
-        pairs = {(ours, hand): "The best that learned on the subset, and the best hand-designed augmentation: "}
+        pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
         pairs |= {pair: "" for pair in [(PHI, hand), *((id, rows[id].follows) for id in means)] if pair not in pairs}
         said[-1] += "".join(f" {w}{compared(here, *p, rows)}." for p, w in pairs.items() if means.keys() >= {*p})
         if means[best] >= full.mean - full.std:
@@ -253,7 +255,7 @@ def verdict(scores: dict, settings: Settings) -> str:
 
 
 def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
-    """One method compared with another, in words."""
+    """A sentence that compares one method with another."""
     its = difference(here, one, other)
     word = "not significantly different"
     if its.significant:
@@ -261,11 +263,11 @@ def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: 
     return f"*{rows[one].label}* compared with *{rows[other].label}*: {its} points, {word}"
 
 
-# --- other students, pictures, drifts ---------------------------------------------------------------------------------
+# --- other students, images, drifts -----------------------------------------------------------------------------------
 
 
 def other_students(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], Evaluation]:
-    """The methods that are `carried` over to students of other architectures: jobs by student, method and trial."""
+    """The jobs of `carried` methods with other student architectures, by student, method and trial."""
     settings = run.settings
     return {
         (student, id, t.number): t.scored(method, fraction, chosen[id, fraction], eval_student=student)
@@ -285,7 +287,7 @@ def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[
 
 
 def carried_over(settings: Settings, carried: dict[tuple[str, str, int], Accuracy]) -> list[dict]:
-    """A row a student: the accuracy of each method, and in brackets what it adds to no augmentation, in points."""
+    """One row per student: the accuracy of each method, with its gain over no augmentation (points) in brackets."""
     rows, table = shown_rows(settings), []
     for student, here in by_student(carried).items():
         cells = {
@@ -298,9 +300,9 @@ def carried_over(settings: Settings, carried: dict[tuple[str, str, int], Accurac
 
 @torch.no_grad()
 def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The same images by each method but the controls, which leave them as they are: pixels by label, and class names.
+    """The same images augmented by each method: pixels in [0, 1] by label, and class names.
 
-    One image of each of the first `count` classes of the subset.
+    One image of each of the first `count` classes of the subset; without controls, which do not change images.
     """
     settings, data, first = run.settings, run.data, trials(run.settings)[0]
     train = data.train.take(first.subset(fraction).index(data))
@@ -322,7 +324,7 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
 
 @torch.enable_grad()
 def trained_instaaug(job: Evaluation) -> InstaAug:
-    """The InstaAug of the first student of an evaluation."""
+    """The InstaAug trained with the first student of an evaluation."""
     train = job.data.train.take(job.subset.index(job.data))
     augment, seed = InstaAug(train.images, 0, reward=job.config.eval_reward), (job.setup.seed, "student", 0)
     train_student(job.student(), None, train.images, train.labels, job.config, *seed, augment=augment)
@@ -330,10 +332,10 @@ def trained_instaaug(job: Evaluation) -> InstaAug:
 
 
 def drifts(run, fraction: float, chosen: dict) -> dict[int, dict[str, tuple[float, float | None]]]:
-    """How far from the target students end, by the step of the expert trajectory that they start from (`shares`).
+    """The remaining distance to the target (`shares`), by the step of the expert trajectory where students start.
 
-    Of the methods in the `drift` table, on trajectories of the experts that policies learn from: at the first, a middle
-    and the last snapshot that has a next one.
+    For the methods in the `drift` table, on trajectories of the experts that policies learn from, at three snapshots:
+    the first, a middle one, and the last that has a successor.
     """
     settings, first = run.settings, trials(run.settings)[0]
     rows = {id: method for id, method in methods(settings, fraction).items() if method.drift}
@@ -345,7 +347,7 @@ def drifts(run, fraction: float, chosen: dict) -> dict[int, dict[str, tuple[floa
 
 
 def drift_table(settings: Settings, found: dict[int, dict[str, tuple]], fraction: float) -> list[dict]:
-    """A row a method, a column a start on the expert trajectory."""
+    """One row per method, one column per start on the expert trajectory."""
     rows, table = shown_rows(settings), {}
     for step, by_name in found.items():
         for id, (value, error) in by_name.items():

@@ -1,8 +1,8 @@
-"""A phi for unseen images: what notebook 07 trains and scores, one repetition at a time.
+"""Phis for unseen images: what notebook 07 trains and scores, in one repetition.
 
-Three ideas that the student report did not have: episodes (phi gets new images in every iteration, as when it is used),
-experts that were trained with an augmentation (which phi can learn from them), and two draws (a loss that does not
-punish randomness).
+It uses three ideas that the student report did not have: episodes (phi gets new images in each iteration, as when it is
+used), experts trained with an augmentation (which phi can learn from them), and two draws (a loss that does not
+penalise randomness).
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import Evaluation
 from augdistill_report.work.setup import Setup
 
-POOL = 0.2  # the first images of each class: phi is scored on some of them, and trained on the others
+POOL = 0.2  # the fraction of each class (its first images) left out of phi's training; phi is scored on some of them
 
 CONDITIONED, POLICY = "unet_class_noise", "policy"
 
-# phis that are trained in episodes; `phi_lr` where it differs from the run's own (the U-Net's; the MLP's is not tuned)
+# phis trained in episodes; `phi_lr` if it differs from the run's own (which is for the U-Net; the MLP's is not tuned)
 OF_EPISODES = {
     "class-blind U-Net": dict(phi="unet_noise"),
     "class-blind MLP": dict(phi="mlp_noise", phi_lr=1e-3),
     "conditioned U-Net": dict(phi=CONDITIONED),
 }
 
-ALONE = {  # controls: of which phi, and which part of it
+ALONE = {  # controls: one component of a phi
     "conditioned U-Net of a blank image": ("conditioned U-Net", "stored"),
     "class-blind MLP, phi(x) - x alone": ("class-blind MLP", "added"),
 }
@@ -40,22 +40,22 @@ ALONE = {  # controls: of which phi, and which part of it
 
 @dataclasses.dataclass(frozen=True)
 class Repetition:
-    """One repetition, by the seed of `settings`: its experts, its images, its phis."""
+    """One repetition, with its own experts, images and phis from the seed of `settings`."""
 
     settings: Settings
 
     @property
     def few(self) -> Subset:
-        """A few images a class, unseen by every phi that is trained in episodes."""
+        """A few images per class, which no phi trained in episodes has seen."""
         return Subset(self.settings.seed, per_class=self.settings.images_per_class)
 
     @property
     def rest(self) -> Subset:
-        """The training data of those phis: all but the `POOL`."""
+        """The training data of the phis trained in episodes: all but the `POOL`."""
         return Subset(self.settings.seed, fraction=1 - POOL, skip=POOL)
 
     def setup(self, augment: str) -> Setup:
-        """The setup with experts trained with an augmentation; they are trained here: `expert_files` hold one kind."""
+        """The setup with experts trained with this augmentation; without `expert_files`, which have only one."""
         return self.settings.select(Setup, expert_augment=augment, expert_files="")
 
     def distillation(self, phi: str, subset: Subset, augment: str, **changes) -> Distillation:
@@ -66,14 +66,14 @@ class Repetition:
 
     @property
     def late(self) -> dict:
-        """How phis learn that are for large subsets: on late segments of the expert trajectories, too (DATM)."""
+        """Changes of `DistillConfig` for large subsets: late segments of the expert trajectories too, as in DATM."""
         s = self.settings
         snapshots = snapshots_every(len(s.load().train), s)[1]
         start = s.policy_max_start_epoch or snapshots - s.expert_epochs
         return dict(iterations=s.policy_iterations, batch_syn=s.subset_batch, max_start_epoch=start, episode=0)
 
     def ranges(self) -> dict[str, Distillation]:
-        """Policies that should recover the experts' augmentation: by two draws, by the ordinary loss, and a control."""
+        """Policies to recover the ranges of the experts' augmentation: two draws, ordinary loss, and a control."""
         taught_augment, everything = self.settings.taught_augment, Subset(self.settings.seed, fraction=1.0)
         return {
             "two draws": self.distillation(POLICY, everything, taught_augment, draws=2, **self.late),
@@ -84,13 +84,16 @@ class Repetition:
         }
 
     def episodes(self) -> dict[str, Distillation]:
-        """Phis that are trained on new images in every iteration, none of which they are scored on."""
+        """Phis trained on new images in each iteration; they are scored on none of these images.
+
+        A `ValueError` if `images_per_class` is too large for that.
+        """
         s = self.settings
         data = s.load()
         if set(self.few.index(data).tolist()) & set(self.rest.index(data).tolist()):
             raise ValueError(
                 f"images_per_class={s.images_per_class}: must be at most {POOL:.0%} of the smallest class of "
-                f"{data.name}, which phis are not trained on"
+                f"{data.name}, which is left out of the training of phis"
             )
         options = dict(iterations=s.episode_iterations, episode=s.images_per_class)
         return {
@@ -108,18 +111,18 @@ class Repetition:
 
 
 def repetitions(settings: Settings) -> list[Repetition]:
-    """As many as `settings.unseen_repeats`, each with a seed of its own."""
+    """`settings.unseen_repeats` repetitions, each with its own seed."""
     return [Repetition(dataclasses.replace(settings, seed=settings.seed + k)) for k in range(settings.unseen_repeats)]
 
 
 def holds(phi: Phi, data: Dataset) -> int:
-    """How many numbers a phi has learned, in images of the data set: what it could store."""
+    """The number of a phi's parameters, in images of the data set: how many images it could store."""
     return round(sum(p.numel() for p in phi.parameters()) / math.prod(data.shape))
 
 
 def truth(settings: Settings) -> dict[str, float]:
-    """The ranges of the experts' augmentation, by the kinds of a policy; nothing where it has no such ranges."""
-    if settings.taught_augment not in AUGMENTATIONS:  # kornia's
+    """The ranges of the experts' augmentation, by the kinds of a policy; empty if it has no such ranges."""
+    if settings.taught_augment not in AUGMENTATIONS:  # one of kornia's
         return {}
     augment = augmentation_for(settings.taught_augment, settings.dataset)
     if not isinstance(augment, RandomAffine):
@@ -129,7 +132,7 @@ def truth(settings: Settings) -> dict[str, float]:
 
 
 def recovered(histories: list[list[dict]]) -> dict[str, list[float]]:
-    """Each kind's range over the last quarter of a run (geometric mean), a value a repetition."""
+    """Each kind's range: the geometric mean over the last quarter of a run, one value per repetition."""
     found: dict[str, list[float]] = {}
     for history in histories:
         for kind in history[-1]["phi"]:
@@ -138,13 +141,13 @@ def recovered(histories: list[list[dict]]) -> dict[str, list[float]]:
     return found
 
 
-FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # times a true range, at which the loss is measured
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0)  # on a true range, for which the loss is measured
 
-SEGMENTS = 8  # of the expert trajectories that the loss is measured on, the same for all ranges
+SEGMENTS = 8  # trajectory segments on which the loss is measured, the same for all ranges
 
 
 def around(distilled: Distillation, truth: dict[str, float]) -> dict[tuple[str, float], Probe]:
-    """Probes of a policy with the experts' ranges, one of them times a factor, by kind and factor."""
+    """Probes of a policy with the experts' ranges, one of them multiplied by a factor; by kind and factor."""
     return {
         (kind, factor): Probe(
             distilled.setup, distilled, segments=SEGMENTS, ranges=tuple((truth | {kind: factor * truth[kind]}).items())
@@ -155,10 +158,10 @@ def around(distilled: Distillation, truth: dict[str, float]) -> dict[tuple[str, 
 
 
 def valleys(found: dict[tuple[str, float, int], dict]) -> dict[str, dict[float, tuple[float, float]]]:
-    """By kind and factor: how much the two-draw loss exceeds that at the experts' ranges, and its standard error.
+    """By kind and factor: the excess of the two-draw loss over that at the experts' ranges, and its standard error.
 
-    `found` is what probes found, by kind, factor and repetition. Differences are taken on the same segment; mean and
-    standard error are over the segments of all repetitions.
+    `found` holds the results of probes, by kind, factor and repetition. Differences are taken on the same segment; mean
+    and standard error are over the segments of all repetitions.
     """
     losses: dict[tuple[str, float], np.ndarray] = {}
     for (kind, factor, _), p in found.items():

@@ -1,6 +1,6 @@
-"""The study of why phi failed: a phi trained on a few real images by one choice of settings, scored beside controls.
+"""The study of why phi failed: a phi trained on a few real images with one choice of settings, scored with controls.
 
-A `Case` is a row of the study at one seed. Its result is the same whether a notebook asks for it or a sweep does.
+A `Case` is a row of the study at one seed. A notebook and a sweep get the same result for it.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from augdistill_report.work.statistics import Accuracy, level, mean_and_std, ove
 
 @dataclasses.dataclass(frozen=True)
 class Case(Task):
-    """The phi of `settings`, trained on its base images (or on episodes of all the data) and scored on the former."""
+    """The phi of `settings`, trained on its base images (or on episodes of all the data), scored on the base images."""
 
     settings: Settings
 
@@ -42,7 +42,7 @@ class Case(Task):
 
     @property
     def distilled(self) -> Distillation:
-        """With episodes phi is trained on new images from all the training data in each iteration."""
+        """The training job of phi; with episodes, each iteration has new images from all the training data."""
         subset = Subset(self.settings.seed, fraction=1.0) if self.settings.episode else self.base
         phi, config = self.settings.phi, self.settings.select(DistillConfig)
         return Distillation(self.setup, phi, subset, config, own_source(phi))
@@ -56,7 +56,7 @@ class Case(Task):
         return self.distilled.cost
 
     def needs(self):
-        """What it consists of: the distillation, its probe, phi's accuracy, and that of the real images."""
+        """Its jobs: the distillation, its probe, the accuracy with phi, and that with the real images."""
         distilled = self.distilled
         return [distilled, Probe(self.setup, distilled), self.score(distilled), self.score(None)]
 
@@ -87,7 +87,7 @@ class Case(Task):
         }
 
     def numbers(self, store: Store) -> dict:
-        """Its result as plain JSON values; what is missing is made."""
+        """Its result as plain JSON values; missing jobs are run."""
         return self.stored(store)[1]
 
     def found(self, store: Store) -> dict:
@@ -95,9 +95,9 @@ class Case(Task):
 
 
 def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str, str], list[Case]]]:
-    """What `augdistill sweep` finds in the cells of a grid of `one_phi.ipynb`, made here: a dict a cell.
+    """The cells of a grid, one dict each, as `augdistill sweep` of `one_phi.ipynb` would find them.
 
-    Beside them the cases by (panel, row), in the order of their seeds.
+    Also returns the cases by (panel, row), in the order of their seeds.
     """
     settings = run.settings
     changes = {"iterations": settings.why_iterations} if settings.why_iterations else {}
@@ -112,13 +112,13 @@ def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str
     return found, rows
 
 
-ENDED = {"diverged": "diverged", "alpha": "ended with alpha below zero", "minutes": "ran out of minutes"}  # by `Stop`
+ENDED = {"diverged": "diverged", "alpha": "ended with alpha below zero", "minutes": "reached the time limit"}  # by kind
 
-# --- what a study shows: `cells` are what a sweep found ---------------------------------------------------------------
+# --- figures and tables of a study: `cells` are the results of a sweep ------------------------------------------------
 
 
 def values(cells: list[dict], row: tuple[str, ...], number: str) -> list[float]:
-    """A number of a row, a value a seed; none where a cell failed."""
+    """One number of a row, one value per seed; failed cells have none."""
     found = [level(cell.get("numbers", {}).get(number)) for cell in over_seeds(cells).get(row, [])]
     return [v for v in found if v is not None]
 
@@ -135,12 +135,12 @@ def losses(cells: list[dict]) -> list[dict]:
         counts = [f"{what} in {count} of {len(numbers)}" for what, count in [*stops.items(), *states.items()]]
         keys = ("matching loss", "identity at the same alpha", "alpha", "change of x", "noise in the loss")
         means = {key: float(np.mean([n[key] for n in numbers])) for key in keys}
-        rows.append({"": row_label(row)} | means | {"runs that": "; ".join(counts)})
+        rows.append({"": row_label(row)} | means | {"failed runs": "; ".join(counts)})
     return rows
 
 
 def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list]]:
-    """The matching loss against alpha, before anything is learned: of x after N steps, and of an untrained phi.
+    """The matching loss against alpha before training: for x after N steps, and for untrained phis.
 
     `case` gives the setup; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels.
     """
@@ -167,7 +167,7 @@ def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list
 
 
 def noise(run: Run, cases: dict[str, Case]) -> dict[str, dict[str, list]]:
-    """While each case trains: the norm of phi's noise, and the share of the loss that is the variance of draws."""
+    """During the training of each case: the norm of phi's noise, and the variance's share of the loss."""
     moments_of = {
         name: [m for m in case.distilled.stored_moments(run.store) if m != "last"] for name, case in cases.items()
     }
@@ -181,22 +181,22 @@ def noise(run: Run, cases: dict[str, Case]) -> dict[str, dict[str, list]]:
     for name, case in cases.items():
         moments = [(int(m), found[name, m]) for m in moments_of[name]]
         moments.append((len(case.history(run.store)), found[name, "last"]))
-        size, share = panels.values()
-        size[name] = [(i, float(np.mean(p["spread"])) / 2**0.5) for i, p in moments]
+        ratio, share = panels.values()
+        ratio[name] = [(i, float(np.mean(p["spread"])) / 2**0.5) for i, p in moments]
         share[name] = [(i, float(np.mean(p["variance"]) / np.mean(p["loss"]))) for i, p in moments]
     return panels
 
 
 def learns(gains: list[float]) -> bool:
-    """Whether phi adds more than one point of accuracy at every seed.
+    """Whether phi adds more than 1 point of accuracy at every seed.
 
-    Not by mean and deviation: how much there is to add depends on the base images, and so on the seed.
+    Mean and standard deviation are not used: the possible gain depends on the base images, and so on the seed.
     """
     return bool(gains) and min(gains) > 0.01
 
 
 def gain_points(gains: list[float]) -> str:
-    """Gains over seeds in points of accuracy."""
+    """Gains over seeds (mean ± standard deviation), in points of accuracy."""
     return f"{mean_and_std([100 * gain for gain in gains], '+.1f')} points"
 
 
@@ -208,13 +208,13 @@ FIXED_ALPHA = [("report", f"alpha fixed at {alpha}") for alpha in (".01", ".1", 
 
 WORKING, QUIET = ("mended", "U-Net, Adam .003, log alpha"), ("mended", "no noise")
 
-OWN_NETWORK = {  # rows of the report's own network, by what they change of its setting
+OWN_NETWORK = {  # rows of the report's own network, and what they change in its setting
     ADAM: "with nothing changed but phi's optimiser",
     BOTH: "with phi's and alpha's optimisers changed",
     ("mended", "distnet2"): "with both optimisers changed, and noise in every step",
 }
 
-U_NET_BY_SGD = [("report", "U-Net with noise"), ("mended", "SGD .01 for phi")]  # the first of them that was run
+U_NET_BY_SGD = [("report", "U-Net with noise"), ("mended", "SGD .01 for phi")]  # the first one that was run is used
 
 LONG, LONG_PIXELS = ("long", "U-Net"), ("long", "pixels, MTT's SGD 100")
 
@@ -222,12 +222,12 @@ JUDGED = (SGD_1000, *SMALL_STEPS, *FIXED_ALPHA, WORKING, QUIET, *OWN_NETWORK, *U
 
 
 def verdicts(cells: list[dict], grid: Grid) -> list[dict]:
-    """Each claim of the student report that these cells can judge: what they say, and whether it holds.
+    """The claims of the student report that these cells can test: the measured numbers and the verdict.
 
-    A claim whose rows were not run is left out. A `ValueError` for a row that a verdict needs and the grid has not.
+    A claim whose rows were not run is left out. A `ValueError` names a row that a verdict needs and the grid lacks.
     """
     if unknown := [row for row in JUDGED if row not in grid.rows]:
-        raise ValueError(f"{grid.path}: has no row {row_label(unknown[0])!r}, which a verdict of notebook 04 is about")
+        raise ValueError(f"{grid.path}: has no row {row_label(unknown[0])!r}, which a verdict of notebook 04 needs")
     groups = over_seeds(cells)
     gain = {row: values(cells, row, "gain") for row in groups}
     rows = []

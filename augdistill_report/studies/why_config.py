@@ -7,7 +7,7 @@ from augdistill_core import Config, knob
 
 @dataclasses.dataclass(frozen=True)
 class WhyConfig(Config):
-    """How long the study trains its phis, and which of its rows are shown."""
+    """How long the study of notebook 04 trains its phis, and which of its rows are shown."""
 
-    why_iterations: int = knob(0, "outer steps of the phis in the study of notebook 04; 0 = as in its grid file", low=0)
-    why_rows: str = knob("short", "the important rows of the study, or all", choices=("short", "whole"))
+    why_iterations: int = knob(0, "outer steps of the phis in notebook 04; 0 = as in its grid file", low=0)
+    why_rows: str = knob("short", "rows shown in notebook 04: the important ones, or all", choices=("short", "whole"))

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("nowhere")
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["digits"], "'digits': nothing to download"),
-        (["folder:x"], "nothing to download"),
+        (["digits"], "'digits': is not a data set to download"),
+        (["folder:x"], "is not a data set to download"),
         (["mnist", "--mirror", "http://example.com/"], "must be https"),
         (["mnist", "--mirror", "file:///etc/"], "must be https"),
         (["mnist", "--mirror", "http://127.0.0.1.example.com/"], "must be https"),
@@ -239,11 +239,11 @@ def short_bounds(monkeypatch, tmp_path):
         (endless, "more than 1 MB"),
         (endless_in_chunks, "more than 1 MB"),
         ((200, {"Content-Length": "1000001"}, b""), "more than 1 MB"),
-        (dripping, "less than 10 kB a second in 1 s"),
-        (dripping_in_its_header, "less than 10 kB a second in 1 s"),
-        (silent, "less than 10 kB a second in 1 s"),
+        (dripping, "less than 10 kB per second in 1 s"),
+        (dripping_in_its_header, "less than 10 kB per second in 1 s"),
+        (silent, "less than 10 kB per second in 1 s"),
         ((302, {"Location": "/m/t10k-images-idx3-ubyte.gz"}, b""), "redirects"),
-        ((302, {"Location": "file:///etc/passwd"}, b""), "leads to file:///etc/passwd: must be https"),
+        ((302, {"Location": "file:///etc/passwd"}, b""), "redirects to file:///etc/passwd: must be https"),
     ],
     ids=["endless", "chunks", "length", "dripping", "header", "silent", "circle", "file"],
 )
@@ -294,7 +294,7 @@ def test_mirrors_are_tried_in_order_and_all_that_failed_are_named(mnist_server, 
         served[name.replace("/m/", "/slow/")] = dripping
     folders = [f"{url}/nothing", f"{url}/slow", f"{url}/m"]
     monkeypatch.setattr(downloads, "sources", lambda *_: (datasets.MNIST.resources, folders[:2]))
-    with pytest.raises(ValueError, match=r"nothing/train-images.*Not Found.*; .*slow/train-images.*10 kB a second"):
+    with pytest.raises(ValueError, match=r"nothing/train-images.*Not Found.*; .*slow/train-images.*10 kB per second"):
         downloads.fetch("mnist", data=str(tmp_path / "root"))
     monkeypatch.setattr(downloads, "sources", lambda *_: (datasets.MNIST.resources, folders))
     assert downloads.fetch("mnist", data=str(tmp_path / "root")) == tmp_path / "root"

@@ -82,7 +82,7 @@ def test_geometry_keeps_what_left_the_range_and_its_gradient(coloured):
         "kornia:randomaffine(degrees=5)": "the nearest are .*RandomAffine",
         "kornia:RandomAffine(degree=15)": "RandomAffine has no argument degree: the nearest are degrees",
         "kornia:RandomAffine": "RandomAffine needs degrees",
-        "kornia:RandomAffine(degrees=-5)": "RandomAffine refuses its arguments: ",
+        "kornia:RandomAffine(degrees=-5)": "RandomAffine rejects its arguments: ",
         "kornia:RandomAffine(15)": r"must be kornia:NAME or kornia:NAME\(key=value",
         "kornia:": "must be kornia:NAME or",
         "kornia:RandomAffine(degrees=15": "must be kornia:NAME or",
@@ -94,11 +94,11 @@ def test_geometry_keeps_what_left_the_range_and_its_gradient(coloured):
         "kornia:CenterCrop(size=(8, 8))|16": None,
         "kornia:LongestMaxSize(max_size=8)": "LongestMaxSize changes the shape, from .* to .*: must keep it",
         "kornia:RandomTransplantation": "it needs a mask",
-        "kornia:RandomMixUpV2": "it returns two things",
+        "kornia:RandomMixUpV2": "it returns images and mixed labels",
         "kornia:RandomDissolving": "it keeps state",
-        "kornia:AugmentationSequential": "AugmentationSequential is no augmentation of single images",
-        "kornia:RandomAffine3D": "RandomAffine3D is no augmentation of single images",
-        "kornia:AugmentationBase2D": "AugmentationBase2D is no augmentation of single images",
+        "kornia:AugmentationSequential": "AugmentationSequential is not an augmentation of single images",
+        "kornia:RandomAffine3D": "RandomAffine3D is not an augmentation of single images",
+        "kornia:AugmentationBase2D": "AugmentationBase2D is not an augmentation of single images",
     }.items(),
 )
 def test_what_cannot_be_used_is_refused_by_name(text, why, coloured):
@@ -129,7 +129,7 @@ def test_what_keeps_state_or_returns_two_things_is_seen(monkeypatch):
     with pytest.raises(ValueError, match="RandomInvert keeps state: it gives two results"):
         check_kornia("kornia:RandomInvert")
     monkeypatch.setattr(kornia.augmentation, "RandomInvert", Two)
-    with pytest.raises(ValueError, match="RandomInvert returns two things"):
+    with pytest.raises(ValueError, match="RandomInvert returns something else than a tensor"):
         check_kornia("kornia:RandomInvert")
 
 

@@ -124,7 +124,7 @@ def test_a_film_plays_its_frames_in_order():
         played.seek(k)
         assert np.abs(np.array(played.convert("RGB"), int) - np.array(frame, int)).max() < 8
         assert played.info["duration"] == (100 if k < 2 else 600)
-    with pytest.raises(ValueError, match="all of one size"):
+    with pytest.raises(ValueError, match="snapshots of one size"):
         film([shades[0], Image.new("RGB", (31, 20))])
     with pytest.raises(ValueError, match="needs frames"):
         film([])
@@ -260,7 +260,7 @@ def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
     grid, (name,) = page.grid.value, [name for name in page.phi.options if "Adam 0.5" in name]
     page.phi.value = name
     assert 'role="alert"' in page.status.value and f"{other} is damaged" in page.status.value
-    told(page, "contents are not those that were written")
+    told(page, "its values have changed since they were written")
     assert page.phi.value == before and page.grid.value == grid
     page.seed.value = 3
     assert page.grid.value != grid and "Error" not in page.status.value

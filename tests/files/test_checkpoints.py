@@ -222,7 +222,7 @@ def test_a_state_that_does_not_fit_is_refused(world, change):
 def test_minutes_stop_after_the_iteration_under_way_and_more_of_them_go_on(world):
     undisturbed = run(world, "unet_noise")
     short = run(world, "unet_noise", minutes=1e-6)
-    assert short[0].stopped == Stop("minutes", "minutes=1e-06 ran out at iteration 1 of 5")
+    assert short[0].stopped == Stop("minutes", "the time limit minutes=1e-06 was reached at iteration 1 of 5")
     assert not diverged(short[0].stopped)
     assert same(short[0].history, undisturbed[0].history[:1])
     assert same(short[2]["phi"], dict(short[1]))  # what it returns is where it goes on from
@@ -237,7 +237,7 @@ def test_minutes_count_what_came_before(world):
     state = run(world, "unet_noise", stop=2)[2]
     assert 0 < state["seconds"] < 60
     spent = run(world, "unet_noise", resume=state | {"seconds": 6.0}, minutes=0.1)
-    assert spent[0].stopped == Stop("minutes", "minutes=0.1 ran out at iteration 2 of 5")
+    assert spent[0].stopped == Stop("minutes", "the time limit minutes=0.1 was reached at iteration 2 of 5")
     left = run(world, "unet_noise", resume=state | {"seconds": 6.0}, minutes=60)
     assert left[0].stopped is None and left[2]["seconds"] > 6
 
@@ -258,7 +258,7 @@ def test_a_run_that_ends_in_time_is_not_stopped(world):
         (
             "identity",
             dict(alpha_mode="raw", alpha_optimizer="SGD", alpha_lr=1e9),
-            r"alpha=\S+ by SGD, alpha_lr=1e\+09\); alpha has run away: use a smaller alpha_lr, or fix it",
+            r"alpha=\S+ by SGD, alpha_lr=1e\+09\); alpha diverged: use a smaller alpha_lr, or alpha_mode fixed",
         ),
         ("identity", dict(alpha_mode="fixed", alpha=1e9), r"loss \S+, .*alpha=1e\+09\); use a smaller alpha, or"),
         ("identity", dict(alpha_mode="fixed", alpha=1e38), r"loss nan, .*alpha=1e\+38\); use a smaller alpha, or"),
@@ -545,7 +545,10 @@ def test_a_budget_leaves_a_valid_result_and_a_checkpoint_to_go_on_from(store, fi
     short = with_config(minutes=1e-6)
     short.run(store)
     result = short.stored_phi(store)
-    assert str(result.stopped) == "minutes=1e-06 ran out at iteration 1 of 70" and len(result.history) == 1
+    assert (
+        str(result.stopped) == "the time limit minutes=1e-06 was reached at iteration 1 of 70"
+        and len(result.history) == 1
+    )
     assert progress(store) == 1
     scored = Evaluation(SETUP, JOB.subset, EvalConfig(eval_students=2, eval_steps=4), short).stored(store)[1]
     assert len(scored["validation"]) == 2
@@ -578,7 +581,7 @@ def test_a_file_that_does_not_fit_is_an_error_that_loses_nothing(store, finished
     process.join(60)
     said = store.folder / "said.txt"
     error = said.read_text()
-    assert error.startswith("[Errno 27]") and "the same command goes on from there" in error, error
+    assert error.startswith("[Errno 27]") and "the same command continues from there" in error, error
     assert f"{store.folder}/checkpoint-" in error and not store.has(JOB.kind, JOB.spec())
     said.unlink()
     assert not left_over(store) and 0 < progress(store) < 50

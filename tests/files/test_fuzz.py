@@ -366,5 +366,5 @@ def test_the_same_content_is_the_same_bytes_and_every_tensor_is_read_alone(tmp_p
     (tmp_path / "a").write_bytes(content[:at] + b"\1" + content[at + 1 :])
     file = SealedFile(tmp_path / "a", "thing")  # opening reads no tensor
     assert file.about == {"b": [1, float("inf")], "a": "ü"} and torch.equal(file["10"], tensors["10"])
-    with pytest.raises(ValueError, match=r"a is damaged .11: its contents"):
+    with pytest.raises(ValueError, match=r"a is damaged .11: its values"):
         file["11"]

@@ -160,7 +160,7 @@ def test_a_phi_of_one_s_own_is_loaded_where_it_is_registered(run, pixels):
     assert b"torch.randn" not in path.read_bytes()  # its source stays its user's
     assert load_phi(path)(pixels[0]).shape == pixels[0].shape
     del phi_module._REGISTRY["louder"]
-    with pytest.raises(ValueError, match=r"louder.policy.*unknown phi 'louder'.*register it before.*--set phis=FILE"):
+    with pytest.raises(ValueError, match=r"louder.policy.*unknown phi 'louder'.*register it first.*--set phis=FILE"):
         load_phi(path)
 
 
@@ -198,7 +198,7 @@ def test_a_phi_that_has_become_another_is_told_of(run):
         load_phi(path)
 
 
-@pytest.mark.parametrize("kind, says", [(Remembers, "'own' does other things"), (Broken, "not finite")])
+@pytest.mark.parametrize("kind, says", [(Remembers, "'own' differs after it is rebuilt"), (Broken, "not finite")])
 def test_what_would_not_come_back_is_not_saved(run, tmp_path, kind, says):
     phi_module._REGISTRY["own"] = kind
     job = run.distillation("own", run.base)
@@ -266,7 +266,7 @@ class Bomb:
 def test_a_pickle_is_never_opened(tmp_path, kind):
     path = tmp_path / "phi.safetensors"
     path.write_bytes(pickle.dumps(Bomb())) if kind == "pickle" else torch.save({"a": torch.ones(2), "b": Bomb()}, path)
-    with pytest.raises(ValueError, match=r"phi.safetensors.*a pickle, which may hold code, is never opened"):
+    with pytest.raises(ValueError, match=r"phi.safetensors.*a pickle, which may contain code and is never opened"):
         load_phi(path)
 
 
@@ -275,7 +275,7 @@ def test_foreign_files_are_named(run, saved, tmp_path):
     save_file({"a": torch.ones(2)}, path)
     artefact = next((run.folder / "artefacts").glob("distilled-*.safetensors"))
     for foreign in (path, artefact):
-        with pytest.raises(ValueError, match=f"{foreign.name} is not ours.*of something else"):
+        with pytest.raises(ValueError, match=f"{foreign.name} is not ours.*kind"):
             load_phi(foreign)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="foreign is damaged"):
@@ -449,7 +449,7 @@ def test_apply_takes_a_phi_of_one_s_own(run, tmp_path, capsys):
     path = other.save("brightness", other.distillation("brightness", other.base))
     del phi_module._REGISTRY["brightness"]
     command = ["apply", str(path), "--to", "digits", "--out", str(tmp_path / "out"), "--count", "1"]
-    assert main(command) == 2 and "unknown phi 'brightness'; it is of its user's own" in capsys.readouterr().err
+    assert main(command) == 2 and "unknown phi 'brightness'; it is a user's own phi" in capsys.readouterr().err
     assert main([*command, "--set", f"phis={tmp_path / 'own.py'}"]) == 0
     assert len(contents(tmp_path / "out")) == 12
 
@@ -468,7 +468,7 @@ BAD = {
         ["policy", "--to", "cifar10"],
         "cifar10: its images are 3x8x8, but phi 'policy' was trained on 1x8x8",
     ),
-    "not an image": (["policy", "--to", "broken"], "01.png is no image that can be read"),
+    "not an image": (["policy", "--to", "broken"], "01.png is not a readable image"),
     "copies": (["policy", "--copies", "0"], "copies=0: must be at least 1"),
     "count": (["policy", "--count", "-1"], "count=-1"),
     "seed": (["policy", "--seed", "-1"], "seed=-1"),

@@ -180,7 +180,7 @@ def test_experts_of_different_lengths_are_cut_to_the_shortest():
 
 
 def test_snapshots_further_apart_than_the_training_is_long_are_refused():
-    with pytest.raises(ValueError, match="snapshot_steps=10: must be at most the 9 steps"):
+    with pytest.raises(ValueError, match="snapshot_steps=10: must be at most the 9 training steps"):
         train_experts(built(mlp), *toy(10), experts_config(snapshot_steps=10), 0)
 
 
@@ -203,7 +203,7 @@ def test_a_segment_is_its_two_snapshots():
         (0, 0, 4, "segment of 4 snapshots"),
         (2, 0, 1, r"expert 2: must be in \[0, 1\]"),
         (-1, 0, 1, "expert -1"),
-        (0, 1, 2, "expert 0 stands still from snapshot 1"),
+        (0, 1, 2, "expert 0 does not move after snapshot 1"),
     ],
 )
 def test_a_segment_that_is_none_is_refused(expert, start, length, message):

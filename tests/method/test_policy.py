@@ -256,7 +256,7 @@ def test_alpha_is_held_while_the_loss_is_not_below_one(world):
                 assert (alphas[mode][i + 1] == alphas[mode][i]) == held[i]
     assert alphas["log"][-1] < 0.5 * alphas["log"][0]
     config, real = settings.select(DistillConfig, alpha_mode="held", objective="real_loss"), (base.images, base.labels)
-    with pytest.raises(ValueError, match=r"alpha_mode='held': is for the matching loss"):
+    with pytest.raises(ValueError, match=r"alpha_mode='held': needs the matching loss"):
         distill(Noise(), base.images, base.labels, experts, config, seed=0, real=real)
     # where the loss is below 1 from the start, the two are the same
     easy = [

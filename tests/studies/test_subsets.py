@@ -64,7 +64,7 @@ def test_a_method_that_looks_at_a_test_image_fails(world):
         "accuracy": lambda: accuracy(student, initial_parameters(student, 0), data.test),
     }
     for look in looks.values():
-        with pytest.raises(ValueError, match="the test split is sealed: methods and choices see train and validation"):
+        with pytest.raises(ValueError, match="the test split is sealed: model selection uses train and validation"):
             look()
 
     def peeks(images, **_):
@@ -194,7 +194,7 @@ def test_a_table_may_have_some_rows_only(world):
     assert rows("") == [method.id for method in every_method(world["run"].settings)]
     assert rows("policy, dsa, identity") == ["none", "identity", "dsa", "policy"]
     assert rows("policy, dsa", 0.5) == ["none", "dsa"]  # above policy_fraction
-    with pytest.raises(ValueError, match="subset_rows='dsa, dropout': no row is 'dropout'; must be among identity, "):
+    with pytest.raises(ValueError, match="subset_rows='dsa, dropout': unknown row 'dropout'; must be among identity, "):
         rows("dsa, dropout")
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
     assert set(subsets.trials(settings)[0].learned(0.1)) == {"policy", "identity"}

@@ -300,7 +300,7 @@ def test_losses_count_the_runs_that_went_wrong():
     cells = [cell("a", k, 0.1, stopped, **more) for k, stopped in enumerate([None, DIVERGED, None])]
     cells[0]["numbers"]["states"] = {"alpha at zero": 7}
     (row,) = study.losses([*cells, {"panel": "", "row": "b", "point": {"seed": 0}, "error": "no"}])
-    assert row["matching loss"] == 0.5 and row["runs that"] == "diverged in 1 of 3; alpha at zero in 1 of 3"
+    assert row["matching loss"] == 0.5 and row["failed runs"] == "diverged in 1 of 3; alpha at zero in 1 of 3"
 
 
 def test_a_heat_map_draws_whatever_a_sweep_finds():
@@ -316,13 +316,13 @@ def test_a_heat_map_draws_whatever_a_sweep_finds():
 
 
 def test_a_run_out_of_minutes_is_no_divergence():
-    out = {"kind": "minutes", "reason": "minutes=5 ran out at iteration 3 of 9"}
+    out = {"kind": "minutes", "reason": "the time limit minutes=5 was reached at iteration 3 of 9"}
     measured = {"alpha": 0.1, "change of x": 0.0, "noise in the loss": 0.0, "matching loss": 1.0}
     measured["identity at the same alpha"] = 1.0
     stops = [None, out, DIVERGED, out]
     cells = [cell("report: SGD 1000", k, 0.0, stop, **measured) for k, stop in enumerate(stops)]
     (row,) = study.losses(cells)
-    assert row["runs that"] == "ran out of minutes in 2 of 4; diverged in 1 of 4"
+    assert row["failed runs"] == "reached the time limit in 2 of 4; diverged in 1 of 4"
     assert "diverged in 1 of 4 runs" in str([v["measured"] for v in study.verdicts(cells, GRID)])
     crosses = [line for axis in plots.heat_map(cells, "gain").axes for line in axis.lines if line.get_marker() == "x"]
     assert len(crosses) == 1
