@@ -472,7 +472,7 @@ BAD = {
     "copies": (["policy", "--copies", "0"], "copies=0: must be at least 1"),
     "count": (["policy", "--count", "-1"], "count=-1"),
     "seed": (["policy", "--seed", "-1"], "seed=-1"),
-    "strength": (["policy", "--strength", "-1"], "strength=-1.0: must be in [0, 100]"),
+    "strength": (["policy", "--strength", "-1"], r"strength=-1.0: must be in \[0, 100\]"),
     "probability": (["policy", "--probability", "2"], r"probability=2.0: must be in \[0, 1\]"),
     "setting": (["policy", "--set", "phi=unet"], "--set phi: apply takes only phis=FILE"),
     "phis": (["policy", "--set", "phis=nowhere.py"], "phis='.*nowhere.py': no such file"),
