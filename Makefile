@@ -1,6 +1,6 @@
-# Each target sets up what it needs. PRESET=smoke make report takes seconds; PYTHON=python3.12 picks an interpreter;
-# COMPILE=1 make bench measures the compiled steps too (minutes more), AUGDISTILL_DATA=DIR make bench ZCA and the explorer
-# on CIFAR-10.
+# Each target installs what it needs. PRESET=smoke make report takes seconds. PYTHON=python3.12 chooses an interpreter.
+# COMPILE=1 make bench also measures the compiled steps (minutes more); AUGDISTILL_DATA=DIR make bench also measures ZCA
+# and the explorer on CIFAR-10.
 PRESET ?= digits
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,16 +8,16 @@ READY := .venv/.ready
 
 .PHONY: report test fuzz lab app figures bench clean
 
-report: $(READY)  ## run the notebooks, write runs/$(PRESET)/report.html
+report: $(READY)  ## run the notebooks and write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
 
-test: $(READY)  ## run the tests, file by file, a process a core
+test: $(READY)  ## run the tests in one process per core
 	$(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
-fuzz: $(READY)  ## the tests with damaged and hostile input, many times as long
+fuzz: $(READY)  ## run the tests with damaged and hostile input, with many more cases
 	AUGDISTILL_FUZZ=1000 $(BIN)/python -m pytest -k fuzz
 
-lab: $(READY) clean-notebooks  ## JupyterLab on the notebooks
+lab: $(READY) clean-notebooks  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 # What JupyterLab adds to a notebook: git does not see it in this clone, the files keep it.
@@ -30,13 +30,13 @@ clean-notebooks:
 	attributes="$$(git rev-parse --git-path info/attributes)"; mkdir -p "$$(dirname "$$attributes")"; \
 	grep -qs 'filter=nbstripout' "$$attributes" || echo '*.ipynb filter=nbstripout' >> "$$attributes"
 
-app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine; prints its address
+app: $(READY)  ## serve the explorer (notebook 06) as a page without code, on this machine; prints its address
 	$(BIN)/augdistill app --preset $(PRESET)
 
-figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
+figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and docs/results.md
 	$(BIN)/augdistill figures --preset $(PRESET)
 
-bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one; a sweep by Dask
+bench: $(READY)  ## time and memory of the unroll and of experts, compared with reference implementations; a sweep by Dask
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
 	$(BIN)/python benchmarks/cluster.py --out figures/benchmarks

@@ -1,7 +1,7 @@
 """What the report needs around the method: data, evaluation, stored files, plots, commands. Notebooks import from here.
 
-A notebook opens its run with `open_run`; everything else hangs on what that returns. Each name below is imported when
-it is first used: the command line answers without torch, and can be stopped while torch is imported.
+A notebook opens its run with `open_run`, and gets everything else from the `Run` that this returns. Each name below is
+imported when it is first used: the command line answers without torch, and can be stopped while torch is imported.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m augdistill_report`: the command `augdistill`, where only the package is at hand."""
+"""`python -m augdistill_report` runs the command `augdistill`, if only the package is on the path."""
 
 import sys
 

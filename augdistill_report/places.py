@@ -1,4 +1,4 @@
-"""Where the notebooks, presets and runs are: in the clone, or where `pip install .` has put them."""
+"""The paths of the notebooks, presets and runs: in the clone, or where `pip install .` has installed them."""
 
 import sysconfig
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""A notebook's run: its settings, its data, the work that it asks for, and the folder that keeps the results.
+"""A notebook's run: its settings, its data, its jobs, and the folder that keeps the results.
 
     run = open_run("02_baseline_mtt", globals())      # the first cell after the parameters
     scores = run.evaluate({"real images": run.evaluation(run.base)})
     run.number("real images", scores["real images"])
     run.finish(headline="...", figure="pixels")       # the last cell: writes results/02_baseline_mtt.json
 
-A run's folder holds config.json, results/, curves/, figures/, notebooks/, saved phis/, and the store of finished work,
-artefacts/.
+A run's folder holds config.json, results/, curves/, figures/, notebooks/, phis/ (saved phis), and artefacts/ (the store
+of finished jobs).
 """
 
 import base64
@@ -40,9 +40,10 @@ from augdistill_report.work.statistics import Accuracy, brief, markdown_table
 
 
 def configuration(settings: Settings) -> str:
-    """A digest of all that a number may depend on: settings (but who works, and trackers), the data's content, code.
+    """A digest of all that a number may depend on: settings (but not workers and trackers), data, and code.
 
-    Of the code all of it: results by notebook are cheap to make again from the stored pieces, which depend on less.
+    Data counts by content. All code counts: a notebook's results are cheap to repeat from stored jobs, which depend on
+    less.
     """
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
     content |= {"expert_files": [file.content for file in given_experts(settings.select(Setup))]}
@@ -52,14 +53,14 @@ def configuration(settings: Settings) -> str:
 
 
 def run_folder(preset: str, out: str = "") -> Path:
-    """Where a run of `preset` goes: `out`, or runs/<name of the preset> in the clone."""
+    """The folder of a run of `preset`: `out`, or runs/<name of the preset> in the clone."""
     return Path(out).resolve() if out else RUNS / preset_path(preset).stem
 
 
 def folder_config(folder: Path) -> dict:
-    """What the config.json of a run's folder says: `preset` and `settings`; {} if there is none yet.
+    """The config.json of a run's folder: `preset` and `settings`; {} if there is none yet.
 
-    A `ValueError` if the file is damaged, or if the folder holds other files and is no run's.
+    A `ValueError` if the file is damaged, or if the folder holds other files and no run.
     """
     path = folder / "config.json"
     if path.exists():
@@ -70,7 +71,7 @@ def folder_config(folder: Path) -> dict:
 
 
 def start_folder(folder: Path, preset: str, settings: Settings) -> None:
-    """Make a run's folder and write its config.json; a `ValueError` if it cannot be written or is not a run's."""
+    """Make a run's folder and write its config.json; a `ValueError` if it cannot be written or holds no run."""
     try:
         folder_config(folder)
         write_json(folder / "config.json", "run", {"preset": preset, "settings": settings.to_dict()})
@@ -107,26 +108,26 @@ class Run:
     def train(self, subset: Subset) -> Split:
         return self.data.train.take(subset.index(self.data))
 
-    # --- work: jobs, run over the cores, reused where they were done before -------------------------------------------
+    # --- jobs: run on all cores; finished results are reused ----------------------------------------------------------
 
     def make(self, jobs: list[Task], what: str) -> None:
-        """Run the jobs whose results the store does not hold yet; `what` names them in the progress bar."""
+        """Run the jobs whose results the store lacks; `what` names them in the progress bar."""
         run_jobs(jobs, self.store, self.settings.pool, Progress(what))
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
-        """The experts' trajectories, and each one's validation accuracy by snapshot."""
+        """The expert trajectories, and for each the validation accuracy by snapshot, in [0, 1]."""
         setup = self.settings.select(Setup)
         self.make(missing_experts(setup), "experts")
         found = load_trajectories(setup, self.store)
         return found, [file.about["validation"][: found.snapshots] for file in found.trajectories]
 
     def distillation(self, phi: str, subset: Subset, config: DistillConfig | None = None, **changes) -> Distillation:
-        """The job of training `phi` on a subset: by `config` (or this run's settings), then changed."""
+        """The job that trains `phi` on a subset, with `config` (default: this run's settings) and these changes."""
         config = dataclasses.replace(config or self.settings.select(DistillConfig), **changes)
         return Distillation(self.settings.select(Setup), phi, subset, config, own_source(phi))
 
     def distill(self, rows: dict) -> dict:
-        """Train every row's phi, a `Distilled` each; leaves each one's curve as JSON lines in curves/."""
+        """Train every row's phi; returns a `Distilled` for each, and writes its curve as JSON lines to curves/."""
         setups = dict.fromkeys(job.setup for job in rows.values())
         self.make([job for setup in setups for job in missing_experts(setup)], "experts")
         self.make(list(rows.values()), "distillation")
@@ -144,20 +145,20 @@ class Run:
         return results
 
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
-        """The job of scoring a distilled phi on a subset; without one, the images without augmentation."""
+        """The job that scores a distilled phi on a subset; without a phi, the images without augmentation."""
         config = self.settings.eval_config(distilled is not None, **changes)
         return Evaluation(self.settings.select(Setup), subset, config, distilled)
 
     def evaluate(self, rows: dict) -> dict:
-        """Score every row on the test split, an `Accuracy` each. Choose everything else before, by `choose`."""
+        """Score every row on the test split; an `Accuracy` for each. Choose all options before, with `choose`."""
         scores = {name: Score(job.setup, job) for name, job in rows.items()}
         self.make(list(scores.values()), "evaluation")
         return {name: Accuracy(**job.stored(self.store)[1]) for name, job in scores.items()}
 
     def choose(self, options: dict) -> dict:
-        """For each method, which of its options scores best on the validation split (the first, if several do).
+        """For each method, the option that scores best on the validation split (the first of equal ones).
 
-        `options` holds jobs by (method, option). The test split is not even opened.
+        `options` holds jobs by (method, option). The test split is not opened.
         """
         self.make(list(options.values()), "choices")
         best: dict = {}
@@ -168,38 +169,38 @@ class Run:
         return {method: option for method, (_, option) in best.items()}
 
     def seconds(self, job: Distillation | Evaluation) -> float:
-        """CPU seconds that a finished job took; for an evaluation, with the students that its score on test trained."""
-        parts = [job, *([Score(job.setup, job)] if isinstance(job, Evaluation) else [])]
-        return sum(self.store.seconds(p.kind, p.spec()) for p in parts if self.store.has(p.kind, p.spec()))
+        """CPU seconds of a finished job; of an evaluation, with the students that its `Score` trained."""
+        jobs = [job, *([Score(job.setup, job)] if isinstance(job, Evaluation) else [])]
+        return sum(self.store.seconds(j.kind, j.spec()) for j in jobs if self.store.has(j.kind, j.spec()))
 
     def probe(self, rows: dict) -> dict:
-        """What every `Probe` of the rows found."""
+        """The measures of every row's `Probe`."""
         self.make(list(rows.values()), "probes")
         return {name: job.stored(self.store)[1] for name, job in rows.items()}
 
-    # --- what it leaves -----------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------------
 
     def titles(self, split: Split) -> list[str]:
         """The class names of a split's images."""
         return [self.data.classes[label] for label in split.labels.tolist()]
 
     def number(self, name: str, value) -> None:
-        """Put what the notebook shows into its results: an `Accuracy`, or JSON values (numbers, texts, lists)."""
+        """Add a number to the notebook's results: an `Accuracy`, or JSON values (numbers, texts, lists)."""
         self.numbers[name] = value.numbers() if isinstance(value, Accuracy) else value
 
     def save(self, name: str, job: Distillation, strength: float = 1.0, probability: float = 1.0) -> Path:
-        """Write the phi that `job` trained to phis/<name>.safetensors, for `load_phi` and `augdistill apply`."""
+        """Write the phi that `job` trains to phis/<name>.safetensors, for `load_phi` and `augdistill apply`."""
         path = self.folder / "phis" / f"{file_name(name)}.safetensors"
         return save_phi(path, job, self.store, strength, probability)
 
     def table(self, markdown: str) -> None:
-        """Show a table."""
+        """Display a Markdown table."""
         from IPython.display import Markdown, display
 
         display(Markdown(markdown))
 
     def figure(self, figure, name: str) -> None:
-        """Show a figure once, and keep it as figures/<name>.png (the same bytes for the same picture)."""
+        """Display a figure, and save it as figures/<name>.png (the same bytes for the same picture)."""
         from IPython import display
 
         write(self.folder / "figures" / f"{name}.png", picture(figure))
@@ -207,7 +208,7 @@ class Run:
         display.display(display.Image(picture(figure), alt=name.replace("_", " ")))
 
     def film(self, frames: list[Image.Image], name: str) -> None:
-        """Show pictures one after the other as a film, and keep it as figures/<name>.gif."""
+        """Display pictures as a film, and save it as figures/<name>.gif."""
         from IPython import display
 
         content = film(frames)
@@ -217,10 +218,10 @@ class Run:
         display.display(display.HTML(f'<img alt="{name.replace("_", " ")}" src="{source}">'))
 
     def finish(self, *, headline: str = "", figure: str = ""):
-        """Write results/<notebook>.json: the numbers, the settings, the versions and the commit that they come from.
+        """Write results/<notebook>.json: the numbers, with their settings, versions and commit.
 
-        `headline` says in one sentence what the notebook found; `figure` names the figure that shows it, one that
-        `Run.figure` kept (else a `ValueError`). Returns the numbers as a folded table, for the notebook's last cell.
+        `headline` states the notebook's finding in one sentence. `figure` names the figure that shows it, one that
+        `Run.figure` has saved (else a `ValueError`). Returns the numbers as a folded table, for the notebook's last cell.
         """
         from IPython.display import Markdown
 
@@ -247,7 +248,7 @@ class Run:
 
 
 def picture(figure) -> bytes:
-    """A figure of matplotlib's or an image of Pillow's as PNG: the same bytes for the same picture."""
+    """A matplotlib figure or a Pillow image as PNG: the same bytes for the same picture."""
     if isinstance(figure, Image.Image):
         return png(figure)
     buffer = io.BytesIO()
@@ -256,17 +257,17 @@ def picture(figure) -> bytes:
 
 
 def file_name(name: str | tuple) -> str:
-    """A row's name (or its parts) as a file's."""
+    """A row's name (a text or a tuple of texts) as a file name."""
     name = name if isinstance(name, str) else ", ".join(map(str, name))
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
 def open_run(notebook: str, parameters: dict) -> Run:
-    """Start a notebook's run: resolve its settings, make its folder, write config.json there.
+    """Start a notebook's run: resolve its settings, make its folder, and write config.json there.
 
-    `parameters` are the notebook's variables (`globals()`). Read are `preset` (required), `out` (the run's folder),
-    each setting that is not None, and `store`, a folder of finished work that several runs share, as those of a sweep
-    do. A `ValueError` names a wrong setting, or a folder that is not a run's.
+    `parameters` are the notebook's variables (`globals()`). Used are `preset` (required), `out` (the run's folder),
+    each setting that is not None, and `store`, a folder of finished jobs that several runs share (those of a sweep). A
+    `ValueError` names a wrong setting, or a folder that holds no run.
     """
     settings = resolve(parameters["preset"], given_settings(parameters))
     folder = run_folder(parameters["preset"], parameters.get("out") or "")

@@ -1,7 +1,7 @@
-"""Every setting of a run, in one flat list: presets, papermill's `-p` and `--set` all speak these names.
+"""Every setting of a run in one flat list. Presets, papermill's `-p` and `--set` all use these names.
 
-`Settings` is assembled from what each piece of a run declares: the setup, distillation, scoring, the workers, and one
-file for each study (`studies/*_config.py`, found in that folder). So each piece gets only its own settings
+`Settings` is assembled from the `Config` of each component: the setup, distillation, scoring, the workers, and one file
+for each study (`studies/*_config.py`, found in that folder). So each component gets only its own settings
 (`settings.select(DistillConfig)`), and a stored result depends only on the settings that made it.
 """
 
@@ -27,7 +27,7 @@ from augdistill_report.work.pool import WorkConfig
 from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.setup import Setup, absolute
 
-RENAMED = {  # the new names of settings by their old ones
+RENAMED = {  # new names of settings, by old name
     "teach": "taught_augment",
     "study_iterations": "why_iterations",
     "study_rows": "why_rows",
@@ -36,8 +36,8 @@ RENAMED = {  # the new names of settings by their old ones
     "late_start_epoch": "policy_max_start_epoch",
 }
 
-# What the student report ran first (its phi, and the settings that it changed), and the settings that repair it. The
-# grid of notebook 04 writes the same in its own words: a test compares them.
+# The student report's phi and settings, and the settings that make the same phi learn. The grid of notebook 04 repeats
+# them: a test compares the two.
 REPORT_NETWORK = "distnet2"
 STUDENT_REPORT = dict(phi_optimizer="SGD", phi_lr=1000.0, phi_momentum=0.5)
 STUDENT_REPORT |= dict(alpha_mode="raw", alpha_optimizer="SGD", alpha_lr=1e-5)
@@ -45,7 +45,7 @@ MENDED = dict(phi_optimizer="Adam", phi_lr=0.01)
 
 
 def study_configs() -> list[type[Config]]:
-    """The settings of the studies: the `Config` of each file `studies/*_config.py`."""
+    """The settings of the studies: the `Config` classes of the files `studies/*_config.py`."""
     found = []
     for file in sorted(Path(studies.__path__[0]).glob("*_config.py")):
         module = importlib.import_module(f"{studies.__name__}.{file.stem}")
@@ -55,16 +55,16 @@ def study_configs() -> list[type[Config]]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
-    """Every setting. What the rows of a notebook's table change beyond these stands in the notebook."""
+    """Every setting. What single rows of a notebook's table change is in that notebook."""
 
-    images_per_class: int = knob(1, "images of each class in the base set of notebooks 02 and 03", low=1)
-    phi: str = knob("unet_noise", "the phi of notebooks 03 and 05, and of a sweep: any name in PHIS")
+    images_per_class: int = knob(1, "images a class in the base set of notebooks 02 and 03", low=1)
+    phi: str = knob("unet_noise", "the phi of notebooks 03 and 05, and of a sweep: a name in PHIS")
     phis: str = knob("", "Python files that register your own phis, separated by commas")
-    track: str = knob("none", "a tracker that also gets the curves and pictures", choices=("none", *TRACKERS))
+    track: str = knob("none", "a tracker that also receives the curves and pictures", choices=("none", *TRACKERS))
 
     def __post_init__(self):
         super().__post_init__()
-        files = (absolute(part.strip()) for part in self.phis.split(","))
+        files = (absolute(name.strip()) for name in self.phis.split(","))
         object.__setattr__(self, "phis", ", ".join(file for file in files if file))
         if self.cluster.endswith(".json"):
             object.__setattr__(self, "cluster", absolute(self.cluster))
@@ -81,10 +81,10 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
 
     @property
     def phi_files(self) -> list[Path]:
-        return [Path(part.strip()) for part in self.phis.split(",") if part.strip()]
+        return [Path(name.strip()) for name in self.phis.split(",") if name.strip()]
 
     def load_phis(self) -> None:
-        """Run the files that register the user's own phis; a `ValueError` names the one that cannot be run."""
+        """Run the files that register the user's own phis; a `ValueError` names a file that cannot be run."""
         for path in self.phi_files:
             if path.suffix != ".py" or not path.is_file():
                 reason = "no such file" if path.suffix == ".py" else "is not a Python file"
@@ -97,19 +97,23 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
             except (Exception, SystemExit) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise ValueError(f"phis={str(path)!r}: {reason}") from error
-            cloudpickle.register_pickle_by_value(module)  # worker processes cannot import it by that name
+            cloudpickle.register_pickle_by_value(module)  # worker processes cannot import the module by this name
 
     def eval_config(self, learned: bool, **changes) -> EvalConfig:
-        """How students are scored on a phi that `learned` a step size, or (not `learned`) without augmentation.
+        """The scoring settings for a phi that `learned` a step size, or (not `learned`) without augmentation.
 
-        eval_lr=0 leaves the step size to phi. Without augmentation it is then `alpha`, where phi's own started.
+        With eval_lr=0 students take the alpha that phi learned. Without augmentation they take `alpha`, its initial
+        value.
         """
         config = self.select(EvalConfig, **changes)
         return config if learned or config.eval_lr else dataclasses.replace(config, eval_lr=self.alpha)
 
 
 def preset_path(preset: str, beside: Path | None = None) -> Path:
-    """The file of a preset: a name in notebooks/presets, or the path of a YAML file, relative to `beside`."""
+    """The file of a preset: a name in notebooks/presets, or the path of a YAML file, relative to `beside`.
+
+    A `ValueError` if there is no such preset.
+    """
     if not PRESETS.is_dir():
         raise ValueError(f"{PRESETS} is missing: install augdistill again")
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -120,28 +124,29 @@ def preset_path(preset: str, beside: Path | None = None) -> Path:
     return path
 
 
-BY_COUNT = "with_images_per_class"  # the key of a preset for settings that depend on images_per_class
-LIKE = "like"  # the key of a preset that names another one, from which it takes all that it does not change
+BY_COUNT = "with_images_per_class"  # a preset's key: settings that depend on images_per_class
+LIKE = "like"  # a preset's key: another preset, whose settings it inherits
 
 
 def read_preset(preset: str, heirs: tuple[Path, ...] = ()) -> tuple[dict, dict[int, dict]]:
-    """The settings of a preset: those for every run, and those for some values of images_per_class only.
+    """The settings of a preset: those for every run, and those for single values of images_per_class.
 
-    The settings of the preset that it is `like` are among them, where its file does not change them (for every run, or
-    for that value). `heirs` are the files that led here. A `ValueError` names the file and what is wrong in it.
+    They include the settings inherited from the preset that it is `like`, unless its file changes them (for every run,
+    or for that value). `heirs` are the files that inherit from this one. A `ValueError` names the file and what is
+    wrong in it.
     """
     path = preset_path(preset, heirs[-1].parent if heirs else None)
     if path.resolve() in heirs:
         circle = " -> ".join(heir.name for heir in (*heirs, path))
-        raise ValueError(f"{preset!r} leads back to itself: {circle}")
+        raise ValueError(f"{preset!r} inherits from itself: {circle}")
     values = read_yaml(path)
     by_count, parent = values.pop(BY_COUNT, {}), values.pop(LIKE, None)
     if not isinstance(by_count, dict) or not all(type(k) is int and isinstance(v, dict) for k, v in by_count.items()):
-        right = "must hold settings by number, as `10: {key: value}`"
+        right = "must hold settings for each count, such as `10: {key: value}`"
         raise ValueError(f"{path}: {BY_COUNT}={in_short(by_count)}: {right}")
-    for count, part in {None: {}, **by_count}.items():
+    for count, own in {None: {}, **by_count}.items():
         try:
-            Settings.from_dict(values | part | ({} if count is None else {"images_per_class": count}))
+            Settings.from_dict(values | own | ({} if count is None else {"images_per_class": count}))
         except ValueError as error:
             raise ValueError(f"{path}: {'' if count is None else f'{BY_COUNT}: {count}: '}{error}") from None
     if parent is None:
@@ -150,22 +155,22 @@ def read_preset(preset: str, heirs: tuple[Path, ...] = ()) -> tuple[dict, dict[i
         theirs, theirs_by_count = read_preset(parent, (*heirs, path.resolve()))
     except ValueError as error:
         raise ValueError(f"{path}: {LIKE}: {error}") from None
-    for count, part in theirs_by_count.items():
-        by_count[count] = {k: v for k, v in part.items() if k not in values} | by_count.get(count, {})
+    for count, inherited in theirs_by_count.items():
+        by_count[count] = {k: v for k, v in inherited.items() if k not in values} | by_count.get(count, {})
     return theirs | values, by_count
 
 
 def preset_text(preset: str) -> str:
-    """A preset as one YAML file that needs no other, for a machine that has not got the files that it is `like`."""
+    """A preset with all inherited settings as one YAML text, for a machine without the files that it is `like`."""
     values, by_count = read_preset(preset)
     return yaml.safe_dump(values | ({BY_COUNT: by_count} if by_count else {}))
 
 
 def resolve(preset: str, overrides: dict | None = None) -> Settings:
-    """The settings of a preset with some keys changed; whatever is wrong is refused by name.
+    """The settings of a preset with some keys changed; a `ValueError` names a key or value that is wrong.
 
-    A preset with other settings for each images_per_class is the recipe of one data set. It takes only those numbers of
-    images, and only that data set.
+    A preset with other settings for each images_per_class is the recipe of one data set. It accepts only those values,
+    and only that data set.
     """
     values, by_count = read_preset(preset)
     changes = overrides or {}
@@ -187,14 +192,14 @@ def resolve(preset: str, overrides: dict | None = None) -> Settings:
 
 # --- the parameters of a notebook -------------------------------------------------------------------------------------
 
-PARAMETERS = ("preset", "out", "store")  # of a notebook, beside the settings
+PARAMETERS = ("preset", "out", "store")  # a notebook's parameters besides the settings
 
 
 def given_settings(variables: dict) -> dict:
     """The settings among a notebook's variables (its `globals()`) that are not None.
 
-    A parameter that is no setting is a `ValueError`, since papermill injects a mistyped `-p iteratons 3` without a
-    word. Which variables are parameters, IPython's history says; without one (a script), every plain value is.
+    A parameter that is no setting is a `ValueError`, since papermill injects a mistyped `-p iteratons 3` silently.
+    IPython's history shows which variables are parameters. In a script, which has none, every plain value is one.
     """
     if "_ih" in variables:
         names = assigned_parameters(variables["_ih"])
@@ -211,7 +216,7 @@ def given_settings(variables: dict) -> dict:
 
 
 def assigned_parameters(cells: list[str]) -> list[str]:
-    """The names that a notebook's parameters cell (the last that sets `preset`) and papermill's after it assign."""
+    """The variables that a notebook's parameters cell (the last that sets `preset`) and papermill's cell assign."""
     found = []
     for cell in reversed(cells):
         names = assigned(cell)
@@ -224,10 +229,10 @@ def assigned_parameters(cells: list[str]) -> list[str]:
 
 
 def assigned(cell: str) -> list[str]:
-    """The variables that a cell's own lines assign: `a = 1`, `a: int = 1`."""
+    """The variables that a cell assigns at its top level: `a = 1`, `a: int = 1`."""
     try:
         lines = ast.parse(cell).body
-    except SyntaxError:  # it did not run
+    except SyntaxError:  # then the cell did not run
         return []
     targets = [t for line in lines if isinstance(line, ast.Assign) for t in line.targets]
     targets += [line.target for line in lines if isinstance(line, ast.AnnAssign)]

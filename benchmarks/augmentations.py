@@ -1,12 +1,11 @@
-"""AutoAugment, RandAugment, TrivialAugment and AugMix: ours (a batch at once, by kornia) against torchvision's.
+"""Time and accuracy of AutoAugment, RandAugment, TrivialAugment, AugMix: ours (batched, by kornia) and torchvision's.
 
     python benchmarks/augmentations.py [--accuracy] [--subsets 3] [--steps 1000] [--out figures/benchmarks]
 
-Seconds for 1,000 images of CIFAR-10 at 32x32, in batches of 64 and of 1,000, on one thread of the CPU; torchvision does
-them one by one. With `--accuracy`, also the validation accuracy of students trained under each: subsets of 10 % of
-CIFAR-10 at 16x16, 3 students (width 32) on each; and the 95 % interval of the difference, ours less torchvision's,
-paired by subset and student. What a policy and a subset have given is kept in augmentations.part.json beside the
-result, so a run that was stopped goes on.
+CPU seconds for 1,000 images of CIFAR-10 at 32x32, in batches of 64 and of 1,000, on one thread; torchvision augments
+images one by one. With `--accuracy`, also the validation accuracy of students trained under each: 10 % subsets of
+CIFAR-10 at 16x16, 3 students (width 32) on each, and the 95 % interval of the difference (ours minus torchvision's,
+paired by subset and student). Finished accuracies are kept in augmentations.part.json, so that a stopped run continues.
 """
 
 import argparse
@@ -33,7 +32,7 @@ COMPARED = ("autoaugment", "randaugment", "trivialaugment")  # by accuracy
 
 
 def shifts(size):
-    """torchvision's TrivialAugment shifts by up to 32 pixels, whatever the size; ours by up to a whole side."""
+    """torchvision's TrivialAugment with our range of shifts: up to the image's width, not up to 32 pixels."""
     space, own = v2.TrivialAugmentWide._AUGMENTATION_SPACE, (lambda bins, *_: torch.linspace(0, size, bins), True)
     trivial = v2.TrivialAugmentWide()
     trivial._AUGMENTATION_SPACE = space | {"TranslateX": own, "TranslateY": own}
@@ -53,7 +52,7 @@ def ours(name, data):
 
 
 def torchvision(name, data):
-    """Crop, flip and the policy on each image's bytes, as torchvision's references do it."""
+    """Crop, flip and the policy on each image as uint8, as in torchvision's reference scripts."""
     size = data.shape[-1]
     crop_flip = v2.RandomCrop(size, padding=max(size // 8, 1)), v2.RandomHorizontalFlip(0.5)
     transform = v2.Compose([*crop_flip, POLICIES[name](size)])
@@ -68,7 +67,7 @@ def torchvision(name, data):
     return augment
 
 
-WAYS = {f.__name__: f for f in (ours, torchvision)}
+VARIANTS = {f.__name__: f for f in (ours, torchvision)}
 
 
 def times(data, repeat) -> list[dict]:
@@ -76,26 +75,26 @@ def times(data, repeat) -> list[dict]:
     images = data.train.take(slice(0, 1000)).images
     for name in POLICIES:
         row = {"policy": name}
-        for way, batch in (("ours", 64), ("ours", 1000), ("torchvision", 64)):
-            augment, seconds = WAYS[way](name, data), []
+        for variant, batch in (("ours", 64), ("ours", 1000), ("torchvision", 64)):
+            augment, seconds = VARIANTS[variant](name, data), []
             augment(images[:batch], generator=seeded(0))
             for k in range(repeat):
                 begin, generator = time.process_time(), seeded(k)
-                for part in images.split(batch):
-                    augment(part, generator=generator)
+                for x in images.split(batch):
+                    augment(x, generator=generator)
                 seconds.append(time.process_time() - begin)
-            row[f"{way}, batches of {batch}"] = min(seconds)
+            row[f"{variant}, batches of {batch}"] = min(seconds)
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
 def accuracies(data, subsets, steps, kept) -> list[dict]:
-    """A row for each policy; `kept` is the file for what has been measured so far."""
+    """A row for each policy; the file `kept` holds the accuracies measured so far."""
     found = json.loads(kept.read_text()) if kept.exists() else {}
     config = EvalConfig(eval_students=STUDENTS, eval_steps=steps)
-    for subset, name, (way, build) in itertools.product(range(subsets), COMPARED, WAYS.items()):
-        key = f"{name}, {way}, subset {subset}, {steps} steps"
+    for subset, name, (variant, build) in itertools.product(range(subsets), COMPARED, VARIANTS.items()):
+        key = f"{name}, {variant}, subset {subset}, {steps} steps"
         if key not in found:
             train = data.train.take(data.subset(subset, fraction=0.1))
             student = ConvNet(3, 10, data.shape[-1], width=32, depth=2)
@@ -104,12 +103,14 @@ def accuracies(data, subsets, steps, kept) -> list[dict]:
             print(key, found[key], flush=True)
     rows = []
     for name in COMPARED:
-        of = {w: [x for s in range(subsets) for x in found[f"{name}, {w}, subset {s}, {steps} steps"]] for w in WAYS}
+        of = {
+            w: [x for s in range(subsets) for x in found[f"{name}, {w}, subset {s}, {steps} steps"]] for w in VARIANTS
+        }
         difference = np.subtract(of["ours"], of["torchvision"])
         half = stats.t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / len(difference) ** 0.5
         rows.append(
             {"policy": name, "steps": steps, "n": len(difference)}
-            | {way: float(np.mean(values)) for way, values in of.items()}
+            | {variant: float(np.mean(values)) for variant, values in of.items()}
             | {"difference": float(difference.mean()), "half_interval": float(half)}
         )
         print(rows[-1], flush=True)
@@ -119,9 +120,9 @@ def accuracies(data, subsets, steps, kept) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", default=3, type=int)
-    parser.add_argument("--accuracy", action="store_true", help="train students, too (half an hour on one core)")
+    parser.add_argument("--accuracy", action="store_true", help="also train students (half an hour on one core)")
     parser.add_argument("--subsets", default=3, type=int)
-    parser.add_argument("--steps", default=1000, type=int, help="of each student")
+    parser.add_argument("--steps", default=1000, type=int, help="SGD steps of each student")
     parser.add_argument("--out", default="", help="a folder for augmentations.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""A sweep of eight cells by two Dask workers, against two processes of this machine: seconds, and the same numbers.
+"""Time of a sweep of eight cells on two Dask workers compared with two local processes; checks that numbers agree.
 
     python benchmarks/cluster.py [--repeat 2] [--out figures/benchmarks]
 
-Scheduler and workers are processes on loopback, started beforehand; each worker has a folder of its own, so everything
-travels. Both ways take turns, each from nothing. On a busy machine look at the processor's seconds beside the clock's:
-those of the command and of all that works for it.
+Scheduler and workers are processes on loopback, started before the measurement. Each worker has its own folder, so
+every file is sent. The two variants alternate, each without stored results. On a busy machine compare the CPU seconds,
+which are those of the command and of all its workers.
 """
 
 import argparse
@@ -37,12 +37,12 @@ COMMAND = [
     "import sys; from augdistill_report.commands.cli import main; sys.exit(main())",
     "sweep",
 ]
-PYTHONPATH = {"PYTHONPATH": str(ROOT)}  # the code that lies beside this file, here and on the workers
+PYTHONPATH = {"PYTHONPATH": str(ROOT)}  # this clone's code, also on the workers
 
 
 @contextlib.contextmanager
 def machines(folder: Path, workers: int):
-    """A scheduler's file, and the processes of its workers."""
+    """Start a scheduler and its workers; gives the scheduler's file and all these processes."""
     file, started = folder / "scheduler.json", []
 
     def start(what: str, *options: str, cwd: Path = folder) -> None:
@@ -67,12 +67,12 @@ def machines(folder: Path, workers: int):
 
 
 def spent(processes: list[psutil.Process]) -> float:
-    """Processor seconds of these processes, and of their children that have ended."""
+    """CPU seconds of these processes, and of their ended children."""
     return sum(sum(process.cpu_times()[:4]) for process in processes)
 
 
 def timed(options: list[str], workers: list[psutil.Process]) -> dict:
-    """Seconds of a sweep by the clock and of the processor."""
+    """Wall-clock and CPU seconds of a sweep."""
     mine, begin = psutil.Process(), time.monotonic()
     before = spent([mine, *workers])
     env = os.environ | PYTHONPATH
@@ -94,9 +94,9 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
         with machines(folder, 2) as (file, workers):
-            ways = {"processes": ["--set", "workers=2"], "dask": ["--cluster", str(file)]}
+            variants = {"processes": ["--set", "workers=2"], "dask": ["--cluster", str(file)]}
             for turn in range(options.repeat):
-                for name, how in ways.items():
+                for name, how in variants.items():
                     run = folder / f"{name}{turn}"
                     arguments = [str(folder / "grid.yaml"), "--out", str(run), *how]
                     rows[name].append(timed(arguments, workers if name == "dask" else []))

@@ -1,11 +1,11 @@
-"""Experts a minute on one thread: `train_expert` against the ordinary way, at the size of the digits and of CIFAR-10.
+"""Experts per minute on one thread, at the sizes of digits and CIFAR-10: `train_expert` and an ordinary training loop.
 
     python benchmarks/experts.py [--out figures/benchmarks]
 
-The ordinary way is a DataLoader over a TensorDataset, torch's own layers and SGD, and the augmentation on each sample.
-Ours is the whole set as one tensor, and the augmentation on each batch. The same student, batches and augmentation
-(DSA); random images, since their content costs nothing. An expert of the digits is 15 epochs of 1,437 images; of
-CIFAR-10, 1 epoch of 50,000 (extrapolated from 1,280).
+The ordinary loop uses a DataLoader over a TensorDataset, torch's own layers and SGD, and augments each sample. Ours
+keeps the data set as one tensor, and augments each batch. Student, batch size and augmentation (DSA) are the same.
+Images are random, since their content does not change the time. An expert is 15 epochs of 1,437 images for digits, and
+1 epoch of 50,000 for CIFAR-10 (extrapolated from 1,280).
 """
 
 import argparse
@@ -22,14 +22,14 @@ from augdistill_report.data.augmentations import DSA
 from augdistill_report.files.store import as_json, write
 from augdistill_report.work.provenance import environment
 
-SHAPES = {  # ConvNet's arguments; images measured; epochs measured; batch; images and epochs of a whole expert
+SHAPES = {  # ConvNet's arguments; images and epochs measured; batch size; images times epochs of a whole expert
     "digits": ((1, 10, 16, 32, 2), 1437, 2, 64, 1437 * 15),
     "CIFAR-10": ((3, 10, 32, 128, 3), 1280, 1, 256, 50_000),
 }
 
 
 class Augmented(TensorDataset):
-    """A data set that augments each sample as it is asked for."""
+    """A data set that augments each sample when it is read."""
 
     def __init__(self, images, labels, augment):
         super().__init__(images, labels)
@@ -71,13 +71,13 @@ def main() -> None:
         labels, config = torch.arange(count) % 10, ExpertConfig(epochs=epochs, expert_batch=batch)
         for augment in (None, DSA()):
             rate = {}
-            for way in (ordinary, ours):
+            for variant in (ordinary, ours):
                 seconds = []
                 for _ in range(options.repeat):
                     begin = time.process_time()
-                    way(shape, images, labels, config, augment)
+                    variant(shape, images, labels, config, augment)
                     seconds.append(time.process_time() - begin)
-                rate[way.__name__] = 60 * count * epochs / whole / min(seconds)
+                rate[variant.__name__] = 60 * count * epochs / whole / min(seconds)
             row = dict(size=name, augmentation="DSA" if augment else "none") | rate
             rows.append(row | {"ratio": rate["ours"] / rate["ordinary"]})
             print(

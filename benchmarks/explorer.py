@@ -1,11 +1,10 @@
-"""From a slider of the explorer to its picture: 20 images of CIFAR-10 and 6 draws of one, through the U-Net with noise.
+"""Latency of the explorer from a slider to its picture: 20 CIFAR-10 images and 6 draws of one, by the U-Net with noise.
 
     python benchmarks/explorer.py [--changes 500] [--out figures/benchmarks]
 
-Milliseconds in the kernel between a slider's new value and the finished pictures (encoded; the way to the browser is
-not in it), by slider, at rest and while a phi is trained in the background; and what the process holds after so many
-changes more than after the first fifty. On a busy machine look at the processor's time. CIFAR-10 is looked for as
-everywhere.
+Milliseconds in the kernel from a slider's new value to the encoded pictures (without their transfer to the browser), by
+slider, at rest and while a phi trains in the background; and the growth of the process's memory after the first fifty
+changes. On a busy machine compare the CPU times. CIFAR-10 is searched in AUGDISTILL_DATA and in the cache.
 """
 
 import argparse
@@ -25,11 +24,11 @@ from augdistill_report.files.store import as_json, write
 from augdistill_report.work.provenance import environment
 
 LIMIT = 0.15  # seconds that a picture may take
-WARM = 50  # changes before memory is looked at
+WARM = 50  # changes before memory is measured
 
 
 def changes(page: Page):
-    """Sliders and their next values, without end, each of them another picture."""
+    """An endless sequence of sliders and new values, each of which changes the picture."""
     sliders = {
         "strength": (page.strength, itertools.cycle([0.5, 1.5, 1.0])),
         "noise": (page.noise, itertools.cycle([0.5, 2.0, 1.0])),
@@ -48,7 +47,7 @@ def turned(page: Page, count: int) -> dict:
     paint = page.paint
     done = {}
 
-    def timed():  # what follows the pictures (the mean of draws, taken ahead) keeps nobody waiting
+    def timed():  # work after the pictures (the mean of draws for later) does not count
         paint()
         done.update(wall=time.perf_counter(), cpu=time.thread_time())
 
@@ -97,7 +96,7 @@ def main() -> None:
     print(json.dumps(rows, indent=1))
     if options.out:
         about = {"environment": environment("cpu"), "images": 20, "draws": 6, "limit_ms": 1000 * LIMIT}
-        about["busy"] = dict(cores=os.cpu_count(), load=os.getloadavg()[1])  # processes that wanted one, over 5 minutes
+        about["busy"] = dict(cores=os.cpu_count(), load=os.getloadavg()[1])  # mean over 5 minutes
         write(Path(options.out) / "explorer.json", as_json(about | {"rows": rows}))
 
 

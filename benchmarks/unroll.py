@@ -1,14 +1,15 @@
-"""Time and peak memory of one outer gradient through N student steps, each way, as ratios to the official code's way.
+"""Time and peak memory of one outer gradient through N student steps, for each implementation, relative to MTT's.
 
     python benchmarks/unroll.py [--shapes S P] [--steps 10 30 50] [--repeat 3] [--compile] [--out figures/benchmarks]
 
-The yardstick is MTT's official way written afresh: torch's own layers, one flat parameter vector, `create_graph`, one
-backward pass. TESLA's gradient (Cui et al. 2023) needs little memory by leaving every Hessian out; its cosine to the
-true one stands beside it. "unet" is a whole iteration of `distill` with a U-Net phi drawn afresh in every step.
+The reference, "official", is MTT's method implemented again: torch's own layers, one flat parameter vector,
+`create_graph`, one backward pass. TESLA's gradient (Cui et al. 2023) needs little memory since it omits every Hessian;
+its cosine to the exact gradient is printed with it. "unet" is a complete iteration of `distill` with a U-Net phi that
+is redrawn each step.
 
-Each way runs in a process of its own on the same inputs, on one thread. Time is process time, the least of the repeats;
-memory is the rise of the process's resident size, at its peak, over what it was before the first gradient. "of peak" is
-the share of this machine's best matrix product (2048 x 2048, float32) that the way's multiplications reach.
+Each variant runs in its own process on the same inputs, on one thread. Time is the minimal process time of the repeats.
+Memory is the peak resident size of the process minus its size before the first gradient. "of peak" is the variant's
+floating-point rate relative to this machine's fastest matrix product (2048 x 2048, float32).
 """
 
 import argparse
@@ -51,7 +52,7 @@ ALPHA = 0.01
 
 
 class Layers(ConvNet):
-    """The same student out of torch's own layers."""
+    """The same student, built from torch's own layers."""
 
     forward_mode = False
 
@@ -59,11 +60,11 @@ class Layers(ConvNet):
         return self.classifier(self.features(images).flatten(1))
 
 
-# --- the ways: (shape's student, start, target, batches, labels) -> a function that makes the gradients ---------------
+# --- the variants: (student's shape, start, target, batches, labels) -> a function that computes the gradients --------
 
 
 def official(student, start, batches, labels, alpha):
-    """The official code's unroll: every step's parameters are slices of one flat vector."""
+    """The official code's unroll: each step's parameters are slices of one flat vector `[P]`; returns the last one."""
     names = [name for name, _ in student.named_parameters()]
     theta = start.detach().requires_grad_()
     for images, targets in zip(batches, labels, strict=True):
@@ -75,7 +76,7 @@ def official(student, start, batches, labels, alpha):
 
 
 def through(unrolled, kind=ConvNet, **options):
-    """The gradient of the squared distance at the end of `unrolled`, in alpha and every batch."""
+    """The gradient of the squared distance at the end of `unrolled` with respect to alpha and every batch."""
 
     def build(shape, start, target, batches, labels):
         student, alpha = kind(*shape), torch.tensor(ALPHA, requires_grad=True)
@@ -91,7 +92,7 @@ def through(unrolled, kind=ConvNet, **options):
 
 
 def tesla(shape, start, target, batches, labels):
-    """TESLA: every step's batch gets -alpha (d/dx)(g . v) with the one v of the end, as if no Hessian were there."""
+    """TESLA: each step's batch gets -alpha (d/dx)(g . v) with the same v, that of the end, as if Hessians were 0."""
     student = Layers(*shape)
 
     def gradients():
@@ -112,7 +113,7 @@ def tesla(shape, start, target, batches, labels):
 
 
 def through_unet(memory):
-    """One iteration of `distill`: the gradient in a U-Net's parameters and in alpha."""
+    """One iteration of `distill`: the gradient with respect to a U-Net's parameters and alpha."""
 
     def build(shape, start, target, batches, labels):
         experts = Trajectories(ConvNet(*shape), torch.stack([start, target])[None])
@@ -121,7 +122,7 @@ def through_unet(memory):
 
         def gradients():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a random target's loss
+                warnings.simplefilter("ignore")  # warnings about the loss of a random target
                 distill(phi, batches[0], labels[0], experts, DistillConfig(iterations=1, **options), seed=0)
             return []
 
@@ -130,7 +131,7 @@ def through_unet(memory):
     return build
 
 
-WAYS = {
+VARIANTS = {
     "official": through(official, Layers),
     "graph": through(unroll, memory="graph"),
     "replay": through(unroll, memory="replay"),
@@ -157,11 +158,11 @@ class Flops(TorchDispatchMode):
         return out
 
 
-# --- one way, measured in this process --------------------------------------------------------------------------------
+# --- one variant, measured in this process ----------------------------------------------------------------------------
 
 
 def fresh_peak() -> float:
-    """Give back what is free, forget the peak so far, and return the resident size in MB (Linux with glibc)."""
+    """Return free memory to the system, reset the peak, and return the resident size in MB (Linux with glibc)."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status_mb("VmRSS")
@@ -173,7 +174,7 @@ def status_mb(key: str) -> float:
 
 
 def inputs(name: str, steps: int) -> tuple[tuple, Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """A shape's ConvNet arguments, start, a target that as many steps on other images reach, batches and labels."""
+    """A shape's ConvNet arguments, a start, the target that `steps` steps on other images reach, batches and labels."""
     channels, size, width, depth, batch = SHAPES[name]
     shape, generator = (channels, 10, size, width, depth), seeded(0)
     batches, others = (
@@ -185,14 +186,14 @@ def inputs(name: str, steps: int) -> tuple[tuple, Tensor, Tensor, list[Tensor], 
     return shape, start, target, batches, labels
 
 
-def measure(way: str, name: str, steps: int, repeat: int) -> dict:
-    """Seconds (of the first call too, if it compiles), rise of peak memory in MB, floating-point operations, and what
-    the gradients are compared by."""
+def measure(variant: str, name: str, steps: int, repeat: int) -> dict:
+    """Seconds (also of the first call, if it compiles), peak extra memory in MB, floating-point operations, and the
+    gradients' norms (for TESLA also the cosine to the exact gradient), by which gradients are compared."""
     torch.set_num_threads(1)
     given = inputs(name, steps)
-    gradients = WAYS[way](*given)
+    gradients = VARIANTS[variant](*given)
     compiling = None
-    if way == "compiled":
+    if variant == "compiled":
         compiling = time.perf_counter()
         gradients()
         compiling = time.perf_counter() - compiling
@@ -203,12 +204,12 @@ def measure(way: str, name: str, steps: int, repeat: int) -> dict:
         seconds.append(time.process_time() - begin)
     result = dict(seconds=min(seconds), memory_mb=status_mb("VmHWM") - before, compile_seconds=compiling)
     result["norms"] = [g.norm().item() for g in found]
-    if way == "tesla":
-        true = WAYS["replay"](*given)()
+    if variant == "tesla":
+        true = VARIANTS["replay"](*given)()
         flat, of_true = (torch.cat([g.flatten() for g in gs[1:]]) for gs in (found, true))
         result["cosine"] = F.cosine_similarity(flat, of_true, dim=0).item()
         result["alpha_ratio"] = (found[0] / true[0]).item()
-    if way != "compiled":
+    if variant != "compiled":
         with Flops() as flops:
             gradients()
         result["flops"] = flops.total
@@ -216,7 +217,7 @@ def measure(way: str, name: str, steps: int, repeat: int) -> dict:
 
 
 def matrix_product_peak() -> float:
-    """Floating-point operations a second of the fastest of ten products of two 2048 x 2048 matrices, on one thread."""
+    """Floating-point operations per second of the fastest of ten 2048 x 2048 matrix products, on one thread."""
     torch.set_num_threads(1)
     a, seconds = torch.randn(2048, 2048), []
     for _ in range(10):
@@ -226,33 +227,43 @@ def matrix_product_peak() -> float:
     return 2 * 2048**3 / min(seconds)
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- all variants -----------------------------------------------------------------------------------------------------
 
 
-def table(shapes: list[str], all_steps: list[int], repeat: int, ways: list[str], peak: float) -> list[dict]:
-    """A row for each shape, N and way, printed as it comes."""
+def table(shapes: list[str], all_steps: list[int], repeat: int, variants: list[str], peak: float) -> list[dict]:
+    """A row for each shape, N and variant, printed when it is measured."""
     rows = []
-    print(f"{'shape':6}{'N':>3}  {'way':23}{'seconds':>8}{'ratio':>7}{'MB':>7}{'ratio':>7}{'of peak':>9}")
+    print(f"{'shape':6}{'N':>3}  {'variant':23}{'seconds':>8}{'ratio':>7}{'MB':>7}{'ratio':>7}{'of peak':>9}")
     for shape in shapes:
         for steps in all_steps:
             found = {}
-            for way in ways:
-                if steps not in ONLY.get(way, all_steps):
+            for variant in variants:
+                if steps not in ONLY.get(variant, all_steps):
                     continue
-                call = [sys.executable, __file__, "--one", way, shape, "--steps", str(steps), "--repeat", str(repeat)]
+                call = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    variant,
+                    shape,
+                    "--steps",
+                    str(steps),
+                    "--repeat",
+                    str(repeat),
+                ]
                 out = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
-                row = found[way] = json.loads(out)
+                row = found[variant] = json.loads(out)
                 first, norms = found["official"], row.pop("norms")
-                if way == "official":
+                if variant == "official":
                     expected = norms
-                elif norms and way != "tesla":
+                elif norms and variant != "tesla":
                     row["largest_difference_of_norms"] = max(
                         abs(a - b) / abs(b) for a, b in zip(norms, expected, strict=True)
                     )
                 row["time_ratio"] = row["seconds"] / first["seconds"]
                 row["memory_ratio"] = row["memory_mb"] / first["memory_mb"]
                 row["of_peak"] = "flops" in row and row["flops"] / row["seconds"] / peak
-                rows.append(dict(shape=shape, steps=steps, way=way) | row)
+                rows.append(dict(shape=shape, steps=steps, way=variant) | row)
                 print(as_line(rows[-1]), flush=True)
     return rows
 
@@ -269,13 +280,13 @@ def as_line(row: dict) -> str:
 
 
 def picture(rows: list[dict], shape: str):
-    """Peak memory and time against N, a line a way."""
+    """A figure of peak memory and time by N, a line for each variant."""
     figure, (left, right) = new_figure(10.5, 3.8, 2)
-    drawn = [way for way in WAYS if len([r for r in rows if r["shape"] == shape and r["way"] == way]) > 1]
-    for number, way in enumerate(drawn):
-        mine = [r for r in rows if r["shape"] == shape and r["way"] == way]
-        look = dict(color="black" if way == "official" else PALETTE[number - 1], label=way)
-        look["linestyle"] = "--" if way.startswith(("unet", "tesla")) else "-"
+    drawn = [v for v in VARIANTS if len([r for r in rows if r["shape"] == shape and r["way"] == v]) > 1]
+    for number, variant in enumerate(drawn):
+        mine = [r for r in rows if r["shape"] == shape and r["way"] == variant]
+        look = dict(color="black" if variant == "official" else PALETTE[number - 1], label=variant)
+        look["linestyle"] = "--" if variant.startswith(("unet", "tesla")) else "-"
         for axis, key in ((left, "memory_mb"), (right, "seconds")):
             points = [(r["steps"], r[key]) for r in mine]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, **look)
@@ -291,19 +302,19 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["S", "P"], choices=SHAPES)
     parser.add_argument("--steps", nargs="+", default=[10, 30, 50], type=int)
     parser.add_argument("--repeat", default=3, type=int)
-    parser.add_argument("--ways", nargs="+", default=[], choices=WAYS, help="these only, beside the official way")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled pair too: minutes more")
+    parser.add_argument("--variants", nargs="+", default=[], choices=VARIANTS, help="only these and the official one")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled steps (minutes more)")
     parser.add_argument("--out", default="", help="a folder for unroll.json and unroll.png")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # way and shape: the call of a child
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # variant and shape: the call of a child
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, options.steps[0], options.repeat)))
         return
-    wanted = options.ways or [way for way in WAYS if way != "compiled" or options.compile]
-    ways = [way for way in WAYS if way in ("official", *wanted)]
+    wanted = options.variants or [variant for variant in VARIANTS if variant != "compiled" or options.compile]
+    variants = [variant for variant in VARIANTS if variant in ("official", *wanted)]
     peak = matrix_product_peak()
     print(f"matrix product: {peak / 1e9:.0f} Gflop/s on one thread")
-    rows = table(options.shapes, options.steps, options.repeat, ways, peak)
+    rows = table(options.shapes, options.steps, options.repeat, variants, peak)
     if options.out:
         found = {"environment": environment("cpu"), "matrix_product_flops": peak, "rows": rows}
         write(Path(options.out) / "unroll.json", as_json(found))

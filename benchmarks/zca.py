@@ -1,10 +1,10 @@
-"""Loading CIFAR-10, and fitting ZCA on its training images (3,072 dimensions): ours against kornia's `ZCAWhitening`.
+"""Time and memory of loading CIFAR-10 and of fitting ZCA on its training images: ours and kornia's `ZCAWhitening`.
 
     python benchmarks/zca.py [--threads 2] [--out figures/benchmarks]
 
-A fit starts from the set's bytes, in a process of its own; memory is the rise of the resident size at its peak over
-what it was before. On a busy machine look at the processor's seconds. How far kornia's numbers are from ours is printed
-beside it. CIFAR-10 is looked for as everywhere.
+ZCA has 3,072 dimensions here. A fit starts from the data set's bytes, in its own process. Memory is the peak resident
+size minus the size before. On a busy machine compare CPU seconds. The largest difference between kornia's numbers and
+ours is printed, too. CIFAR-10 is searched in AUGDISTILL_DATA and in the cache.
 """
 
 import argparse
@@ -38,24 +38,24 @@ def kornia(raw: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"mean": mean, "matrix": whitening.transform_matrix, "inverse": whitening.transform_inv}
 
 
-WAYS = {f.__name__: f for f in (ours, kornia)}
+VARIANTS = {f.__name__: f for f in (ours, kornia)}
 
 
-def measure(way: str, threads: int, keep: str) -> dict:
-    """Seconds and peak extra memory of loading, and of one fit.
+def measure(variant: str, threads: int, keep: str) -> dict:
+    """Seconds and peak extra memory in MB, of loading and of one fit.
 
-    What it found, and ten test images whitened by it, go to `keep`.
+    The fitted tensors, and ten test images whitened with them, are saved in the file `keep`.
     """
-    import torchvision  # noqa: F401 (its own time and memory are not the set's)
+    import torchvision  # noqa: F401 (imported before the measurement)
 
     torch.set_num_threads(threads)
     before, start = fresh_peak(), time.perf_counter()
     data = load("cifar10")
     loading = dict(seconds=time.perf_counter() - start, memory_mb=status_mb("VmHWM") - before)
-    if way == "kornia":
-        import kornia  # noqa: F401 (its own time and memory are not a fit's)
+    if variant == "kornia":
+        import kornia  # noqa: F401 (imported before the measurement)
     before, start, cpu = fresh_peak(), time.perf_counter(), time.process_time()
-    found = WAYS[way](data.train.raw)
+    found = VARIANTS[variant](data.train.raw)
     result = dict(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
     result["memory_mb"] = status_mb("VmHWM") - before
     found["images"] = mixed(data.test.raw[:10] / 255 - found["mean"], found["matrix"])
@@ -66,26 +66,28 @@ def measure(way: str, threads: int, keep: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", default=2, type=int)
-    parser.add_argument("--way", choices=WAYS, help="measure this one here, and print it as JSON")
-    parser.add_argument("--keep", help="(with --way) the file for what was found")
+    parser.add_argument("--variant", choices=VARIANTS, help="measure this one in this process, and print JSON")
+    parser.add_argument("--keep", help="(with --variant) the file for the fitted tensors")
     parser.add_argument("--out", default="", help="a folder for zca.json")
     options = parser.parse_args()
-    if options.way:
-        print(json.dumps(measure(options.way, options.threads, options.keep)))
+    if options.variant:
+        print(json.dumps(measure(options.variant, options.threads, options.keep)))
         return
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for way in WAYS:
-            keep = f"{folder}/{way}.safetensors"
-            call = [sys.executable, __file__, "--threads", str(options.threads), "--way", way, "--keep", keep]
+        for variant in VARIANTS:
+            keep = f"{folder}/{variant}.safetensors"
+            call = [sys.executable, __file__, "--threads", str(options.threads), "--variant", variant, "--keep", keep]
             out = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[way] = load_file(keep)
-            row = dict(way=way, threads=options.threads) | json.loads(out)
+            found[variant] = load_file(keep)
+            row = dict(way=variant, threads=options.threads) | json.loads(out)
             loading = row.pop("loading")
-            row["largest_difference"] = {k: (t - found["ours"][k]).abs().max().item() for k, t in found[way].items()}
+            row["largest_difference"] = {
+                k: (t - found["ours"][k]).abs().max().item() for k, t in found[variant].items()
+            }
             rows.append(row)
             print(
-                f"{way:8}{row['seconds']:8.1f} s ({row['cpu_seconds']:.1f} of processor time) "
+                f"{variant:8}{row['seconds']:8.1f} s ({row['cpu_seconds']:.1f} CPU) "
                 f"{row['memory_mb']:8.0f} MB   {row['largest_difference']}",
                 flush=True,
             )

@@ -128,9 +128,9 @@ def test_a_preset_chooses_by_images_per_class(tmp_path):
         ({1: {"syn_stepz": 5}}, "with_images_per_class: 1: unknown key 'syn_stepz'"),
         ({10: {"syn_steps": 0}}, "with_images_per_class: 10: syn_steps=0: must be at least 1"),
         ({0: {}}, "with_images_per_class: 0: images_per_class=0: must be at least 1"),
-        ({"ten": {}}, "with_images_per_class={'ten': {}}: must hold settings by number, as `10: {key: value}`"),
-        ({1: [5]}, "must hold settings by number"),
-        ([1], "must hold settings by number"),
+        ({"ten": {}}, "with_images_per_class={'ten': {}}: must hold settings for each count"),
+        ({1: [5]}, "must hold settings for each count"),
+        ([1], "must hold settings for each count"),
     ],
 )
 def test_what_is_wrong_in_it_is_named(parts, says, tmp_path):
@@ -165,7 +165,7 @@ def test_a_grid_takes_a_recipe_as_it_is(tmp_path, capsys):
     (tmp_path / "one_phi.ipynb").write_bytes((PRESETS.parent / "sweeps" / "one_phi.ipynb").read_bytes())
     arguments = ["sweep", str(grid), "--preset", mine, "--out", str(tmp_path / "run")]
     assert main(arguments) == 2
-    assert "varies images_per_class, for each of which" in capsys.readouterr().err
+    assert "varies images_per_class, but" in capsys.readouterr().err
     grid.write_text("notebook: one_phi.ipynb\naxes: {seed: [0]}\n")
     assert main([*arguments, "--set", "images_per_class=2"]) == 0
     (path,) = (tmp_path / "run").glob("sweeps/grid/cells/*/config.json")
@@ -240,8 +240,8 @@ def test_a_preset_takes_over_what_it_does_not_change(tmp_path):
         ("like: nowhere.yaml", "mine.yaml: like: preset='nowhere.yaml': must be one of cifar10, "),
         ("like: ../sweeps/why_phi_failed", "like: preset='../sweeps/why_phi_failed': must be one of"),
         ("like: [smoke, digits]", "mine.yaml: like: preset=['smoke', 'digits']: must be one of"),
-        ("like: mine.yaml", "mine.yaml: like: 'mine.yaml' leads back to itself: mine.yaml -> mine.yaml"),
-        ("like: round.yaml", "like: 'mine.yaml' leads back to itself: mine.yaml -> round.yaml -> mine.yaml"),
+        ("like: mine.yaml", "mine.yaml: like: 'mine.yaml' inherits from itself: mine.yaml -> mine.yaml"),
+        ("like: round.yaml", "like: 'mine.yaml' inherits from itself: mine.yaml -> round.yaml -> mine.yaml"),
         ("like: bad.yaml", "bad.yaml: unknown key 'sed': the nearest are seed, "),
         ("seed: 1\nwith_images_per_class: {1: {like: smoke}}", "with_images_per_class: 1: unknown key 'like'"),
     ],
@@ -439,7 +439,7 @@ def test_a_student_s_step_size_is_the_one_that_was_learned(run):
         for k in range(2):
             model = train_student(run.student, None, images.images, images.labels, config, 0, "student", k)
             assert scores[name].test[k] == accuracy_of(model, run.data.test.opened())
-    with pytest.raises(ValueError, match=r"eval_lr=0.0: must be above 0 for plain images"):
+    with pytest.raises(ValueError, match=r"eval_lr=0.0: must be above 0 without a phi"):
         Evaluation(run.settings.select(Setup), run.base, EvalConfig(eval_lr=0))
 
 

@@ -1,7 +1,7 @@
-"""`augdistill app`: notebook 06, the explorer, as a page without code, for the person at this machine.
+"""`augdistill app`: serves notebook 06, the explorer, as a page without code, to the user of this machine.
 
-Who can open the page has a process here that runs code. So its address holds a token, and a request must name this
-machine as its host: else a web page could reach the server under a name of its own (DNS rebinding).
+Whoever opens the page gets a kernel that runs code here. So its address holds a token, and a request must name this
+machine as its host: else a web page could reach the server through its own host name (DNS rebinding).
 """
 
 import secrets
@@ -20,11 +20,11 @@ from augdistill_report.run import run_folder
 from augdistill_report.settings import preset_path, resolve
 
 PROTOCOL = "v1.kernel.websocket.jupyter.org"
-CULL = {"idle_timeout": 120, "interval": 30}  # seconds that a kernel lives after its page was closed, between looks
+CULL = {"idle_timeout": 120, "interval": 30}  # seconds until an idle kernel ends, and between checks
 
 
 def app(preset: str, out: str = "", changes: dict | None = None, port: int = 8866, browser: bool = True) -> None:
-    """Serve the explorer of a run until Ctrl-C, on `port` or, if it is taken, on one near it.
+    """Serve the explorer of a run until Ctrl-C, on `port` or, if it is in use, on one near it.
 
     Raises `ValueError` for wrong settings, before anything is served.
     """
@@ -32,7 +32,7 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
 
     settings = resolve(preset, changes)
     parameters = {key: getattr(settings, key) for key in changes or {}}
-    parameters |= {"preset": named(preset), "out": str(run_folder(preset, out))}
+    parameters |= {"preset": preset_for_kernel(preset), "out": str(run_folder(preset, out))}
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / "explorer.ipynb"
         papermill.execute_notebook(
@@ -41,7 +41,7 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
         server = Server()
         cull = [f"--MappingKernelManager.cull_{key}={value}" for key, value in CULL.items()]
         server.initialize([str(notebook), f"--port={port}", *cull])
-        # set here, so that no file of Jupyter's or voila's configuration can set them to less
+        # set here, so that no configuration file of Jupyter or voila can weaken them
         server.token = secrets.token_urlsafe(24)
         server.tornado_settings = {"allow_remote_access": False, "local_hostnames": ["localhost"]}
         server.kernel_websocket_connection_class = CheckedConnection
@@ -49,37 +49,37 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
         server.start()
 
 
-def named(preset: str) -> str:
-    """A preset as the page's kernel finds it, which runs in another folder: the name, or the file's whole path."""
+def preset_for_kernel(preset: str) -> str:
+    """A preset for the page's kernel, which runs in another folder: its name, or its file's absolute path."""
     return str(preset_path(preset).resolve()) if preset.endswith((".yaml", ".yml")) else preset
 
 
 class Server(Voila):
-    """voila, which says one line: the address to open."""
+    """voila, which prints one line: the address to open."""
 
     log_level = 30  # warnings
-    open_browser = True  # voila's word for: call `launch_browser` as soon as the server listens
+    open_browser = True  # makes voila call `launch_browser` as soon as the server listens
 
     def launch_browser(self):
         address = f"{self.connection_url}?token={self.token}"
         print(f"explorer: {address}\n(Ctrl-C ends it)", file=sys.stderr, flush=True)
         if self.browser_wanted:
-            # by a file that only this user can read: anybody here can see the arguments of a browser's process
+            # by a file that only this user can read: any user here can see the arguments of a browser's process
             page = self.folder / "open.html"
             page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">')
             threading.Thread(target=webbrowser.open, args=(page.as_uri(),), daemon=True).start()
 
 
 class CheckedConnection(ZMQChannelsWebsocketConnection):
-    """Between a page and its kernel, by the present protocol only, and only messages as large as they say.
+    """A page's connection to its kernel. It refuses clients of the old protocol, and messages of wrong size.
 
-    voila 0.5.13 reads every binary message to a page by the present protocol, and for a client of the old one takes
-    two numbers for a count of parts: it fills the memory. jupyter_server 2.21 believes any count in a client's message.
+    voila 0.5.13 reads every binary message to a page by the v1 protocol. With a client of the old protocol it takes two
+    other numbers for a count of parts, and fills the memory. jupyter_server 2.21 trusts any count that a client sends.
     """
 
     async def prepare(self):
         asked = self.websocket_handler.request.headers.get("Sec-WebSocket-Protocol", "")
-        if PROTOCOL not in [part.strip() for part in asked.split(",")]:
+        if PROTOCOL not in [name.strip() for name in asked.split(",")]:
             raise web.HTTPError(400, f"must ask for the websocket protocol {PROTOCOL}")
         await super().prepare()
 
@@ -91,9 +91,9 @@ class CheckedConnection(ZMQChannelsWebsocketConnection):
 
 
 def well_formed(message: bytes | str) -> bool:
-    """Whether a message is parts that follow each other within it, and not more than there is room for.
+    """Whether a message's offsets are in order, lie inside the message, and are not more than it has room for.
 
-    It begins with how many offsets there are and the offsets, each 8 bytes, little endian.
+    A message begins with the number of offsets and the offsets, 8 bytes each, little endian.
     """
     if not isinstance(message, bytes) or not 1 < (count := int.from_bytes(message[:8], "little")) < len(message) // 8:
         return False

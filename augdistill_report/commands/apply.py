@@ -1,7 +1,7 @@
-"""`augdistill apply`: the images of a data set or a folder, augmented by a saved phi: PNG files, a sub-folder a class.
+"""`augdistill apply`: augments a data set or a folder of images with a saved phi, into PNG files in class folders.
 
-The same command writes the same bytes. A command that was stopped continues: files that are whole are kept, all others
-are made again.
+The same command writes the same bytes. A command that was stopped continues: complete files are kept, all others are
+made again.
 """
 
 import concurrent.futures
@@ -28,34 +28,37 @@ from augdistill_report.work.setup import public_name
 
 __all__ = ["How", "apply", "load_phi", "load_phis"]
 
-BATCH = 32  # images at once; each batch has draws of its own, so that a stopped command need not make all again
+BATCH = 32  # images at once; each batch has its own seed, so that a stopped command need not repeat all of them
 
 WRITERS = 16  # files that are written at the same time
 
 SHOWN = 10  # classes in the picture
 
-NOTE, GRID = "apply.json", "grid.png"  # in the folder: what made it, and a picture of some of it
+NOTE, GRID = "apply.json", "grid.png"  # in the output folder: what made the images, and a picture of some
 
 
 @dataclasses.dataclass(frozen=True)
 class How(Config):
-    """What `apply` writes."""
+    """How many images `apply` writes, and their seed."""
 
-    copies: int = knob(1, "draws of each image", low=1)
-    count: int = knob(0, "images of each class, the first ones; 0 = all", low=0)
-    seed: int = knob(0, "the draws follow from it", low=0)
+    copies: int = knob(1, "augmented copies of each image", low=1)
+    count: int = knob(0, "only the first images of each class, this many; 0 = all", low=0)
+    seed: int = knob(0, "the seed of all random numbers", low=0)
 
 
 def load_phis(changes: dict[str, str]) -> None:
-    """Run the files that register phis of a user's own: `{"phis": FILES}`, as the setting of that name."""
+    """Run the files that register a user's own phis: `{"phis": FILES}`, as the setting `phis` names them.
+
+    A `ValueError` for any other setting.
+    """
     for key in changes:
         if key != "phis":
-            raise ValueError(f"--set {key}: apply takes only phis=FILE; how phi was trained stands in its own file")
+            raise ValueError(f"--set {key}: apply takes only phis=FILE; the settings of phi's training are in its file")
     Settings(**changes).load_phis()
 
 
 def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str, Tensor], str]:
-    """The images `[n, C, H, W]` of a data set's training split by class, and its fingerprint."""
+    """The images `[n, C, H, W]` of a data set's training split by class, and the data set's fingerprint."""
     found = load(name, augment.about["shape"][-1], data)
     expected = tuple(augment.about["shape"])
     if found.shape != expected:
@@ -65,9 +68,9 @@ def of_set(name: str, augment: Augment, count: int, data: str) -> tuple[dict[str
 
 
 def of_folder(path: str, augment: Augment, count: int, line: Line) -> tuple[dict[str, Tensor], str]:
-    """The images `[n, C, H, W]` of a folder by class, resized to phi's size, and a digest of which files they were.
+    """The images `[n, C, H, W]` of a folder by class, resized to phi's size, and a digest of the files used.
 
-    Of a folder with split folders, those of its training split.
+    Of a folder with split folders, the training split. A `ValueError` says what does not fit.
     """
     channels, size, _ = augment.about["shape"]
     if channels not in (1, 3):
@@ -102,12 +105,12 @@ def described(augment: Augment) -> str:
 
 
 def class_folder(out: Path, name: str) -> Path:
-    """Where a class's images go: in `out`, whatever its name holds (FashionMNIST has a class T-shirt/top)."""
+    """The sub-folder of `out` for a class, also if its name has a slash (FashionMNIST has a class T-shirt/top)."""
     return out / name.replace("/", "_")
 
 
 def start(out: Path, classes: list[str], made: dict) -> None:
-    """Make the folder and write its note; a `ValueError` if the folder cannot take the images of these classes."""
+    """Make the folder and write its note; a `ValueError` if these classes cannot be written there."""
     folders = {class_folder(out, name): name for name in classes}
     if len(folders) < len(classes):
         raise ValueError(f"--out {out}: two classes would share a folder ({', '.join(map(repr, classes))})")
@@ -122,14 +125,14 @@ def start(out: Path, classes: list[str], made: dict) -> None:
             if not (out / NOTE).is_file():
                 raise ValueError(f"--out {out}: holds files that apply did not make; choose an empty folder")
             if read_json(out / NOTE, "apply") != made:
-                raise ValueError(f"--out {out}: holds images that were made otherwise ({NOTE}); choose an empty folder")
+                raise ValueError(f"--out {out}: holds images of other settings ({NOTE}); choose an empty folder")
         write_json(out / NOTE, "apply", made)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror or error})") from None
 
 
 def is_done(file: Path) -> bool:
-    """Whether an image is there from an earlier run, whole, and in this folder itself."""
+    """Whether an image was written completely by an earlier command, and is no link."""
     return file.is_file() and not file.is_symlink() and is_whole_png(file)
 
 
@@ -144,21 +147,21 @@ def pixels_png(image: Tensor) -> bytes:
 
 
 def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") -> str:
-    """Augment the images of a data set or a folder (`to`) and write them into `out`; returns a line on what was done.
+    """Augment the images of a data set or a folder (`to`) and write them into `out`; returns a summary in one line.
 
-    OUT/<class>/<number>.png, with _<copy> for several copies, and OUT/grid.png: the first image of each class before
-    and after. A `ValueError`, before anything is written, says what does not fit; an `OSError` names a file that could
-    not be written (a full disk).
+    Files are OUT/<class>/<number>.png, with _<copy> for several copies, and OUT/grid.png: the first image of each class
+    before and after. Before anything is written, a `ValueError` says what does not fit. An `OSError` names a file that
+    could not be written (full disk).
     """
     out, line = Path(out).expanduser().resolve(), Line()
-    augment.check(torch.zeros(augment.about["shape"]))  # a phi that takes no other images at all
+    augment.check(torch.zeros(augment.about["shape"]))  # refuses a phi that takes no other images at all
     if to.partition(":")[0] not in DATASETS and Path(to).expanduser().is_dir():
         to = f"folder:{to}"
     kind, _, path = to.partition(":")
     try:
         if kind == "folder" and path:
             if out.is_relative_to(Path(path).expanduser().resolve()):
-                raise ValueError(f"--out {out}: lies in the folder that it is made from")
+                raise ValueError(f"--out {out}: lies inside the folder of the input images; choose another")
             images, fingerprint = of_folder(path, augment, how.count, line)
         else:
             images, fingerprint = of_set(to, augment, how.count, data)
@@ -187,7 +190,7 @@ def apply(augment: Augment, to: str, out: Path | str, how: How, data: str = "") 
 
 
 def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: How, line: Line) -> int:
-    """Write every file that is not whole yet, and the picture; returns how many images there are now."""
+    """Write every file that is not complete, and the picture; returns the number of images in the folder."""
     done, total = 0, how.copies * sum(map(len, images.values()))
     shown = {}
     for name, raw in images.items():
@@ -207,7 +210,7 @@ def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: Ho
                     if in_picture:
                         shown[name] = x[0], augmented[0]
                     todo = itertools.compress(zip(files, augmented, strict=True), missing)
-                    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:  # they wait for the disk together
+                    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:  # threads: they wait for the disk
                         list(pool.map(lambda item: write(item[0], pixels_png(item[1])), todo))
                 done += len(files)
                 line.show(f"{out}: {done} of {total} images")

@@ -1,6 +1,6 @@
-"""The command `augdistill`: `report` runs the notebooks, `sweep` one of them over a grid, `figures` publishes a
-run, `app` serves the explorer, `data` checks or fetches a set, `experts` trains, checks or imports experts, `apply`
-augments images by a phi."""
+"""The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `figures` publishes a
+run, `app` serves the explorer, `data` checks or downloads a data set, `experts` trains, checks or imports experts,
+`apply` augments images with a saved phi."""
 
 import argparse
 import contextlib
@@ -13,14 +13,14 @@ from collections.abc import Callable
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="augdistill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="run the notebooks, write one page to read")
-    report.add_argument("--track", default="", metavar="NAME", help="log curves to trackio, wandb or tensorboard too")
-    sweep = commands.add_parser("sweep", help="run a notebook for every choice of a grid")
-    sweep.add_argument("grid", metavar="GRID.yaml", help="which notebook, and which settings vary how")
+    report = commands.add_parser("report", help="run the notebooks, then write one HTML page")
+    report.add_argument("--track", default="", metavar="NAME", help="also log curves to trackio, wandb or tensorboard")
+    sweep = commands.add_parser("sweep", help="run a notebook for every point of a grid")
+    sweep.add_argument("grid", metavar="GRID.yaml", help="the grid: the notebook, and the settings that vary")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
-    sweep.add_argument("--short", action="store_true", help="only the rows that the grid names as its short form")
+    sweep.add_argument("--short", action="store_true", help="only the rows that the grid lists under `short`")
     app = commands.add_parser("app", help="serve the explorer (notebook 06) to a browser on this machine")
-    app.add_argument("--port", type=int, default=8866, metavar="N", help="or one near it, if it is taken (8866)")
+    app.add_argument("--port", type=int, default=8866, metavar="N", help="or one near it, if it is in use (8866)")
     app.add_argument("--no-browser", action="store_true", help="only print the address, with its token")
     for command in (report, sweep):
         add_cluster(command)
@@ -29,43 +29,43 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (report, sweep):
         again = "repeat finished cells" if command is sweep else "repeat finished work"
         command.add_argument("--fresh", action="store_true", help=again)
-    figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
-    figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
+    figures = commands.add_parser("figures", help="publish a finished run to figures/ and docs/results.md")
+    figures.add_argument("--sweeps", action="store_true", help="only the results of its sweeps")
     for command in (report, figures):
         command.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
     for command in (report, sweep, figures, app):
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
-    apply = commands.add_parser("apply", help="augment a data set's images by a saved phi")
+    apply = commands.add_parser("apply", help="augment a data set's images with a saved phi")
     apply.add_argument("phi", metavar="PHI", help="a phi's file: runs/<preset>/phis/<name>.safetensors")
-    apply.add_argument("--to", required=True, metavar="WHAT", help="a set (its training split), or a folder of classes")
-    apply.add_argument("--out", required=True, metavar="DIR", help="where the images go, one sub-folder a class")
-    apply.add_argument("--copies", type=int, default=1, metavar="K", help="draws of each image (1)")
+    apply.add_argument("--to", required=True, metavar="WHAT", help="a data set (training split), or folder of classes")
+    apply.add_argument("--out", required=True, metavar="DIR", help="the output folder, a sub-folder for each class")
+    apply.add_argument("--copies", type=int, default=1, metavar="K", help="augmented copies of each image (1)")
     apply.add_argument("--count", type=int, default=0, metavar="N", help="only the first N images of each class")
     apply.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed makes the same images (0)")
-    apply.add_argument("--strength", type=float, metavar="L", help="x + L (phi(x) - x), instead of what the file says")
-    apply.add_argument("--probability", type=float, metavar="P", help="of an image to be changed, likewise")
-    apply.add_argument("--set", action="append", default=[], metavar="phis=FILE", help="files with phis of your own")
-    apply.add_argument("--data", default="", metavar="DIR", help="where the set is (AUGDISTILL_DATA, or the cache)")
+    apply.add_argument("--strength", type=float, metavar="L", help="x + L (phi(x) - x); default: as in the file")
+    apply.add_argument("--probability", type=float, metavar="P", help="of applying phi; default: as in the file")
+    apply.add_argument("--set", action="append", default=[], metavar="phis=FILE", help="files that register your phis")
+    apply.add_argument("--data", default="", metavar="DIR", help="its folder (AUGDISTILL_DATA, or the cache)")
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
-    check = data.add_parser("check", help="read a whole data set and describe it")
-    check.add_argument("--size", type=int, default=0, help="resize its images (0: as they are)")
-    fetch = data.add_parser("fetch", help="download a data set, unless it is there; no other command downloads")
-    fetch.add_argument("--mirror", default="", metavar="URL", help="a folder on the web that has its files")
+    check = data.add_parser("check", help="read a complete data set and describe it")
+    check.add_argument("--size", type=int, default=0, help="resize its images to this many pixels (0: no)")
+    fetch = data.add_parser("fetch", help="download a missing data set; no other command does")
+    fetch.add_argument("--mirror", default="", metavar="URL", help="a web folder with its files")
     for command in (check, fetch):
         command.add_argument("name", help="a data set's name, or (check) folder:PATH")
-        command.add_argument("--data", default="", metavar="DIR", help="where it is (AUGDISTILL_DATA, or the cache)")
+        command.add_argument("--data", default="", metavar="DIR", help="its folder (AUGDISTILL_DATA, or the cache)")
     experts = commands.add_parser("experts", help="train, list, check or import experts")
     experts = experts.add_subparsers(dest="what", required=True)
-    train = experts.add_parser("train", help="train the experts that a run lacks; continues where it was stopped")
+    train = experts.add_parser("train", help="train the experts that a run lacks; continues after a stop")
     show = experts.add_parser("list", help="one line per expert: its data, length, accuracy, size")
-    check = experts.add_parser("check", help="read all of each expert, name damaged files (then the exit code is 1)")
-    bring = experts.add_parser("import", help="convert experts of the official MTT code, for expert_files")
-    bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="its files")
+    check = experts.add_parser("check", help="read each expert completely, list damaged files (exit code 1)")
+    bring = experts.add_parser("import", help="convert experts of the official MTT code, for the setting expert_files")
+    bring.add_argument("files", nargs="+", metavar="replay_buffer_N.pt", help="the official code's files")
     for command in (show, check):
-        command.add_argument("files", nargs="*", metavar="FILE", help="experts, or folders of them (those of a run)")
+        command.add_argument("files", nargs="*", metavar="FILE", help="experts' files or folders (those of a run)")
     add_cluster(train)
     for command in (train, bring):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
@@ -74,7 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--preset", default="digits", required=needed, help="a name in notebooks/presets, or a .yaml"
         )
-        what = "the folder that they go to" if needed else "the run's folder (runs/<preset>)"
+        what = "the output folder" if needed else "the run's folder (runs/<preset>)"
         command.add_argument("--out", default="", required=needed, metavar="DIR", help=what)
     return parser.parse_args(arguments)
 
@@ -94,14 +94,14 @@ def settings_changes(pairs: list[str]) -> dict[str, str]:
 
 
 def given(options: argparse.Namespace, *keys: str) -> dict[str, str]:
-    """The settings that have an option of their own, if it was used."""
+    """The settings with a command-line option of their own, as far as those options were used."""
     return {key: getattr(options, key) for key in keys if getattr(options, key)}
 
 
 def serve_app(options: argparse.Namespace) -> None:
     try:
         from augdistill_report.commands.app import app
-    except ImportError as error:  # of an extra
+    except ImportError as error:  # an optional package
         raise ValueError(f"app: needs voila ({error}): pip install 'augdistill[app]'") from None
     app(options.preset, options.out, settings_changes(options.set), options.port, not options.no_browser)
 
@@ -110,14 +110,14 @@ STOPPED = "augdistill: stopped; what was finished is kept, the same command goes
 
 
 def on_stop(action: Callable) -> None:
-    """What Ctrl-C and SIGTERM do from now on, unless this process was started with them ignored (`nohup`)."""
+    """Set what Ctrl-C and SIGTERM do, unless this process was started with them ignored (`nohup`)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, action)
 
 
 def end_at_once(*_) -> None:
-    """In imports, and when Python itself ends: an exception would be lost there, or shown as a traceback."""
+    """End the process now. During imports and at Python's exit an exception would be lost, or print a traceback."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os.write(2, f"\n{STOPPED}\n".encode())
@@ -127,14 +127,14 @@ def end_at_once(*_) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0, or 1 if a notebook (or every cell of a sweep) failed, 2 for a wrong argument, 130 for Ctrl-C or SIGTERM. Without
-    `arguments` they are the process's own, and so are its signals and its folder for temporary files.
+    The code is 0, or 1 if a notebook (or every cell of a sweep) failed, 2 for a wrong argument, 130 for Ctrl-C or
+    SIGTERM. Without `arguments` it takes those of the process, and also sets its signals and its temporary folder.
     """
     whole = arguments is None
     if whole:
         on_stop(end_at_once)
     options = parse(arguments)
-    # imported late, so that --help and a typing error answer at once
+    # imported late, so that --help and wrong arguments answer at once
     from augdistill_report.commands import apply, execute, experts, sweep
     from augdistill_report.commands import publish as gallery
     from augdistill_report.commands import report as runner
@@ -189,21 +189,21 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
         else:
             if options.sweeps and options.only:
-                raise ValueError("--sweeps and --only: each publishes one part of a run; choose one")
-            part = {} if options.sweeps else {"only": options.only}
+                raise ValueError("--sweeps and --only: cannot be combined; choose one")
+            only = {} if options.sweeps else {"only": options.only}
             publish = gallery.publish_sweeps if options.sweeps else gallery.publish
-            print(f"published: {publish(options.preset, options.out, **part)}")
+            print(f"published: {publish(options.preset, options.out, **only)}")
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except (execute.NotebookFailed, OSError) as error:  # of the system, a full disk for one
+    except (execute.NotebookFailed, OSError) as error:  # OSError: for example a full disk
         print(f"augdistill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if whole:
-            on_stop(end_at_once)  # the second Ctrl-C of an impatient person
+            on_stop(end_at_once)  # for a second Ctrl-C
             own.close()
-            end_at_once()  # if it came inside of an `exec`, Python would end by SIGINT, whatever is returned here
+            end_at_once()  # inside an `exec` Python would end by SIGINT, whatever is returned here
         print(f"\n{STOPPED}", file=sys.stderr)
         return 130
     finally:

@@ -1,6 +1,6 @@
-"""One notebook, executed by papermill in a kernel of its own that ends with it, whatever happens.
+"""Executes one notebook by papermill in its own kernel, which always ends with it.
 
-The executed copy is whole or not there: while it runs it is a hidden file, and one that fails is NAME.failed.ipynb.
+The executed copy is complete or absent: during the run it is a hidden file, and after a failure NAME.failed.ipynb.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from jupyter_client import AsyncKernelManager
 
 
 class NotebookFailed(Exception):
-    """A notebook raised: its name, the cell and the error's last lines; `reason` is the error alone."""
+    """A notebook failed. The message has its name, the cell and the error's last lines; `reason` is the error alone."""
 
     def __init__(self, message: str, reason: str = ""):
-        super().__init__(message, reason)  # both, so that it travels between processes
+        super().__init__(message, reason)  # both, so that it can be pickled
         self.reason = reason
 
     def __str__(self):
@@ -31,9 +31,9 @@ class NotebookFailed(Exception):
 
 
 class KernelManager(AsyncKernelManager):
-    """Kernels over Unix sockets, where there are any (TCP ports can be raced for), that can be ended from outside.
+    """Kernels that can be ended from outside, over Unix sockets where there are any: two kernels may get one TCP port.
 
-    Each has sockets of its own name: by default two notebooks that run in one folder would share theirs.
+    Each kernel has its own socket name: by default two notebooks that run in one folder would share theirs.
     """
 
     transport = traitlets.CaselessStrEnum(["tcp", "ipc"], "tcp" if os.name == "nt" else "ipc", config=True)
@@ -45,7 +45,7 @@ class KernelManager(AsyncKernelManager):
         return os.path.join(tempfile.gettempdir(), own) if self.transport == "ipc" else super()._ip_default()
 
     def format_kernel_cmd(self, extra_arguments=None):
-        """Its log would say that it was interrupted whenever a notebook fails: papermill tells that better."""
+        """Silence the kernel's log: it reports an interrupt whenever a notebook fails; papermill's error is better."""
         return super().format_kernel_cmd([*(extra_arguments or []), "--IPKernelApp.log_level=CRITICAL"])
 
     async def post_start_kernel(self, **options):
@@ -58,7 +58,7 @@ class KernelManager(AsyncKernelManager):
 
     @classmethod
     def end_all(cls) -> None:
-        """End every kernel that still runs, with its workers: each kernel leads a process group of its own."""
+        """Kill every kernel that still runs, with its workers: each kernel leads its own process group."""
         while cls.running:
             pid = cls.running.pop()
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -66,7 +66,7 @@ class KernelManager(AsyncKernelManager):
 
 
 def engine(on_cell: Callable[[int, int], None]):
-    """papermill's own engine, telling `on_cell(cell, cells)` about each cell that starts."""
+    """papermill's own engine, which also calls `on_cell(index, number of cells)` when a cell starts."""
     from papermill.engines import NBClientEngine
 
     class Engine(NBClientEngine):
@@ -86,20 +86,23 @@ def engine(on_cell: Callable[[int, int], None]):
 
 
 def last_words(path: Path) -> str:
-    """The errors that an executed notebook wrote to stderr last: out of file handles, a kernel has no other way."""
+    """The last errors in a notebook's stderr: a kernel without free file handles cannot report an error otherwise."""
     outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
     texts = [output.text for output in outputs if output.get("name") == "stderr"]
     return "\n".join(line for line in (texts or [""])[-1].splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line))
 
 
 def execute(path: Path, target: Path, parameters: dict, on_cell: Callable[[int, int], None]) -> None:
-    """Run the notebook `path`; its executed copy is `target`. A `NotebookFailed` if it raises, or its kernel dies."""
+    """Run the notebook `path` and write its executed copy to `target`.
+
+    A `NotebookFailed` if a cell raises or the kernel dies; an `OSError` names a file that could not be written.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # keys of Settings that one notebook does not list
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of settings that a notebook does not list
     papermill_engines.register("augdistill", engine(on_cell))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.running.ipynb")
@@ -120,11 +123,11 @@ def execute(path: Path, target: Path, parameters: dict, on_cell: Callable[[int, 
         said = str(error.evalue).strip() or last_words(failed)
         lines = "\n".join(f"    {line}" for line in said.splitlines()[-5:])
         raise NotebookFailed(
-            f"{path.stem} failed in cell {error.cell_index}: {error.ename}\n{lines}\n  as far as it came: {failed}",
+            f"{path.stem} failed in cell {error.cell_index}: {error.ename}\n{lines}\n  the copy until there: {failed}",
             f"{error.ename}: {said}",
         ) from None
-    except BaseException as error:  # Ctrl-C leaves papermill without a chance to end its kernel
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else the cell's task tells of its end at exit
+    except BaseException as error:  # after Ctrl-C papermill cannot end its kernel
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else asyncio logs the cancelled cell at exit
         if isinstance(error, OSError):  # a full disk: papermill does not say which file it could not write
             partial.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, error.filename or str(target)) from None
@@ -132,7 +135,7 @@ def execute(path: Path, target: Path, parameters: dict, on_cell: Callable[[int, 
             os.replace(partial, failed)
         if isinstance(error, DeadKernelError):
             reason = "its kernel died (killed, or out of memory)"
-            raise NotebookFailed(f"{path.stem} failed: {reason}\n  as far as it came: {failed}", reason) from None
+            raise NotebookFailed(f"{path.stem} failed: {reason}\n  the copy until there: {failed}", reason) from None
         raise
     finally:
         KernelManager.end_all()

@@ -1,4 +1,4 @@
-"""`augdistill experts`: train a run's experts, list and check their files, import those of the official MTT code."""
+"""`augdistill experts`: trains a run's experts, lists and checks their files, imports those of the official code."""
 
 import itertools
 import pickle
@@ -20,7 +20,7 @@ from augdistill_report.work.setup import Setup
 
 
 def files_of(files: list[str], preset: str, out: str) -> list[Path]:
-    """The files that are named (all experts of a folder), or those of a run."""
+    """The named files (of a folder, all its experts), or those of a run; a `ValueError` if there are none."""
     places = [Path(file) for file in files] or [run_folder(preset, out) / "artefacts"]
     found = [[place] if place.is_file() else in_folder(place) for place in places]
     for place, inside in zip(places, found, strict=True):
@@ -30,7 +30,7 @@ def files_of(files: list[str], preset: str, out: str) -> list[Path]:
 
 
 def expert_table(files: list[ExpertFile]) -> str:
-    """A line an expert."""
+    """A text table with a line an expert."""
     head = ("expert", "file", "data set", "epochs", "snapshots", "validation", "MB", "float")
     rows = [head]
     for file in sorted(files, key=lambda f: (f.path.parent, f.about["expert"])):
@@ -43,7 +43,7 @@ def expert_table(files: list[ExpertFile]) -> str:
 
 
 def check(paths: list[Path]) -> list[str]:
-    """What is wrong with the files, each read whole: a line for each that is not as it was written."""
+    """Read each file completely; returns a line for each damaged one."""
     wrong = []
     for path in paths:
         try:
@@ -54,11 +54,11 @@ def check(paths: list[Path]) -> list[str]:
 
 
 def train(preset: str, out: str = "", changes: dict | None = None) -> list[ExpertFile]:
-    """Train the experts that a run lacks; those that were under way go on from their checkpoints."""
+    """Train the experts that a run lacks, interrupted ones from their checkpoints; returns all its experts' files."""
     settings = resolve(preset, changes)
     preflight(settings)
     if settings.expert_files:
-        raise ValueError(f"expert_files={settings.expert_files!r}: a run that is given its experts trains none")
+        raise ValueError(f"expert_files={settings.expert_files!r}: a run with given experts trains none")
     folder, setup = run_folder(preset, out), settings.select(Setup)
     start_folder(folder, preset, settings)
     torch.set_num_threads(settings.threads)
@@ -73,7 +73,7 @@ def train(preset: str, out: str = "", changes: dict | None = None) -> list[Exper
 def read_buffer(path: Path) -> list:
     """An official `replay_buffer_*.pt`, its tensors left on disk; a `ValueError` if it may hold code or is damaged."""
     try:
-        archive = zipfile.is_zipfile(path)  # what torch has written since 1.6: tensors can stay on disk
+        archive = zipfile.is_zipfile(path)  # the format since torch 1.6: tensors can stay on disk
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive or None)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; must be a replay_buffer_*.pt of the official MTT code") from None
@@ -81,21 +81,22 @@ def read_buffer(path: Path) -> list:
         raise ValueError(
             f"{path}: holds more than tensors, or is cut off: not opened, since it may hold code"
         ) from None
-    except Exception as error:  # rubbish makes torch's reader raise whatever it stumbles over
-        raise ValueError(f"{path}: is damaged, or no file of torch.save ({type(error).__name__})") from None
+    except Exception as error:  # torch's reader raises many types of errors on damaged files
+        raise ValueError(f"{path}: is damaged, or was not written by torch.save ({type(error).__name__})") from None
 
 
-def way_of(snapshots, student: nn.Module) -> Tensor:
-    """One official expert, a list of snapshots that are lists of parameters, as a way `[snapshots, P]`.
+def trajectory_of(snapshots, student: nn.Module) -> Tensor:
+    """The trajectory `[snapshots, P]` of one official expert, which is a list of snapshots (lists of parameters).
 
-    The order of the parameters is the ConvNet's own: a block's convolution and norm, each weight and bias, then the
-    classifier's; images are flattened in the same order, too. Its first convolution pads grey images by 3, ours by 1:
-    at 28x28 the classifier does not fit, at other sizes the accuracy tells. A `ValueError` names what does not fit.
+    The parameters are in the ConvNet's own order: convolution and norm of each block, weight before bias, then the
+    classifier; feature maps are flattened in the same order, too. But the official first convolution pads grey images
+    by 3, ours by 1: at 28x28 the classifier does not fit, at other sizes the accuracy shows the difference. A
+    `ValueError` names what does not fit.
     """
     wanted = [(name, tuple(p.shape)) for name, p in student.named_parameters()]
     if not isinstance(snapshots, list | tuple) or len(snapshots) < 2:
         raise ValueError("must be a list of at least two snapshots")
-    way = torch.empty(len(snapshots), sum(p.numel() for p in student.parameters()))
+    trajectory = torch.empty(len(snapshots), sum(p.numel() for p in student.parameters()))
     for t, parameters in enumerate(snapshots):
         if not isinstance(parameters, list | tuple) or not all(isinstance(p, Tensor) for p in parameters):
             raise ValueError(f"snapshot {t}: must be a list of tensors")
@@ -104,17 +105,18 @@ def way_of(snapshots, student: nn.Module) -> Tensor:
                 raise ValueError(f"snapshot {t}: parameter {i} ({name}) is {tuple(p.shape)}, must be {shape}")
         if len(parameters) != len(wanted):
             raise ValueError(f"snapshot {t}: holds {len(parameters)} parameters, must be {len(wanted)}")
-        torch.cat([p.detach().reshape(-1).float() for p in parameters], out=way[t])
-    if torch.equal(way[0], way[-1]):
-        raise ValueError("ends where it starts: a file of the official code run on a CPU, which keeps no copies")
-    return way
+        torch.cat([p.detach().reshape(-1).float() for p in parameters], out=trajectory[t])
+    if torch.equal(trajectory[0], trajectory[-1]):
+        raise ValueError("ends where it starts: the official code, run on a CPU, stores no copies of its snapshots")
+    return trajectory
 
 
 def import_buffers(buffers: list[str], preset: str, out: str, changes: dict | None = None) -> list[ExpertFile]:
-    """Write every expert of the official files to `out` as one of ours, with its validation accuracy measured.
+    """Convert every expert of the official files to a file in `out`, with its measured validation accuracy.
 
-    Numbers go on from those that are there; an expert that is there already is passed over. The official code trains
-    on all images, so the accuracy is on images that the expert has seen.
+    Experts are numbered after those in `out`; an expert that is there already is left unchanged. The official code
+    trains on all images, so the accuracy is on images that the expert has seen. A `ValueError` names the file and the
+    expert that do not fit. Returns the files of all these experts.
     """
     settings = resolve(preset, changes)
     torch.set_num_threads(settings.threads)
@@ -129,7 +131,7 @@ def import_buffers(buffers: list[str], preset: str, out: str, changes: dict | No
         for position, snapshots in enumerate(buffer):
             progress(b + position / len(buffer), len(buffers))
             try:
-                theta = way_of(snapshots, student).to(FLOATS[setup.expert_float])
+                theta = trajectory_of(snapshots, student).to(FLOATS[setup.expert_float])
                 digests = {name: tensor_digest(t) for name, t in snapshot_tensors(theta, position).items()}
                 spec = {"setup": setup.expert_key(), "content": content_of(digests)}
                 if not store.has(EXPERT, spec):

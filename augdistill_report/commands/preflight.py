@@ -10,19 +10,19 @@ from augdistill_report.show.tracking import check_tracker
 
 
 def preflight(settings: Settings) -> None:
-    """A `ValueError` for settings that are each valid, but do not fit together, the data, or this machine."""
+    """A `ValueError` for settings that are each valid, but do not fit together, or the data, or this machine."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch finds no CUDA device here; use cpu")
     check_tracker(settings.track)
     if settings.cluster:
-        from augdistill_report.work.cluster import check_cluster  # needs an extra
+        from augdistill_report.work.cluster import check_cluster  # needs an optional package
 
         check_cluster(settings.cluster, settings.cluster_insecure)
     data = settings.load(whiten=False)
     with torch.device("meta"):  # sizes without memory
         student = settings.student(data)
     check_memory(settings, sum(p.numel() for p in student.parameters()), min(settings.expert_batch, len(data.train)))
-    trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 trains its own in any case
+    trained = snapshots_every(len(data.train), settings)[1]  # notebook 07 always trains its own experts
     for key, snapshots in (("max_start_epoch", settings.snapshots()), ("policy_max_start_epoch", trained)):
         last = snapshots - settings.expert_epochs
         if not getattr(settings, key) <= last:
@@ -50,17 +50,17 @@ def preflight(settings: Settings) -> None:
 
 
 def check_memory(settings: Settings, parameters: int, batch: int) -> None:
-    """A `ValueError` if one student of so many parameters cannot be trained in this machine's (or GPU's) memory.
+    """A `ValueError` if one student with so many parameters cannot be trained in this machine's (or GPU's) memory.
 
-    Its parameters, gradient and momentum must fit, and the first feature maps of one batch. A run needs far more, so
-    what is refused here is impossible.
+    This counts the parameters, gradient and momentum, and the first feature maps of one batch. A run needs far more, so
+    settings that are refused here cannot work.
     """
     needed = 4 * (3 * parameters + batch * settings.width * settings.size**2)
     if settings.device == "cuda":
         there = torch.cuda.get_device_properties(0).total_memory
     elif hasattr(os, "sysconf") and not settings.cluster:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:  # other machines do the work, or Windows, which does not tell
+    else:  # jobs run on other machines, or this is Windows, which gives no size
         return
     if needed > there:
         raise ValueError(

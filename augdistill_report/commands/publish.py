@@ -1,6 +1,6 @@
-"""`augdistill figures`: publish the pictures and numbers of a finished run, or of its sweeps, in figures/<preset>.
+"""`augdistill figures`: publishes the pictures and numbers of a finished run, or of its sweeps, in figures/<preset>.
 
-The same run gives the same bytes. Results of uncommitted code are refused: nobody could reproduce their numbers.
+The same run gives the same bytes. Results of uncommitted code are refused, since nobody could reproduce them.
 Everything is read and checked before anything is written.
 """
 
@@ -24,13 +24,13 @@ FIGURES, RESULTS = ROOT / "figures", ROOT / "docs" / "results.md"
 def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
     """Copy a finished run's pictures and results to `gallery`/<preset>, and its sweeps; returns that folder.
 
-    Without a `gallery` that is figures/, and the tables of docs/results.md are written anew. `only` publishes just the
-    notebooks whose numbers it lists ("01,02"), and no sweeps. A `ValueError` if results are missing, damaged, of
-    other settings, of uncommitted code or of several commits.
+    Without a `gallery` that is figures/, and the tables of docs/results.md are updated. `only` publishes just the
+    notebooks whose numbers it lists ("01,02"), and no sweeps. A `ValueError` if results are missing or damaged, or
+    come from other settings, uncommitted code or several commits.
     """
     folder, target = run_folder(preset, out), (gallery or FIGURES) / preset_path(preset).stem
     ours = run_results(folder, preset, only)
-    files: dict[Path, Path] = {}  # what is written, and what it is copied from
+    files: dict[Path, Path] = {}  # source by target
     for name, result in ours.items():
         files[target / f"{name}.json"] = folder / "results" / f"{name}.json"
         pictures = [*(f"{figure}.png" for figure in result["figures"]), *(f"{film}.gif" for film in result["films"])]
@@ -43,7 +43,7 @@ def publish(preset: str, out: str = "", gallery: Path | None = None, only: str =
 
 
 def publish_sweeps(preset: str, out: str = "", gallery: Path | None = None) -> Path:
-    """Copy the JSON and the picture of every sweep in a run's folder; returns the folder that they went to.
+    """Copy the JSON and the picture of every sweep in a run's folder to `gallery`/<preset>; returns that folder.
 
     A `ValueError` if there is no sweep, or one that is damaged or of uncommitted code.
     """
@@ -70,7 +70,7 @@ def copy_all(files: dict[Path, Path], tables: str) -> None:
 
 
 def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:
-    """The results of the chosen notebooks by name, all finished with the run's settings and one committed state."""
+    """The chosen notebooks' results by name; a `ValueError` unless all are of the run's settings and one commit."""
     config = folder_config(folder)
     if not config:
         raise ValueError(f"{folder} holds no run: make one first (augdistill report --preset {preset})")
@@ -93,7 +93,7 @@ def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:
 
 
 def sweep_results(folder: Path) -> dict[Path, dict]:
-    """What the sweeps in a run's folder found, by file, all of committed code."""
+    """The results of the sweeps in a run's folder, by file; a `ValueError` if one is of uncommitted code."""
     found = {path: read_sweep(path) for path in sorted(folder.glob("sweeps/*/*.json"))}
     for path, result in found.items():
         if not is_committed(result):
@@ -102,7 +102,7 @@ def sweep_results(folder: Path) -> dict[Path, dict]:
 
 
 def read_sweep(path: Path) -> dict:
-    """What a sweep found, from its file; a `ValueError` if it is damaged or that of another grid."""
+    """The results of a sweep from its file; a `ValueError` if it is damaged or that of another grid."""
     result = read_json(path, "sweep")
     if Path(result["grid"]).stem != path.stem:
         raise ValueError(f"{path}: holds what the grid {result['grid']} found; delete it and sweep again")
@@ -110,12 +110,12 @@ def read_sweep(path: Path) -> dict:
 
 
 def sweep_files(swept: dict[Path, dict], target: Path) -> dict[Path, Path]:
-    """The files of sweeps to copy: what is written, and what it is copied from."""
+    """The sweeps' files to copy: source by target."""
     return {target / file.name: file for path in swept for file in (path, path.with_suffix(".png"))}
 
 
 def is_committed(result: dict) -> bool:
-    """Whether a result's code is that of a commit."""
+    """Whether a result was made by committed code."""
     return bool(result["environment"]["commit"]) and not result["environment"]["uncommitted"]
 
 

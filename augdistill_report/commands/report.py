@@ -1,4 +1,4 @@
-"""`augdistill report`: run every notebook by papermill, one after another or several at once, then write one page.
+"""`augdistill report`: runs every notebook by papermill, one by one or several at once, then writes one page.
 
 Wrong arguments and damaged files are refused before anything runs. A notebook's executed copy and results replace the
 old ones only when it has finished; one that fails is kept as NN_name.failed.ipynb. The next run reuses finished work.
@@ -39,7 +39,7 @@ def notebooks(only: str = "") -> list[Path]:
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not only:
         return every
-    numbers = [part.strip().zfill(2) for part in only.split(",")]
+    numbers = [number.strip().zfill(2) for number in only.split(",")]
     known = {path.name[:2]: path for path in every}
     for number in numbers:
         if number not in known:
@@ -49,12 +49,12 @@ def notebooks(only: str = "") -> list[Path]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NotebookTask(Task):
-    """Execute one notebook of the report. It is not stored itself: the store has its expensive pieces, one by one."""
+    """Executes one notebook of the report. It is not stored itself: the store holds the results of its jobs."""
 
     notebook: Path
     folder: Path  # of the run
     parameters: dict
-    cost: float = 0.0  # seconds that it took the last time
+    cost: float = 0.0  # seconds of its last run
 
     kind = "notebook"
 
@@ -64,7 +64,7 @@ class NotebookTask(Task):
     def run(self, store: Store, tick: Tick = lambda done, total, note="": None) -> None:
         start, name = time.monotonic(), self.notebook.stem
         with tempfile.TemporaryDirectory() as temporary, Cells(name, Path(temporary) / "progress.json", tick) as cells:
-            # read by the kernel, which inherits it
+            # the kernel inherits this variable
             os.environ["AUGDISTILL_PROGRESS"] = str(cells.progress)
             execute(self.notebook, self.folder / "notebooks" / self.notebook.name, self.parameters, cells.at)
         timings = self.folder / "timings.json"
@@ -74,7 +74,7 @@ class NotebookTask(Task):
 
 
 class Cells:
-    """Reports a running notebook's progress: its cell, and in it what the kernel writes to the file `progress`."""
+    """Reports a running notebook's progress: its cell, and what the kernel writes to the file `progress`."""
 
     def __init__(self, name: str, progress: Path, tick: Tick):
         self.name, self.progress, self.tick, self.cell, self.cells = name, progress, tick, 0, 1
@@ -105,7 +105,7 @@ class Cells:
 
 
 def notebook_seconds(folder: Path) -> dict[str, float]:
-    """Seconds that each notebook took when it last ran in this folder, by name."""
+    """Seconds of each notebook's last run in this folder, by name; {} if there was none."""
     timings = folder / "timings.json"
     return read_json(timings, "timings")["seconds"] if timings.exists() else {}
 
@@ -121,8 +121,8 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     preflight(settings)
     print(f"data: {settings.load(whiten=False).where}", file=sys.stderr)
     if any(getattr(build, "bound", False) for build in builders(settings.phi)):  # notebook 05 applies phi to new images
-        raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; use another")
-    methods(settings, 1.0)  # refuses a row that notebook 05 does not have
+        raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; choose another phi")
+    methods(settings, 1.0)  # refuses a subset row that notebook 05 does not have
     folder = run_folder(preset, out)
     start_folder(folder, preset, settings)
     before = notebook_seconds(folder)  # files that are needed later are read now: a damaged one costs no hour
@@ -132,11 +132,11 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
         shutil.rmtree(folder / "artefacts", ignore_errors=True)
     store = Store(folder / "artefacts")
     at_once = min(settings.notebooks_at_once or (len(chosen) if settings.cluster else 1), len(chosen))
-    # papermill writes literals: keys that differ from the preset are enough, the notebook resolves them again
+    # papermill takes literals only: pass what differs from the preset, and the notebook resolves it again
     parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
     typical = sum(before.values()) / len(before) if before else 1.0
     tasks = [NotebookTask(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
-    if at_once > 1:  # first what several of them build on: else they would wait for each other, or do it twice
+    if at_once > 1:  # first the experts, which several notebooks need: else those would wait for each other
         everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
         with Line() as line:
             run_jobs(missing_experts(settings.select(Setup)), store, everyone, functools.partial(line.count, "experts"))

@@ -1,6 +1,6 @@
-"""`augdistill sweep GRID.yaml`: a notebook for every choice of a grid, over the cores; then a table, a JSON, a picture.
+"""`augdistill sweep GRID.yaml`: runs a notebook for every point of a grid, then writes a table, JSON and a picture.
 
-A cell that fails is a row of the table that says why. A sweep that is stopped goes on where it was.
+The table gives the reason for a cell that failed. A sweep that was stopped continues where it was.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from augdistill_report.work.setup import Setup
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cell(Task):
-    """The grid's notebook at one choice, by papermill; its result is what the notebook wrote to results/."""
+    """The grid's notebook at one point, run by papermill; its result is what the notebook wrote to results/."""
 
     choice: GridPoint
     notebook: Path
     parameters: dict
-    place: str  # in the run's folder
-    texts: dict[Path, str]  # of the files that it needs beside the package
+    place: str  # its folder, inside the run's folder
+    texts: dict[Path, str]  # of the files that it needs besides the package
     configuration: str
 
     kind = "cell"
@@ -52,7 +52,7 @@ class Cell(Task):
         return s.iterations * s.draws * s.syn_steps
 
     def spec(self):
-        """The notebook and everything that it may import; what is costly in it is found again under its own digest."""
+        """The notebook and all that it may import. Its jobs have their own digests, so a changed cell reuses them."""
         code = hashlib.sha256(self.texts[self.notebook].encode()).hexdigest()
         return {"code": code, "configuration": self.configuration}
 
@@ -60,7 +60,7 @@ class Cell(Task):
         return own_experts(self.setup)
 
     def cancel(self):
-        KernelManager.end_all()  # a notebook cannot be told otherwise in the middle of a cell
+        KernelManager.end_all()  # nothing else can stop a notebook in the middle of a cell
 
     def found(self, store):
         result = self.stored(store)[1]
@@ -84,7 +84,7 @@ class Cell(Task):
 
 
 def at_hand(path: Path, text: str, folder: Path) -> Path:
-    """The file itself, where it is on this machine; elsewhere a copy in `folder`."""
+    """The file itself if it is on this machine with this content, else a copy in `folder`."""
     with contextlib.suppress(ValueError):
         if path.is_file() and text_of(path) == text:
             return path
@@ -94,7 +94,7 @@ def at_hand(path: Path, text: str, folder: Path) -> Path:
 
 
 def text_of(path: Path) -> str:
-    """What a cell needs of a file: of a preset all settings, those of the presets that it is `like` included."""
+    """The text of a file that a cell needs: of a preset all settings, with those that it inherits by `like`."""
     return preset_text(str(path)) if path.suffix in (".yaml", ".yml") else path.read_text(encoding="utf-8")
 
 
@@ -107,10 +107,10 @@ def sweep(
     only: list[str] | None = None,
     fresh: bool = False,
 ) -> tuple[Path, list[dict]]:
-    """Run the cells that are missing; returns the folder with table.md, NAME.json and NAME.png, and the cells.
+    """Run the missing cells; returns the folder with table.md, NAME.json and NAME.png, and all cells.
 
-    A sweep lives in its preset's run folder, and shares finished work with the report there. Raises `ValueError` for
-    anything wrong with the grid or the arguments, before anything runs.
+    A sweep is kept in its preset's run folder, and shares finished results with the report there. Before anything runs,
+    a `ValueError` says what is wrong with the grid or the arguments.
     """
     grid = read_grid(path)
     preset = preset or grid.preset
@@ -118,7 +118,7 @@ def sweep(
     base = resolve(preset, count)
     choices = grid.choices(base, changes, short, only)
     if read_preset(preset)[1] and any(c.settings.images_per_class != base.images_per_class for c in choices):
-        raise ValueError(f"{grid.path}: varies images_per_class, for each of which {preset!r} has other settings")
+        raise ValueError(f"{grid.path}: varies images_per_class, but {preset!r} has other settings for each value")
     for choice in choices:
         try:
             preflight(choice.settings)
@@ -134,9 +134,9 @@ def sweep(
         for cell in cells.values():
             store.path(cell.kind, cell.spec()).unlink(missing_ok=True)
             shutil.rmtree(cell.folder(store), ignore_errors=True)
-        (store.folder / TOKEN).unlink(missing_ok=True)  # forgets what a cluster's workers keep for it
+        (store.folder / TOKEN).unlink(missing_ok=True)  # cluster workers then ignore their copies of the old results
     for cell in cells.values():
-        if store.has(cell.kind, cell.spec()):  # a damaged one is refused now, not after all others have run
+        if store.has(cell.kind, cell.spec()):  # refuse a damaged one now, not after all others have run
             store.load(cell.kind, cell.spec())
     failures: dict = {}
     with Line() as line:
@@ -154,10 +154,10 @@ def sweep(
 
 
 def cell_of(choice: GridPoint, grid: Grid, preset: str, base: Settings) -> Cell:
-    """papermill writes literals: the keys that differ from the preset are enough, the notebook resolves them again."""
+    """The job of a grid point. It passes what differs from the preset as literals; the notebook resolves it again."""
     place = f"sweeps/{grid.path.stem}/cells/{file_name(choice.name)}"
     differ = {k: v for k, v in choice.settings.to_dict().items() if v != getattr(base, k)}
-    differ["images_per_class"] = choice.settings.images_per_class  # by which a preset may choose its settings
+    differ["images_per_class"] = choice.settings.images_per_class  # a preset may choose its settings by it
     shared = {"preset": preset, "workers": 1, "cluster": ""}
     texts = {path: text_of(path) for path in (grid.notebook, preset_path(preset), *choice.settings.phi_files)}
     return Cell(choice, grid.notebook, differ | shared, place, texts, configuration(choice.settings))

@@ -1,7 +1,7 @@
 """The explorer's page: sliders, buttons and pictures around an `Explorer` and its `Training`s.
 
-Pictures are PNG in widgets that stay: nothing flickers, and nothing is left behind. An error in a callback is one line
-in the page (and in `Page.errors`, for tests); what takes long is done in the background and can be stopped.
+Pictures are PNG images in fixed widgets: nothing flickers, and no memory leaks. An error in a callback becomes one line
+on the page (and an entry of `Page.errors`, for tests). Long work runs in the background and can be stopped.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from augdistill_core import PHIS, DistillConfig
-from augdistill_report.explorer.state import MAX_IMAGES, Choice, Explorer, View, presets, run_beside
-from augdistill_report.explorer.training import Background, Training, found_by
+from augdistill_core import PHIS, Config, DistillConfig
+from augdistill_report.explorer.state import Choice, Explorer, View, presets, run_beside
+from augdistill_report.explorer.training import Asked, Background, Training, found_by
 from augdistill_report.files.phi_files import save_phi
 from augdistill_report.run import Run, file_name, picture, start_folder
 from augdistill_report.settings import MENDED, REPORT_NETWORK, STUDENT_REPORT
@@ -25,17 +25,23 @@ from augdistill_report.work.statistics import shown, summary
 OPTIMIZERS = ["Adam", "AdamW", "RMSprop", "SGD"]
 
 STATIC_NOTE = (
-    "Here stands the explorer's page, with its sliders and buttons, where a kernel runs: <code>make app</code> serves "
-    "it, <code>make lab</code> opens this notebook. The pictures around this line show its states."
+    "The explorer's page, with its sliders and buttons, appears here when a kernel runs: <code>make app</code> serves "
+    "it, <code>make lab</code> opens this notebook. The pictures above and below this line show it as it was saved."
 )
 
 BOX = dict(style={"description_width": "115px"}, layout={"width": "370px"})
 
-QUICK = 1  # effort of the pictures' compression
+QUICK = 1  # PNG compression level: a slider must not wait for it
 
 
 def slider(kind, description: str, tooltip: str, **options):
     return kind(description=description, tooltip=tooltip, continuous_update=False, **options, **BOX)
+
+
+def within(config: type[Config], key: str) -> dict:
+    """A slider's value and bounds: the default and the range of a setting."""
+    setting = config.__dataclass_fields__[key]
+    return dict(value=setting.default, min=setting.metadata["low"], max=setting.metadata["high"])
 
 
 def dropdown(description: str, tooltip: str, options, value):
@@ -51,7 +57,7 @@ def heading(text: str) -> widgets.HTML:
 
 
 def guarded(method):
-    """A callback whose error is a line in the page."""
+    """A callback whose error becomes a line on the page."""
 
     @functools.wraps(method)
     def call(self, *_):
@@ -65,7 +71,7 @@ def guarded(method):
 
 
 class Page:
-    """The page of a run; what the last line of a cell shows; `close` it to end what is under way."""
+    """The page of a run. The last line of a notebook cell shows it; `close` stops its background work."""
 
     def __init__(self, run: Run):
         self.home, self.errors = run, []
@@ -85,10 +91,10 @@ class Page:
         problems = self.explorer.problems
         text = f"{self.run.data.name}: {sum(c.trained for c in self.explorer.choices.values())} trained phis found."
         if self.explorer.nothing_trained:
-            text = "No phi has been trained on this data yet: what you see is one that is not. Train it here (below)."
+            text = "No phi has been trained on this data yet: you see an untrained one. Train it here (below)."
         return text + (f" Left out: {'; '.join(problems)}." if problems else "")
 
-    # --- what it consists of --------------------------------------------------------------------------------------
+    # --- controls and pictures ------------------------------------------------------------------------------------
 
     @property
     def run(self) -> Run:
@@ -97,45 +103,40 @@ class Page:
     def make_controls(self) -> None:
         here = self.home.folder.name
         names = list(dict.fromkeys([here, *presets()]))
-        self.data = dropdown("data (preset)", "which data set, by the preset that names it", names, here)
-        self.phi = dropdown("phi", "trained ones, then those of the zoo as they start", [""], "")
-        moments = dict(options=["0"], value="0")
-        self.moment = slider(
-            widgets.SelectionSlider, "iteration", "phi before this iteration of its training", **moments
-        )
-        whole, real = widgets.IntSlider, widgets.FloatSlider
-        self.strength = slider(real, "strength λ", "x + λ (phi(x) - x)", value=1, min=0, max=1.5, step=0.05)
-        noise = "0: the mean of draws; 1: as phi draws; 2: twice as far from the mean"
-        self.noise = slider(real, "noise (times)", noise, value=1, min=0, max=2, step=0.1)
-        self.seed = slider(whole, "seed", "another draw", value=0, min=0, max=50)
-        self.label = slider(widgets.SelectionSlider, "class", "images of this class", options=[("all", -1)], value=-1)
-        self.count = slider(whole, "images", "how many", value=10, min=1, max=MAX_IMAGES)
-        self.image = slider(
-            whole, "image drawn", "which image is drawn several times below", value=1, min=1, max=MAX_IMAGES
-        )
-        self.again = button("Look for phis again", "in the folders of all runs")
+        self.data = dropdown("data (preset)", "the preset, which names the data set", names, here)
+        self.phi = dropdown("phi", "trained phis first, then untrained ones", [""], "")
+        whole, real, list_ = widgets.IntSlider, widgets.FloatSlider, widgets.SelectionSlider
+        self.moment = slider(list_, "iteration", "phi before this training iteration", options=["0"], value="0")
+        self.strength = slider(real, "strength λ", "x + λ (phi(x) - x)", step=0.05, **within(View, "strength"))
+        noise = "0: the mean of several draws; 1: one draw of phi; 2: twice as far from the mean"
+        self.noise = slider(real, "noise (times)", noise, step=0.1, **within(View, "noise"))
+        self.seed = slider(whole, "seed", "seed of phi's noise", value=0, min=0, max=50)
+        self.label = slider(list_, "class", "images of this class", options=[("all", -1)], value=-1)
+        self.count = slider(whole, "images", "number of images", **within(View, "count"))
+        self.image = slider(whole, "one image", "its several draws are shown below", **within(View, "image"))
+        self.again = button("Look for phis again", "in the folders of all runs: phis trained since the page opened")
         self.turned = [self.strength, self.noise, self.seed, self.label, self.count, self.image, self.moment]
 
         self.report = button("The student report's setting", f"{REPORT_NETWORK} by SGD, step size 1000")
         self.mended = button("The mended setting", f"{REPORT_NETWORK} by Adam, step size .01")
         self.network = dropdown("phi to train", "any name in PHIS", list(PHIS), REPORT_NETWORK)
-        self.optimizer = dropdown("optimiser", "of phi", OPTIMIZERS, OPTIMIZERS[0])
+        self.optimizer = dropdown("optimiser", "phi's optimiser", OPTIMIZERS, OPTIMIZERS[0])
         power = widgets.FloatLogSlider
         size = dict(value=0.01, min=-5, max=3, step=0.1, readout_format=".3g")
-        self.step = slider(power, "step size", "of phi's optimiser", **size)
-        self.alpha = slider(power, "alpha at first", "the student's step size", **size | dict(min=-4, max=0))
-        modes = [("learned, in its logarithm", "log"), ("the same, held at loss 1", "held")]
-        modes += [("learned raw", "raw"), ("fixed", "fixed")]
+        self.step = slider(power, "step size", "step size of phi's optimiser", **size)
+        self.alpha = slider(power, "initial alpha", "the student's initial step size", **size | dict(min=-4, max=0))
+        modes = [("learned as log alpha", "log"), ("as log alpha, held until loss < 1", "held")]
+        modes += [("learned directly (raw)", "raw"), ("fixed", "fixed")]
         self.mode = dropdown("alpha is", "how the student's step size is learned", modes, "log")
-        self.steps = slider(whole, "N (steps)", "student steps in one unroll", value=15, min=1, max=100)
-        self.target = slider(whole, "M (snapshots)", "from the start to the target", value=2, min=1, max=10)
-        self.iterations = slider(whole, "k (iterations)", "how far a click goes", value=50, min=1, max=500)
+        self.steps = slider(whole, "N (steps)", "student steps in one unroll", **within(Asked, "syn_steps"))
+        self.target = slider(whole, "M (snapshots)", "from start to target", **within(Asked, "expert_epochs"))
+        self.iterations = slider(whole, "k (iterations)", "iterations of one click", **within(Asked, "iterations"))
         self.others = widgets.HTML()
-        self.train = button("Train k more", "go on, or begin if these settings are new", button_style="primary")
-        self.stop = button("Stop", "what was reached is kept", disabled=True)
-        self.evaluate = button("Evaluate", "train students through what you see, and through its controls")
-        self.name = widgets.Text("mine", description="name", tooltip="of the file", **BOX)
-        self.save = button("Save", "for the other notebooks, and as a file for pipelines")
+        self.train = button("Train k more", "continue, or start if these settings are new", button_style="primary")
+        self.stop = button("Stop", "phi keeps what it has learned so far", disabled=True)
+        self.evaluate = button("Evaluate", "train students on the phi(x) that you see, and on its controls")
+        self.name = widgets.Text("mine", description="name", tooltip="the file's name", **BOX)
+        self.save = button("Save", "in the store for the other notebooks, and as a file for image pipelines")
 
     def make_pictures(self) -> None:
         fits = dict(max_width="100%", height="auto", align_self="flex-start")
@@ -148,8 +149,8 @@ class Page:
         def row(*items):
             return widgets.HBox(items, layout={"flex_flow": "row wrap"})
 
-        look = [heading("Turn it"), self.data, self.phi, *self.turned[-1:], *self.turned[:-1], row(self.again)]
-        learn = [heading("Train it"), row(self.report, self.mended), self.network, self.optimizer, self.step]
+        look = [heading("Explore phi"), self.data, self.phi, *self.turned[-1:], *self.turned[:-1], row(self.again)]
+        learn = [heading("Train phi"), row(self.report, self.mended), self.network, self.optimizer, self.step]
         learn += [self.alpha, self.mode, self.steps, self.target, self.others, self.iterations]
         learn += [row(self.train, self.stop, self.evaluate), self.progress, self.name, row(self.save)]
         left = widgets.VBox([*look, *learn], layout={"width": "390px", "flex": "0 0 auto"})
@@ -175,13 +176,13 @@ class Page:
             control.on_click(action)
 
     def _repr_mimebundle_(self, **options) -> dict:
-        """What a cell shows: the widgets, and a line where there are none."""
+        """What a notebook cell shows: the widgets, or a line of text where no kernel runs."""
         return self.box._repr_mimebundle_(**options) | {"text/html": f"<p class='note'>{STATIC_NOTE}</p>"}
 
     def close(self) -> None:
         self.background.stop()
 
-    # --- what is said ---------------------------------------------------------------------------------------------
+    # --- the status line ------------------------------------------------------------------------------------------
 
     def say(self, text: str, error: bool = False) -> None:
         role, colour = ("alert", plots.PALETTE[1]) if error else ("status", plots.PALETTE[0])
@@ -191,12 +192,12 @@ class Page:
         self.status.value = f'<div role="{role}" class="{kind}" style="{style}">{mark}{html.escape(text)}</div>'
 
     def fail(self, error: Exception) -> None:
-        """An error as a line in the page; one that is not about what a person asked for names its kind, too."""
+        """Show an error as a line on the page; with its type, if it is neither a wrong input nor a file error."""
         self.errors.append(error)
         expected = isinstance(error, ValueError | OSError)
         self.say(str(error) if expected else f"unexpected {type(error).__name__}: {error}", error=True)
 
-    # --- turning --------------------------------------------------------------------------------------------------
+    # --- viewing --------------------------------------------------------------------------------------------------
 
     @property
     def view(self) -> View:
@@ -205,7 +206,7 @@ class Page:
 
     @guarded
     def draw(self) -> None:
-        """The pictures of what is looked at, and then what another look at it will need."""
+        """Paint the pictures, then compute what the next one will need."""
         self.paint()
         self.explorer.prepare(self.view, self.moment.value)
 
@@ -215,12 +216,12 @@ class Page:
         name = html.escape(self.explorer.choice.name)
         mark = ". ● phi was trained on it" if any("●" in column for column in look.columns) else ""
         at = "" if len(self.moment.options) == 1 else f", iteration {self.moment.value}"
-        self.caption.value = f"<b>{name}</b>{at}: it changes images by {look.change:.2f} of their size{mark}"
+        self.caption.value = f"<b>{name}</b>{at}: relative change of x {look.change:.2f}{mark}"
         if "augdistill-error" in self.status.value:
             self.say("")
 
     def fill(self, control, options: list, value) -> None:
-        """Give a control other options, without a picture for each change."""
+        """Set a control's options and value, without a new picture for each change."""
         filling, self.filling = self.filling, True
         try:
             if list(control.options) != options:
@@ -243,11 +244,11 @@ class Page:
         return {choice.name: choice for choice in [*mine, *self.explorer.choices.values()]}
 
     def here(self) -> list[Training]:
-        """What was trained on this data set."""
+        """The trainings on this data set."""
         return [training for (folder, *_), training in self.trainings.items() if folder == self.run.folder]
 
     def name_of(self, training: Training) -> str:
-        """Its title; with the settings that differ, if an earlier one here has the same."""
+        """A training's title, with the settings that differ if an earlier training has the same title."""
         first = next(other for other in self.here() if other.title == training.title)
         ours, others = training.job.config.to_dict(), first.job.config.to_dict()
         return ", ".join([training.title, *(f"{key} {value}" for key, value in ours.items() if value != others[key])])
@@ -265,7 +266,7 @@ class Page:
     def change_phi(self) -> None:
         try:
             self.explorer.choose(self.all_choices()[self.phi.value])
-        finally:  # if it cannot be read, the old one stays
+        finally:  # if the new one cannot be read, the old one stays
             self.fill(self.phi, list(self.all_choices()), self.explorer.choice.name)
             self.fill_moments()
         self.draw()
@@ -297,7 +298,7 @@ class Page:
     # --- training -------------------------------------------------------------------------------------------------
 
     def set_training(self, changes: dict) -> None:
-        """Put the controls to the run's own settings, changed."""
+        """Set the controls to the run's own settings with these changes."""
         self.setting = config = self.run.settings.select(DistillConfig, **changes, minutes=0.0, iterations=1)
         self.network.value = REPORT_NETWORK
         self.fill(self.optimizer, list(dict.fromkeys([*OPTIMIZERS, config.phi_optimizer])), config.phi_optimizer)
@@ -314,26 +315,27 @@ class Page:
     def take_mended(self) -> None:
         self.set_training(MENDED)
 
+    def asked(self) -> Asked:
+        return Asked(*(s.value for s in (self.iterations, self.steps, self.target, self.step, self.alpha)))
+
     def config(self) -> DistillConfig:
-        """What the controls ask for; a `ValueError` if that is impossible."""
-        snapshots, target = self.run.settings.snapshots(), self.target.value
-        if target > snapshots:
+        """The settings that the controls ask for; a `ValueError` if they are impossible."""
+        asked, snapshots = self.asked().to_dict(), self.run.settings.snapshots()
+        del asked["iterations"]
+        if (target := asked["expert_epochs"]) > snapshots:
             raise ValueError(f"M = {target}: the experts have {snapshots} snapshots after the first; use fewer")
         return dataclasses.replace(
             self.setting,
             phi_optimizer=self.optimizer.value,
             phi_momentum=self.setting.phi_momentum if self.optimizer.value == self.setting.phi_optimizer else 0.0,
-            phi_lr=self.step.value,
-            alpha=self.alpha.value,
             alpha_mode=self.mode.value,
-            syn_steps=self.steps.value,
-            expert_epochs=target,
+            **asked,
             max_start_epoch=min(self.setting.max_start_epoch, snapshots - target),
         )
 
     def idle(self) -> None:
         if self.background.busy:
-            raise ValueError("something is under way: stop it first, or wait")
+            raise ValueError("a training or an evaluation is running: stop it first, or wait")
 
     @guarded
     def start_training(self) -> None:
@@ -341,7 +343,7 @@ class Page:
         key = (self.run.folder, self.network.value, self.config())
         if key not in self.trainings:
             self.trainings[key] = Training(self.run, *key[1:])
-        training, iterations = self.trainings[key], self.iterations.value
+        training, iterations = self.trainings[key], self.asked().iterations
         name = self.name_of(training)
         self.explorer.choose(self.choice_of(training))
         self.fill_choices()
@@ -355,7 +357,7 @@ class Page:
 
         def done(error):
             self.follow(training)
-            went = training.stopped or f"has {len(training.history)} iterations behind it"
+            went = training.stopped or f"was trained for {len(training.history)} iterations"
             self.ended(error, f"{name} {went}", wrong=bool(training.stopped))
 
         if not (self.run.folder / "config.json").exists():
@@ -368,7 +370,7 @@ class Page:
         self.stop.disabled = False
         self.background.start(work, done)
 
-    # what the background calls: each holds the page for a moment only, and no error in it is lost
+    # called by the background thread: each holds the page's lock only briefly, and no error is lost
 
     def tell(self, text: str, part: float) -> None:
         with self.lock:
@@ -377,7 +379,7 @@ class Page:
                 self.say(f"{text} {100 * part:.0f} %")
 
     def follow(self, training: Training) -> None:
-        """The pictures, if this training is what is looked at, and the curves as they are now."""
+        """Update the curves, and the pictures if they show this training."""
         try:
             with self.lock:
                 if self.explorer.choice.name == self.choice_of(training).name:
@@ -423,9 +425,9 @@ class Page:
         self.begin(lambda: self.show_scores(work(tick), name), done)
 
     def show_scores(self, found: dict, name: str) -> None:
-        rows = {f"{name} as you saw it" if row == "phi" else row: summary(values) for row, values in found.items()}
+        rows = {f"{name}, as shown" if row == "phi" else row: summary(values) for row, values in found.items()}
         cells = (f"<tr><td>{html.escape(row)}</td><td>{shown(values)}</td></tr>" for row, values in rows.items())
-        head = "<tr><th>students trained on its images, each through</th><th>validation accuracy</th></tr>"
+        head = "<tr><th>students trained on its images, augmentation</th><th>validation accuracy</th></tr>"
         self.scores.value = f"<table class='augdistill-scores'>{head}{''.join(cells)}</table>"
 
     @guarded
@@ -433,14 +435,15 @@ class Page:
         self.idle()
         choice, name = self.explorer.choice, self.name.value.strip()
         if choice.job is None:
-            raise ValueError(f"{choice.name}: has not been trained here; there is nothing to save")
+            raise ValueError(f"{choice.name}: was not trained here or in a run's store; there is nothing to save")
         if not name:
-            raise ValueError("name: is empty; give the file one")
+            raise ValueError("name: is empty; give the file a name")
         path = self.run.folder / "phis" / f"{file_name(name)}.safetensors"
         if path.exists():
-            raise ValueError(f"name {name!r}: {path} is there already; choose another")
+            raise ValueError(f"name {name!r}: {path} exists already; choose another")
+        strength = self.view.strength  # checked: a client can send a slider any value
         job, store = choice.job()
-        save_phi(path, job, store, self.strength.value)
+        save_phi(path, job, store, strength)
         self.explorer.refresh()
         self.fill_choices()
-        self.say(f"saved, for strength {self.strength.value:g}: {path}. {found_by(job, self.run)}")
+        self.say(f"saved, for strength {strength:g}: {path}. {found_by(job, self.run)}")

@@ -1,6 +1,6 @@
-"""Training in the background, some iterations at a time: while it goes on, phi and its records can be looked at.
+"""Training in a background thread, some iterations at a time. Meanwhile phi and its history can be read.
 
-What comes out is what the same settings give without a pause, to the bit, and can be stored under them.
+The result is bit-identical to one run of the same settings without a pause, and can be stored as that run's result.
 """
 
 import atexit
@@ -12,35 +12,46 @@ from collections.abc import Callable
 
 import torch
 
-from augdistill_core import DistillConfig, Phi, diverged
+from augdistill_core import Config, DistillConfig, Phi, diverged, knob
 from augdistill_report.run import Run
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import missing_experts
 from augdistill_report.work.pool import run_jobs
 
-LOOK_EVERY = 1.0  # seconds between two looks at what is under way
+LOOK_EVERY = 1.0  # seconds between two updates of the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(Config):
+    """What one click may ask for, in checked ranges: a client can send a slider any bounds and any value."""
+
+    iterations: int = knob(50, "k, iterations of one click", low=1, high=500)
+    syn_steps: int = knob(15, "N, student steps in one unroll", low=1, high=100)
+    expert_epochs: int = knob(2, "M, expert snapshots from the start to the target", low=1, high=10)
+    phi_lr: float = knob(0.01, "step size of phi's optimiser", low=1e-5, high=1e3)
+    alpha: float = knob(0.01, "the student's initial step size", low=1e-4, high=1)
 
 
 class Stopped(Exception):
-    """Work in the background was told to stop."""
+    """The background work was told to stop."""
 
 
 class Background:
-    """One piece of work at a time, beside the thread that a person waits for."""
+    """Runs one task at a time in its own thread, so that the page stays responsive."""
 
     def __init__(self):
         self.thread, self.told = None, threading.Event()
         self.last = time.monotonic()
-        atexit.register(self.stop)  # else a thread inside torch would meet an interpreter that is gone
+        atexit.register(self.stop)  # else a thread inside torch could outlive the interpreter
 
     @property
     def busy(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
     def start(self, work: Callable[[], None], done: Callable[[Exception | None], None]) -> None:
-        """Do `work`, which looks at `check` now and then; then `done(what it raised)`. Both run in the thread."""
+        """Run `work`, which calls `check` now and then, and then `done(its exception, or None)`, both in the thread."""
         if self.busy:
-            raise ValueError("something is under way here: stop it first, or wait")
+            raise ValueError("a training or an evaluation is running: stop it first, or wait")
         self.told.clear()
 
         def both():
@@ -57,12 +68,12 @@ class Background:
         self.thread.start()
 
     def check(self) -> None:
-        """Raise `Stopped` if so told."""
+        """Raise `Stopped` if the work was told to stop."""
         if self.told.is_set():
             raise Stopped
 
     def due(self) -> bool:
-        """Whether it is time for another look."""
+        """Whether it is time for another update of the page."""
         now = time.monotonic()
         if now - self.last < LOOK_EVERY:
             return False
@@ -70,23 +81,23 @@ class Background:
         return True
 
     def stop(self, wait: float = 10.0) -> None:
-        """Tell the work to stop, and wait until it has, at most so many seconds."""
+        """Tell the work to stop, and wait for its end, at most `wait` seconds."""
         self.told.set()
         if self.busy and self.thread is not threading.current_thread():
             self.thread.join(wait)
 
 
 class Training:
-    """A phi that is trained on the run's base images, as far as it was asked to so far.
+    """A phi in training on the run's base images, for as many iterations as were asked for so far.
 
-    `more` does the work, in whatever thread; `history`, `phi` and `way` may be asked for in another meanwhile.
+    `more` trains, in any thread; meanwhile another thread may read `history`, `alpha` and `moments`.
     """
 
     def __init__(self, run: Run, phi: str, config: DistillConfig):
         self.run, self.job = run, run.distillation(phi, run.base, config)
-        self.job.fresh_phi()  # refuses an unknown phi, or one that cannot be made, before anything starts
+        self.job.fresh_phi()  # refuses an unknown phi, or one that cannot be built, before anything starts
         self.found = {"run": None, "moments": {}}  # as in a checkpoint
-        self.ended: tuple | None = None  # by divergence: the job, and its result
+        self.ended: tuple | None = None  # if it diverged: the job, its tensors and its meta
 
     @property
     def title(self) -> str:
@@ -101,12 +112,12 @@ class Training:
 
     @property
     def stopped(self) -> str:
-        """Why it can go no further; "" if it can."""
+        """Why it cannot continue; "" if it can."""
         return self.ended[2]["stopped"]["reason"] if self.ended else ""
 
     @property
     def alpha(self) -> float:
-        """The student's step size, as it is now."""
+        """The student's current step size."""
         if self.ended:
             return self.ended[2]["alpha"]
         step_size = self.found["run"] and self.found["run"]["step_size"]["value"]
@@ -115,7 +126,7 @@ class Training:
         return float(step_size.exp() if self.job.config.alpha_mode in ("log", "held") else step_size)
 
     def moments(self) -> dict[str, Phi]:
-        """phi by moment: before iterations 0, 1, 2, 4, 8 ..., and "now"."""
+        """phi by moment of its training: before iterations "0", "1", "2", "4", "8" ..., and "now"."""
         tensors = self.ended[1] if self.ended else dict(self.found["moments"])
         states: dict[str, dict] = {}
         for key, tensor in tensors.items():
@@ -128,12 +139,12 @@ class Training:
         return phis
 
     def more(self, iterations: int, check: Callable[[], None], look: Callable[[str, float], None]) -> None:
-        """Train on for so many iterations, experts first if there are none; `look(what, part)` tells how far it is.
+        """Train for `iterations` more, after missing experts; `look(what, fraction done)` gets the progress.
 
-        `check` may raise: what was done until then stays. A run that diverged goes no further.
+        `check` may raise an exception: the iterations until then are kept. A `ValueError` if the run has diverged.
         """
         if self.stopped:
-            raise ValueError(f"{self.title} {self.stopped}: start anew with other settings")
+            raise ValueError(f"{self.title} {self.stopped}: start again with other settings")
         torch.set_num_threads(self.run.settings.threads)
 
         def show(done, total, note=""):
@@ -151,11 +162,11 @@ class Training:
             live.keep()
 
     def until(self, iterations: int) -> Distillation:
-        """The job of training so long."""
+        """The job of training for this many iterations in all."""
         return dataclasses.replace(self.job, config=dataclasses.replace(self.job.config, iterations=iterations))
 
     def store(self) -> Distillation:
-        """Put what was reached into the run's store; returns the job whose result it is."""
+        """Save the current phi in the run's store; returns the job whose result it is. A `ValueError` if untrained."""
         if not self.history:
             raise ValueError(f"{self.title}: has not been trained yet")
         job, *result = self.ended or (self.until(len(self.history)),)
@@ -168,7 +179,7 @@ class Training:
 
 
 class Live:
-    """In the place of a checkpoint: what a distillation offers after each step is looked at, not written."""
+    """Takes the place of a checkpoint: keeps the training state of each step in memory, and updates the page."""
 
     def __init__(self, training: Training, check: Callable[[], None], look: Callable[[int], None]):
         self.training, self.check, self.look = training, check, look
@@ -196,9 +207,11 @@ class Live:
 
 
 def found_by(job: Distillation, run: Run) -> str:
-    """How notebook 03 is told to show the phi of a job, if it is one that its run would make."""
+    """The parameters with which notebook 03 shows a job's phi; "" if no parameters of its run make this job."""
     ours = run.distillation(job.phi, run.base, job.config)
     if ours != job or not run.store.has(job.kind, job.spec()):
         return ""
     changes = {k: v for k, v in {"phi": job.phi, **job.config.to_dict()}.items() if v != getattr(run.settings, k)}
-    return "Notebook 03 shows it with " + (" ".join(f"-p {k} {v}" for k, v in changes.items()) or "the preset as it is")
+    return "Notebook 03 shows it with " + (
+        " ".join(f"-p {k} {v}" for k, v in changes.items()) or "the preset unchanged"
+    )

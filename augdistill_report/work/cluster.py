@@ -1,9 +1,9 @@
-"""The workers of a Dask cluster as a `Crew`: the same jobs, the same bits, on other machines.
+"""The workers of a Dask cluster as a `Crew`: the same jobs with bit-identical results, on other machines.
 
-A worker needs the package and the data set. Before it works it proves that both are the same as here. It works in the
-run's folder if it can see it (unless Dask's configuration says `augdistill.shared-folder: false`). Otherwise it has a
-folder of its own: the stored results that a job needs are sent there, once, and the files that it makes come back as
-bytes. If a worker dies, Dask gives its job to another.
+A worker needs the package and the data set. Before it runs a job it checks that both are the same as here. It works in
+the run's folder if it can see it (unless Dask's configuration says `augdistill.shared-folder: false`). Otherwise it has
+its own folder: the stored results that a job needs are sent there once, and the files that it makes are sent back. If a
+worker dies, Dask gives its job to another.
 """
 
 import concurrent.futures
@@ -32,30 +32,30 @@ from augdistill_report.work.jobs import Task
 from augdistill_report.work.progress import REFRESH
 from augdistill_report.work.provenance import SOURCES
 
-TIMEOUT = 10  # seconds that a scheduler has to answer
+TIMEOUT = 10  # seconds to wait for a scheduler's answer
 
 VERSION = f"augdistill {importlib.metadata.version('augdistill')} (code {SOURCES.digest()}), torch {torch.__version__}"
 
 
 class UnfitWorker(concurrent.futures.BrokenExecutor, ValueError):
-    """A worker that would make a different result, or none. The message names it and the reason."""
+    """A worker would make a different result, or none. The message names it and the reason."""
 
 
 class ClusterLost(concurrent.futures.BrokenExecutor, ConnectionError):
-    """The scheduler is gone, and so are the unfinished jobs."""
+    """The scheduler has gone, and the unfinished jobs with it."""
 
 
 def connect(scheduler: str, insecure: bool = False) -> Client:
-    """A client of the cluster whose scheduler has this address, or wrote this file.
+    """A client of the cluster whose scheduler has this address, or wrote this file (*.json).
 
-    Raises `ValueError` if none answers, or if it is on another machine without TLS, unless `insecure`: anyone on the
-    network between could read all that is sent, and run code on both machines.
+    Raises `ValueError` if no scheduler answers, or if it is on another machine without TLS, unless `insecure`. Without
+    TLS anyone on the network between could read all traffic, and run code on both machines.
     """
     address = address_in(Path(scheduler)) if scheduler.endswith(".json") else scheduler
     protocol, host = address_parts(scheduler, address)
     if protocol == "tls" and not Security().get_connection_args("client").get("ssl_context"):
         raise ValueError(
-            f"cluster={scheduler!r}: takes TLS alone, and Dask's configuration here names no certificates; must have "
+            f"cluster={scheduler!r}: needs TLS, but Dask's configuration here has no certificates; must have "
             "distributed.comm.tls.ca-file, and client.cert and client.key there"
         )
     if protocol not in ("tls", "wss") and not insecure and not is_here(host):
@@ -71,7 +71,7 @@ def connect(scheduler: str, insecure: bool = False) -> Client:
 
 
 def address_in(file: Path) -> str:
-    """The address in a scheduler's file."""
+    """The address in a scheduler's file; a `ValueError` if the file holds none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -84,7 +84,7 @@ def address_in(file: Path) -> str:
 
 
 def address_parts(scheduler: str, address: str) -> tuple[str, str]:
-    """The protocol and the host of a scheduler's address."""
+    """The protocol and the host of a scheduler's address; a `ValueError` if it is none."""
     try:
         protocol, place = parse_address(address)
         return protocol, parse_host_port(place)[0]
@@ -94,7 +94,7 @@ def address_parts(scheduler: str, address: str) -> tuple[str, str]:
 
 
 def is_here(host: str) -> bool:
-    """Whether every address of a host is this machine's own: a socket can be bound to those alone."""
+    """Whether every address of a host is this machine's own: only to those can a socket be bound."""
     try:
         for family, kind, protocol, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
             if not ipaddress.ip_address(place[0].partition("%")[0]).is_loopback:
@@ -107,9 +107,9 @@ def is_here(host: str) -> bool:
 
 @functools.cache  # the same for every cell of a sweep
 def check_cluster(scheduler: str, insecure: bool = False) -> None:
-    """Refuse, before anything runs, a cluster that cannot be reached, or has a worker with another version."""
+    """A `ValueError`, before anything runs, if the cluster cannot be reached or a worker has another version."""
 
-    def version():  # a worker gets this as code, since it may lack the package
+    def version():  # sent to workers as code, since one may lack the package
         try:
             from augdistill_report.work.cluster import VERSION
         except ImportError as error:
@@ -126,18 +126,18 @@ def other_version(worker: str, found: str, wanted: str) -> str:
     return f"worker {worker} has {found}; must be {wanted}, as where the command runs: install that there"
 
 
-# --- here -------------------------------------------------------------------------------------------------------------
+# --- on this machine --------------------------------------------------------------------------------------------------
 
 
 class Cluster(Crew):
-    """Submits jobs to a cluster by Dask's own executor. The workers report progress, and the files that they lack."""
+    """Submits jobs to a cluster by Dask's executor. Workers report their progress and the files that they lack."""
 
     def __init__(self, scheduler: str, insecure: bool, store: Store):
         self.scheduler, self.insecure, self.store = scheduler, insecure, store
         self.numbers: dict[concurrent.futures.Future, int] = {}
         self.told: dict[int, tuple[float, str]] = {}
         self.asked: queue.SimpleQueue = queue.SimpleQueue()
-        self.names: dict = {}  # of the stored results that jobs need
+        self.names: dict = {}  # file names of the stored results that jobs need
 
     def __enter__(self):
         self.client = connect(self.scheduler, self.insecure)
@@ -149,8 +149,10 @@ class Cluster(Crew):
 
     def __exit__(self, kind, error, trace):
         for future in self.numbers:
-            future.cancel()  # on the cluster, too
-        with contextlib.suppress(Exception):  # the scheduler may be gone; the exception that matters is already raised
+            future.cancel()  # also on the cluster
+        with contextlib.suppress(
+            Exception
+        ):  # the scheduler may have gone; the exception that matters is already raised
             self.client.close(timeout=TIMEOUT)
 
     @property
@@ -168,19 +170,19 @@ class Cluster(Crew):
         return future
 
     def there_of(self, jobs: list) -> list[str]:
-        """The names of those results of the jobs that are in the store."""
+        """The file names of those of the jobs' results that are in the store."""
         for job in jobs:
             if job not in self.names:
                 self.names[job] = self.store.path(job.kind, job.spec()).name
         return [self.names[job] for job in jobs if (self.store.folder / self.names[job]).is_file()]
 
     def hear(self, event: tuple) -> None:
-        """Called with each message of a worker, in the client's own thread."""
+        """Take one message of a worker. Called in the client's own thread."""
         _, said = event
         if "lacks" in said:
             self.asked.put(said)
         else:
-            self.told[said["number"]] = (said["part"], said["note"])
+            self.told[said["number"]] = (said["fraction"], said["note"])
 
     def state(self, future):
         if self.client.status != "running":
@@ -193,7 +195,7 @@ class Cluster(Crew):
         """Send a worker the files that it lacks, one at a time. A worker that has died meanwhile is ignored."""
         for name in lacks:
             content = (self.store.folder / name).read_bytes()
-            with contextlib.suppress(OSError):  # the scheduler may be gone: the next call of `state` says so
+            with contextlib.suppress(OSError):  # the scheduler may have gone: the next call of `state` reports it
                 self.client.run(receive, self.order["token"], name, content, workers=[worker], on_error="ignore")
 
     def take(self, future):
@@ -208,7 +210,7 @@ class Cluster(Crew):
             path = self.store.folder.parent / name
             if path.parent != self.store.folder:
                 write(path, content)
-            elif not path.is_file():  # a job that ran twice has made the same file twice
+            elif not path.is_file():  # a job may run twice: then the same file comes twice
                 with self.store.lock(path):
                     write(path, content)
         if result["error"]:
@@ -216,12 +218,12 @@ class Cluster(Crew):
 
     def lost(self) -> ClusterLost:
         return ClusterLost(
-            f"cluster={self.scheduler!r}: its scheduler is gone; what was finished is kept, and the same command goes "
-            "on from there, on this cluster or another"
+            f"cluster={self.scheduler!r}: its scheduler is gone; what was finished is kept, and the same command "
+            "goes on from there, on this cluster or another"
         )
 
 
-# --- there ------------------------------------------------------------------------------------------------------------
+# --- on a worker ------------------------------------------------------------------------------------------------------
 
 
 class Cancelled(Exception):
@@ -229,7 +231,7 @@ class Cancelled(Exception):
 
 
 def work(order: dict, packed: bytes) -> dict:
-    """Run a job on a worker. Returns why the worker is `unfit`, or the `files` to send back and the `error`."""
+    """Run a job on a worker. Returns `unfit`, the reason why it cannot, or the `files` to send back and the `error`."""
     worker = get_worker()
     if order["version"] != VERSION:
         return {"unfit": other_version(worker.address, VERSION, order["version"])}
@@ -258,19 +260,19 @@ def work(order: dict, packed: bytes) -> dict:
 
 
 def unfit(worker: Worker, job, fingerprint: str | None) -> str:
-    """Why a worker must not run a job, or \"\"."""
-    if worker.state.nthreads != 1:  # jobs in threads of one process would share the global state of libraries
+    """The reason why a worker must not run a job; \"\" if there is none."""
+    if worker.state.nthreads != 1:  # jobs in threads of one process would share the libraries' global state
         return f"runs {worker.state.nthreads} jobs at a time in one process; start it with --nthreads 1"
     try:
         found = job.setup.load(whiten=False).fingerprint if fingerprint else None
-    except (ValueError, OSError, RuntimeError) as error:  # torch's own, of a GPU that is not there
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch's, for a missing GPU
         return str(error)
     other = f"its {fingerprint and job.setup.dataset} has fingerprint {found}, must be {fingerprint}"
     return other if found != fingerprint else ""
 
 
 def own_store(worker: Worker, token: str) -> Store:
-    """A worker's own copy of a store that it cannot see. Dask removes it with the worker."""
+    """A worker's own copy of a store that it cannot see. Dask removes it when the worker ends."""
     return Store(Path(worker.local_directory) / "augdistill" / token / "artefacts")
 
 
@@ -279,13 +281,13 @@ def receive(token: str, name: str, content: bytes, dask_worker: Worker) -> None:
 
 
 def seen(store: Store) -> set[tuple[Path, int]]:
-    """Every file of a run's folder, with its time, but those that are hidden."""
+    """Every file of a run's folder that is not hidden, with its modification time in ns."""
     inside = [p for p in store.folder.parent.rglob("[!.]*") if p.is_file()]
     return {(path, path.stat().st_mtime_ns) for path in inside}
 
 
 class Watch:
-    """While a job runs on a worker: reports its progress to the client, and ends it when the client cancels it."""
+    """Watches a running job on a worker: reports its progress, and ends it when the client cancels it."""
 
     def __init__(self, worker: Worker, order: dict, job: Task):
         self.worker, self.order, self.job, self.key = worker, order, job, worker.get_current_task()
@@ -303,7 +305,7 @@ class Watch:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the client has cancelled the job or is gone, or the worker is closing."""
+        """Whether the client has cancelled the job or has gone, or the worker is closing."""
         task = self.worker.state.tasks.get(self.key)
         closing = self.worker.status in (Status.closing, Status.closed, Status.failed)
         return closing or task is None or task.state == "cancelled"
@@ -318,9 +320,9 @@ class Watch:
         if self.cancelled:
             raise Cancelled
 
-    def tell(self, part: float, note: str) -> None:
+    def tell(self, fraction: float, note: str) -> None:
         self.check()
-        said = {"number": self.order["number"], "part": part, "note": note}
+        said = {"number": self.order["number"], "fraction": fraction, "note": note}
         self.worker.log_event(self.order["topic"], said)
 
     def wait_for(self, store: Store, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The interface of whatever runs jobs: processes on this machine, or the workers of a cluster."""
+"""The interface of what runs jobs: processes on this machine, or the workers of a cluster."""
 
 import concurrent.futures
 import contextlib
@@ -11,7 +11,7 @@ from augdistill_report.work.progress import REFRESH
 
 
 class Crew(contextlib.AbstractContextManager):
-    """Runs jobs while its context is open. An exception that leaves the context stops all jobs."""
+    """Runs jobs while its context is open. An exception inside the context stops all jobs."""
 
     about = ""  # shown beside the progress
 
@@ -19,21 +19,24 @@ class Crew(contextlib.AbstractContextManager):
         raise NotImplementedError
 
     def state(self, future: concurrent.futures.Future) -> tuple[float, str]:
-        """The progress of an unfinished job, in [0, 1], and its note."""
+        """The progress of an unfinished job, in [0, 1], and a note (a line of text, or "")."""
         raise NotImplementedError
 
     def take(self, future: concurrent.futures.Future) -> None:
-        """Make sure that the result of a finished job is in the store. Raises the job's own exception."""
+        """Put the result of a finished job into the store, if it is not there. Raises the job's own exception."""
         future.result()
 
 
 def own_phis() -> dict:
-    """The phis that the user registered, by name: they are sent to the workers with each job."""
+    """The user's own registered phis, by name: they are sent to the workers with each job."""
     return {name: build for name, build in PHIS.items() if not is_ours(build)}
 
 
 def run_with(job, store: Store, phis: dict, tell: Callable[[float, str], None]) -> None:
-    """Run one job in a worker, with the user's own phis. Calls `tell(part, note)` at most twice a second."""
+    """Run one job in a worker, with the user's own phis.
+
+    Calls `tell(fraction done, note)` at most twice a second.
+    """
     for name, build in phis.items():
         register_phi(name)(build)
     last = 0.0

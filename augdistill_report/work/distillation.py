@@ -15,9 +15,9 @@ from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.provenance import phi_modules
 
-RECORD = {"iteration": a_count, "loss": float, "alpha": float, "state": str}  # what is read of one
+RECORD = {"iteration": a_count, "loss": float, "alpha": float, "state": str}  # of one iteration: the keys that are used
 
-STATE = {  # of a run, in a checkpoint
+STATE = {  # the training state in a checkpoint
     "phi": {str: Tensor},
     "step_size": {str: Tensor},
     "optimizers": [[{str: (Tensor, float)}]],
@@ -31,12 +31,12 @@ STATE = {  # of a run, in a checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Job):
-    """A phi trained on a subset. `stored_phi` gives it back as `Distilled`; `stored_moments` as it was at times."""
+    """Trains a phi on a subset. `stored_phi` loads the result, `stored_moments` phi at moments of its training."""
 
     phi: str
     subset: Subset
     config: DistillConfig
-    phi_source: str = ""  # of a phi that a user registered: what it says is part of what the result depends on
+    phi_source: str = ""  # of a user's own phi: the result depends on it
 
     kind = "distilled"
     form = {"alpha": a_finite_number, "history": [RECORD], "stopped": (str, dict)}  # noqa: RUF012
@@ -54,11 +54,12 @@ class Distillation(Job):
         return own_experts(self.setup)
 
     def fresh_phi(self):
+        """The phi in its initial state."""
         base = self.data.train.take(self.subset.index(self.data)).images
         return without_flips(make_phi(self.phi, base, len(self.data.classes), self.setup.seed), self.setup.dataset)
 
     def checkpoint(self, store: Store) -> Checkpoint:
-        """How far it came when it was stopped: the same for every budget of minutes."""
+        """Where an interrupted run keeps its training state: one place, whatever its budget of `minutes`."""
         spec = self.spec()
         return Checkpoint(store, spec | {"config": spec["config"] | {"minutes": None}})
 
@@ -66,13 +67,13 @@ class Distillation(Job):
         checkpoint = self.checkpoint(store)
         with checkpoint.held():
             found, budget = checkpoint.read(self.checked), 60 * self.config.minutes or math.inf
-            if found and found["run"]["seconds"] > budget:  # of a run with more minutes: neither used nor replaced
+            if found and found["run"]["seconds"] > budget:  # from a longer run: neither used nor replaced
                 return self.from_checkpoint(store, tick, {"run": None, "moments": {}}, None)
             result = self.from_checkpoint(store, tick, found or {"run": None, "moments": {}}, checkpoint)
             return *result, checkpoint.seconds
 
     def checked(self, found: dict) -> dict:
-        """What a checkpoint holds; a `ValueError` that says what is wrong with it."""
+        """The content of a checkpoint; a `ValueError` says what is wrong with it."""
         check_form(found, {"run": STATE, "moments": {str: Tensor}}, "state")
         restore(self.fresh_phi(), found["run"]["phi"])
         for state in found["run"]["generators"]:
@@ -80,7 +81,7 @@ class Distillation(Job):
         return found
 
     def from_checkpoint(self, store: Store, tick: Tick, found: dict, checkpoint: Checkpoint | None) -> tuple:
-        """The work from what was `found`; how far it comes goes to the checkpoint, where there is one."""
+        """(tensors, meta) of the run, continued from the state `found`; new states go to `checkpoint`, if any."""
         train = self.data.train
         base = train.take(self.subset.index(self.data))
         real = (train.images, train.labels) if self.config.objective == "real_loss" else None
@@ -112,7 +113,7 @@ class Distillation(Job):
                 resume=found["run"],
             )
         if checkpoint and result.stopped and not diverged(result.stopped):
-            checkpoint.write()  # with more minutes it goes on from there
+            checkpoint.write()  # a run with more minutes continues from there
         stopped = dataclasses.asdict(result.stopped) if result.stopped else {}
         meta = {"alpha": result.alpha, "history": result.history, "stopped": stopped}
         return moments | {f"last/{name}": t for name, t in phi.state_dict().items()}, meta
@@ -121,21 +122,22 @@ class Distillation(Job):
         checkpoint = self.checkpoint(store)
         if checkpoint.there:
             stopped = store.open(self.kind, self.spec(), self.form).about["meta"]["stopped"]
-            if not stopped or diverged(stopped):  # else more minutes may go on from it
+            if not stopped or diverged(stopped):  # else a run with more minutes may continue from it
                 checkpoint.remove()
 
     def stored_phi(self, store: Store) -> Distilled:
+        """The result, trained now if the store lacks it."""
         meta = self.stored(store)[1]
         stopped = Stop(**meta["stopped"]) if meta["stopped"] else None
         return Distilled(self.stored_moments(store)["last"], meta["alpha"], meta["history"], stopped)
 
     def stored_moments(self, store: Store) -> dict[str, Phi]:
-        """phi before iterations "0", "1", "2", "4", "8" ..., and "last": what the run returned."""
+        """phi before iterations "0", "1", "2", "4", "8" ..., and "last": the result of the run."""
         tensors, meta = self.stored(store)
         names = [str(r["iteration"]) for r in meta["history"] if kept(r["iteration"])] + ["last"]
         return {moment: self.restored(self.fresh_phi(), tensors, moment, store) for moment in names}
 
 
 def kept(iteration: int) -> bool:
-    """Whether phi is kept as it was before this iteration: 0, 1, 2, 4, 8 ..., dense where things go wrong."""
+    """Whether phi is stored before this iteration: 0, 1, 2, 4, 8 ..., densest where training fails."""
     return iteration & (iteration - 1) == 0

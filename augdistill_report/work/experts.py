@@ -20,7 +20,7 @@ from augdistill_report.work.students import accuracy
 
 @dataclasses.dataclass(frozen=True)
 class Expert(Job):
-    """One expert trajectory, and its accuracy on the validation split at every snapshot."""
+    """Trains one expert: its trajectory, and its accuracy on the validation split at every snapshot."""
 
     expert: int
 
@@ -28,7 +28,7 @@ class Expert(Job):
 
     def spec(self):
         spec = super().spec()
-        # it does not depend on how many others there are, nor on what is done with them
+        # it depends neither on the number of experts nor on what uses them
         return spec | {"setup": spec["setup"] | {"experts": None, "augment": None, "expert_files": None}}
 
     def work(self, store, tick):
@@ -41,7 +41,10 @@ class Expert(Job):
         return with_accuracy(self.setup, theta, {"expert": self.expert, "loss": losses})
 
     def file(self, store: Store) -> ExpertFile:
-        """Its file in the store, made if it is missing, to be read by the snapshot."""
+        """The expert's file in the store, made if it is missing. Snapshots are read from it one by one.
+
+        A `ValueError` if the file holds another result.
+        """
         self.run(store)
         file = ExpertFile(store.path(self.kind, self.spec()), self.setup.device)
         if file.spec != self.spec():
@@ -55,7 +58,7 @@ class Expert(Job):
 
 @dataclasses.dataclass(frozen=True)
 class Together(Job):
-    """Some of a setup's experts, those that the store lacks trained at once; each is stored as if made alone."""
+    """Trains several of a setup's experts together on one GPU: those that the store lacks. Each is stored alone."""
 
     which: tuple[int, ...]
 
@@ -80,7 +83,7 @@ class Together(Job):
 
 
 def with_accuracy(setup: Setup, theta: torch.Tensor, about: dict) -> tuple[dict, dict]:
-    """What is kept of a trajectory `[snapshots, P]`: with its accuracy on the validation split at every snapshot."""
+    """(tensors, meta) to store for a trajectory `[snapshots, P]`, with its validation accuracy at every snapshot."""
     tensors, data = snapshot_tensors(theta.cpu(), about["expert"]), setup.load()
     student, validation = setup.student(data).to(setup.device), data.validation.made()
     return tensors, about | {
@@ -92,16 +95,17 @@ def with_accuracy(setup: Setup, theta: torch.Tensor, about: dict) -> tuple[dict,
 
 
 def checkpoint_of(job: Expert | Together, store: Store) -> Checkpoint:
-    """Where a training keeps how far it is, until its result is there."""
+    """Where a training keeps its state until its result is stored."""
     return Checkpoint(store, job.spec())
 
 
 def train_resumable(
     job: Expert | Together, how: Callable, which: int | list[int], checkpoint: Checkpoint, tick: Tick
 ) -> tuple[torch.Tensor, list]:
-    """The experts `which` by `how` (`train_expert` or `train_together`), and their losses by snapshot.
+    """The trajectories of the experts `which`, trained by `how` (`train_expert` or `train_together`), and their losses.
 
-    Killed at any moment, the next one goes on from the checkpoint, which is written at the end of an epoch.
+    Losses are by snapshot. If the process is killed, the next call continues from the checkpoint, which is written at
+    the end of an epoch.
     """
     setup, data, losses = job.setup, job.data, []
     images, snapshots = data.train.images, snapshots_every(len(data.train), setup)[1]
@@ -116,13 +120,13 @@ def train_resumable(
 
     def resumed(state):
         check_form(state, {"experts": [a_count], "training": dict}, "state")
-        rows = [state["experts"].index(k) for k in experts]  # those that are not stored yet
+        rows = [state["experts"].index(k) for k in experts]  # those that still lack a result
         at = TrainingState.from_state_dict(state["training"], rows, parameters_of(student), images)
         if len(at.losses) > snapshots:
-            raise ValueError(f"{len(at.losses)} snapshots, of a training that takes {snapshots}")
+            raise ValueError(f"{len(at.losses)} snapshots; a training of these settings takes {snapshots}")
         return at
 
-    # all of it as floats meanwhile (CIFAR-10: 550 MB), since the core takes tensors of floats
+    # all images as floats during training (CIFAR-10: 550 MB), since the core takes float tensors
     arguments = (student, images, data.train.labels, setup, setup.seed, which)
     augment = augmentation(setup.expert_augment, data)
     resume = checkpoint.read(resumed)
@@ -134,12 +138,12 @@ def expert_jobs(setup: Setup) -> list[Expert]:
 
 
 def own_experts(setup: Setup) -> list[Expert]:
-    """Those that are trained here: none if they are given."""
+    """The experts that this run trains itself: none if `expert_files` gives them."""
     return [] if setup.expert_files else expert_jobs(setup)
 
 
 def missing_experts(setup: Setup) -> list[Job]:
-    """The jobs that make a setup's own experts: so many at once on a GPU, one a process on a CPU."""
+    """The jobs that train a setup's own experts: `experts_at_once` a job on a GPU, one a job on a CPU."""
     own = own_experts(setup)
     if setup.device != "cuda" or not own:
         return own
@@ -148,12 +152,15 @@ def missing_experts(setup: Setup) -> list[Job]:
 
 
 def parameters_of(student: nn.Module) -> int:
-    """How many numbers its parameters are."""
+    """The number of a student's parameters, P."""
     return sum(p.numel() for p in student.parameters())
 
 
 def load_trajectories(setup: Setup, store: Store) -> Trajectories:
-    """The expert trajectories, each read from its file by the snapshot."""
+    """The expert trajectories. Snapshots are read from the files one by one, when they are used.
+
+    A `ValueError` names a file whose parameters are not the student's.
+    """
     files = given_experts(setup) or [job.file(store) for job in expert_jobs(setup)]
     student = setup.student(setup.load()).to(setup.device)
     parameters = parameters_of(student)

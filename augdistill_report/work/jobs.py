@@ -1,7 +1,8 @@
-"""The pieces of work that a report consists of: each says all it depends on, runs in any process, and is stored.
+"""The jobs of a report: each declares all that its result depends on, runs in any process, and is stored.
 
-A job is a frozen dataclass of plain values. `spec()` is what its result depends on, `work()` makes the result. Jobs
-find what they build on (a distillation its experts, an evaluation its phi) in the same store, and make what is missing.
+A job is a frozen dataclass of plain values. `spec()` is what its result depends on, `work()` makes the result. A job
+loads the results that it needs (a distillation its experts, an evaluation its phi) from the same store, and makes those
+that are missing.
 """
 
 import dataclasses
@@ -16,68 +17,67 @@ from augdistill_report.files.store import Store, restore
 from augdistill_report.work.provenance import SOURCES
 from augdistill_report.work.setup import Setup, given_experts
 
-Tick = Callable[..., None]  # tick(done, total, note=""): how far, and a word on what is wrong, if anything is
+Tick = Callable[..., None]  # tick(done, total, note=""): the progress, and a warning if there is one
 
 
 class Task:
-    """A piece of work whose result is stored under what it depends on. `kind` names its files."""
+    """A task whose result is stored under its specification. `kind` names its files."""
 
     kind = "task"
-    form: dict | None = None  # of the plain values of its result: see `check_form`
-    cost = 0.0  # about how much work it is beside others of its kind: what takes longest had better start first
+    form: dict | None = None  # the form of the result's JSON values: see `check_form`
+    cost = 0.0  # relative work among tasks of its kind: the longest should start first
 
     def spec(self) -> dict:
         """All that the result depends on, as plain JSON values."""
         raise NotImplementedError
 
     def work(self, store: Store, tick: Tick) -> tuple[dict, dict]:
-        """Make the result: (tensors, plain JSON values), and, where it went on from a checkpoint, the CPU seconds of
-        the processes before this one."""
+        """Make the result: (tensors, JSON values). If it continued from a checkpoint, also the earlier CPU seconds."""
         raise NotImplementedError
 
     def run(self, store: Store, tick: Tick = lambda done, total, note="": None) -> None:
-        """Make the result and store it, unless it is there; if another process is making it, wait for that."""
+        """Make the result and store it, unless it is stored; if another process is making it, wait for that."""
         if not store.has(self.kind, self.spec()):
             with store.making(self.kind, self.spec()):
                 if not store.has(self.kind, self.spec()):
-                    began = time.process_time()  # what others do on the machine does not count
+                    began = time.process_time()  # CPU time: other processes on the machine do not count
                     tensors, meta, *before = self.work(store, tick)
                     seconds = sum(before) + time.process_time() - began
                     store.save(self.kind, self.spec(), tensors, meta, seconds)
         self.tidy(store)
 
     def found(self, store: Store) -> dict:
-        """What a grid shows of it, where it is a cell of one: `numbers`, and what else is worth keeping."""
+        """What a grid keeps of this task as its cell: `numbers`, and other facts."""
         raise NotImplementedError
 
     def needs(self) -> list["Task"]:
-        """The pieces that it builds on, and would make itself if they were missing."""
+        """The tasks whose results it uses. It makes those that are missing."""
         return []
 
     def cancel(self) -> None:
-        """End what it has started outside of its process: nobody wants its result any more."""
+        """End what it started outside its own process: its result is no longer wanted."""
 
     def tidy(self, store: Store) -> None:
-        """What is left to do when the result is there, even if a process was killed just then."""
+        """Clean up after the result is stored. Called on every run, since a process may be killed before it."""
 
     def stored(self, store: Store, tick: Tick = lambda done, total, note="": None) -> tuple[dict, dict]:
-        """The result, made if it is missing: (tensors, plain JSON values)."""
+        """The result, made if it is missing: (tensors, JSON values)."""
         self.run(store, tick)
         return store.load(self.kind, self.spec(), self.form)
 
-    def restored(self, module: nn.Module, tensors: dict[str, Tensor], part: str, store: Store) -> nn.Module:
-        """`module` with the state that the result's `tensors` hold below "part/"; a `ValueError` names a misfit."""
-        start = f"{part}/"
+    def restored(self, module: nn.Module, tensors: dict[str, Tensor], prefix: str, store: Store) -> nn.Module:
+        """`module` with the state that the result's `tensors` hold under "prefix/"; a `ValueError` names a misfit."""
+        start = f"{prefix}/"
         try:
             return restore(module, {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
         except ValueError as error:
             path = store.path(self.kind, self.spec())
-            raise ValueError(f"{path} is damaged ({part}: {error}): delete it, and run again") from None
+            raise ValueError(f"{path} is damaged ({prefix}: {error}): delete it, and run again") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Job(Task):
-    """A piece of work in a setup: data, student, experts, machine."""
+    """A task with a setup: data, student, experts, machine."""
 
     setup: Setup
 
@@ -86,10 +86,10 @@ class Job(Task):
         return [type(self).__module__]
 
     def spec(self) -> dict:
-        """Data and experts' files count by their content, whatever they are called and wherever they lie."""
+        """Data and experts' files count by their content, not by their names and places."""
         setup = dataclasses.asdict(self.setup) | {"dataset": self.data.fingerprint, "data": None}
         setup["expert_files"] = [file.content for file in given_experts(self.setup)]
-        setup["experts_at_once"] = None  # who trains beside whom changes at most the last bits
+        setup["experts_at_once"] = None  # which experts train together changes at most the last bits
         return dataclasses.asdict(self) | {"setup": setup, "source": SOURCES.digest(*self.modules())}
 
     @property
@@ -102,9 +102,10 @@ class Job(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Which training images: so many a class, or a stratified fraction, of the nested order of `seed`.
+    """Which training images: `per_class` of each class, or a stratified `fraction`, in the nested order of `seed`.
 
-    The first `skip` of each class (a fraction) are passed over: images that a phi trained on the rest has never seen.
+    The first images of each class, the fraction `skip` of it, are left out. So a phi trained on those has never seen
+    this subset.
     """
 
     seed: int
@@ -113,8 +114,9 @@ class Subset:
     skip: float = 0.0
 
     def index(self, data: Dataset) -> torch.Tensor:
+        """Positions `[n]` in the training split; a `ValueError` if there are not so many images."""
         return data.subset(self.seed, per_class=self.per_class, fraction=self.fraction, skip=self.skip)
 
     def about(self, data: Dataset) -> float:
-        """How many images, roughly, and even if there are not so many."""
+        """The number of images, roughly. It is not limited by the number that the data set has."""
         return self.per_class * len(data.classes) if self.per_class else self.fraction * len(data.train)

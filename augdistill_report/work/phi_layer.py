@@ -1,4 +1,4 @@
-"""A trained phi as a layer: one line of an image pipeline.
+"""A trained phi as a layer, one line of an image pipeline:
 
 augment = load_phi("runs/digits/phis/unet.safetensors")  # pixels in [0, 1] go in, augmented pixels come out
 """
@@ -18,10 +18,10 @@ SLACK = 0.25  # how far pixels may leave [0, 1] and still be taken for pixels (a
 
 @dataclasses.dataclass(frozen=True)
 class Use(Config):
-    """How a phi is used."""
+    """How strongly and how often a phi is applied."""
 
-    strength: float = knob(1.0, "lambda: images become x + lambda (phi(x) - x)", low=0)
-    probability: float = knob(1.0, "part of the images that phi is applied to", low=0, high=1)
+    strength: float = knob(1.0, "lambda: images become x + lambda (phi(x) - x)", low=0, high=100)
+    probability: float = knob(1.0, "the fraction of the images that phi is applied to", low=0, high=1)
 
 
 def by(shape) -> str:
@@ -31,8 +31,9 @@ def by(shape) -> str:
 def default_labels(sample) -> Any:
     """The labels in a sample, found as `v2.MixUp` finds them; None where there are none.
 
-    The second of a tuple or list, or in it (or in a sample that is a dictionary) the value of the key "labels", or else
-    of the first key with "label" in it, in any case. Unlike there a number counts, as data sets give it.
+    Of a tuple or list, the second item. If that item (or the sample) is a dictionary, the value of its key "labels", or
+    else of its first key that contains "label", in upper or lower case. Unlike in `v2.MixUp` a number is accepted:
+    data sets return numbers.
     """
     if isinstance(sample, tuple | list):
         sample = sample[1] if len(sample) > 1 else None
@@ -46,14 +47,14 @@ def default_labels(sample) -> Any:
 class Augment(nn.Module):
     """A trained phi on pixels: one line of a torchvision pipeline, or a layer.
 
-    `about` is what its file says: the phi's name, what it was trained on and how. A phi that was trained on whitened
-    images brings the `whitening` along (the mean image, and the two matrices `[d, d]`). `labels_getter(sample)` finds
-    the labels for a phi that reads them; it may be set later, too.
+    `about` is the header of its file: the phi's name, its training data and its settings. A phi that was trained on
+    whitened images has `whitening` (the mean image `[C, H, W]`, and the two matrices `[d, d]`). `labels_getter(sample)`
+    finds the labels for a phi that reads them; it can be set later, too.
 
-    Random like torchvision's own transforms: from torch's global generator, which DataLoader seeds in each worker,
-    unless a `generator` is passed. And like them, and like kornia's augmentations (both never look at `training`, so
-    in `eval()` they still augment), it does the same in `train()` and in `eval()`: it is no dropout. Leave it out of
-    the pipeline that evaluates, or load it with strength 0.
+    Random numbers come from torch's global generator, which DataLoader seeds in each worker, as in torchvision's own
+    transforms, unless a `generator` is passed. It augments in `train()` and in `eval()`, unlike dropout: torchvision's
+    transforms and kornia's augmentations ignore `training`, too. For evaluation leave it out of the pipeline, or load
+    it with strength 0.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class Augment(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, *inputs: Any, labels=None, generator: torch.Generator | None = None) -> Any:
-        """A sample with its images augmented: the same structure, all else in it untouched.
+        """A sample with its images augmented. Its structure and everything else in it stay the same.
 
         A sample is what torchvision's v2 transforms take: images, or tuples, lists and dictionaries that hold them, or
         several arguments. Images are `[C, H, W]` or `[B, C, H, W]`, floats in [0, 1], and come back with their shape
-        and type: every `tv_tensors.Image`, or, where there is none, the first plain tensor. Images of one sample share
-        their draw. `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads them; None
-        takes those in the sample. A `ValueError` says what does not fit.
+        and type: every `tv_tensors.Image`, or, if there is none, the first plain tensor. All images of one sample get
+        the same random numbers. `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads
+        them; None takes those in the sample. A `ValueError` says what does not fit.
         """
         sample = inputs[0] if len(inputs) == 1 else inputs
         if generator is None:
@@ -92,7 +93,7 @@ class Augment(nn.Module):
         return self.on_sample(sample, labels, generator)
 
     def on_sample(self, sample, labels, generator: torch.Generator):
-        """What v2's own base class makes of a sample, with phi in the place of a transform."""
+        """A sample as v2's own base class transforms it, with phi as the transform."""
         from torchvision import tv_tensors
         from torchvision.transforms import v2
 
@@ -127,7 +128,7 @@ class Augment(nn.Module):
         return (x * self.std + self.mean).clamp(0, 1).to(images.as_subclass(Tensor)).reshape(images.shape)
 
     def check(self, images) -> None:
-        """A `ValueError` unless phi can take these."""
+        """A `ValueError` unless phi can take these images."""
         name, shape = self.about["phi"], tuple(self.about["shape"])
         if self.applied.bound:
             raise ValueError(f"phi {name!r} is bound to the base images that it was trained on: it takes no others")
@@ -152,7 +153,7 @@ class Augment(nn.Module):
                 )
 
     def checked(self, labels, images: int) -> Tensor:
-        """Labels of so many images: zeros for a phi that does not read them."""
+        """Labels `[images]`, zeros for a phi that does not read them; a `ValueError` says what is wrong with them."""
         if labels is None and self.applied.conditional:
             raise ValueError(
                 f"phi {self.about['phi']!r} reads the labels: pass labels= with the images, or samples that hold them "

@@ -1,7 +1,7 @@
-"""Runs independent jobs in worker processes, with progress: on this machine by loky, on others by Dask.
+"""Runs independent jobs in worker processes, with progress: by loky on this machine, by Dask on others.
 
-Every process uses the same number of threads, and a job's random numbers depend on its own seeds alone. So the results
-are the same bits for any number of processes.
+Every process uses the same number of threads, and a job's random numbers depend only on its own seeds. So the results
+are bit-identical for any number of processes.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ from augdistill_report.work.worker import start_worker
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Where jobs run: in `processes` on this machine, or on the Dask cluster of a scheduler's address or file."""
+    """Where jobs run: in `processes` on this machine, or on a Dask cluster (its scheduler's address, or file)."""
 
     processes: int = 1
     cluster: str = ""
@@ -36,7 +36,7 @@ class Pool:
 
     def crew(self, store: Store) -> "Crew":
         if self.cluster:
-            from augdistill_report.work.cluster import Cluster  # late: it needs an extra
+            from augdistill_report.work.cluster import Cluster  # late: it needs an optional package
 
             return Cluster(self.cluster, self.insecure, store)
         return Processes(self.processes, store)
@@ -49,7 +49,7 @@ class WorkConfig(Config):
     workers: int = knob(0, "worker processes; 0 = one per core (one, on a GPU)", low=0)
     notebooks_at_once: int = knob(0, "notebooks of a report run at once; 0 = one, or all on a cluster", low=0)
     cluster: str = knob("", "run jobs on this Dask cluster: its scheduler's address, or its scheduler.json")
-    cluster_insecure: bool = knob(False, "accept a cluster on other machines without TLS: you trust that network")
+    cluster_insecure: bool = knob(False, "accept a cluster on other machines without TLS, if you trust that network")
 
     @property
     def pool(self) -> Pool:
@@ -65,13 +65,13 @@ class Processes(Crew):
         self.processes, self.store, self.files = processes, store, {}
 
     def __enter__(self):
-        # the workers stay for the next call: starting one costs seconds
+        # the workers wait for the next call, since starting one takes seconds
         start = dict(initializer=start_worker, initargs=(torch.get_num_threads(), os.getpid()))
         with _without_ctrl_c():
             self.executor = get_reusable_executor(self.processes, timeout=120, **start)
         self.open = contextlib.ExitStack()
         self.folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
-        # loky replaces a worker that has grown by 300 MB, with a warning: ours may grow, and nothing is lost
+        # loky restarts a worker whose memory has grown by 300 MB, with a warning; that is harmless here
         self.open.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="A worker was restarted")
         return self
@@ -97,14 +97,14 @@ class Processes(Crew):
 
 @contextlib.contextmanager
 def _without_ctrl_c():
-    """Block Ctrl-C in this thread for a while, and in the processes that it starts: they inherit the block.
+    """Block Ctrl-C in this thread, and in the processes that it starts meanwhile: they inherit the block.
 
-    A terminal sends Ctrl-C to all of them. A worker that is still importing would end with a traceback.
+    A terminal sends Ctrl-C to all of them, and a worker that is still importing would end with a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # if it started inside of the block, it would end the block
+    resource_tracker.ensure_running()  # if it started while Ctrl-C is blocked, it would unblock it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -113,11 +113,11 @@ def _without_ctrl_c():
 
 
 def _run(job, store: Store, phis: dict, progress: Path) -> None:
-    """One job in a process of this machine."""
+    """Run one job in a worker process of this machine."""
 
-    def tell(part, note):
+    def tell(fraction, note):
         with contextlib.suppress(OSError):
-            write(progress, json.dumps([part, note]))
+            write(progress, json.dumps([fraction, note]))
 
     run_with(job, store, phis, tell)
 
@@ -125,18 +125,18 @@ def _run(job, store: Store, phis: dict, progress: Path) -> None:
 def run_jobs(
     jobs: list, store: Store, pool: Pool, show: Callable[[float, float, str], None], failures: dict | None = None
 ) -> None:
-    """Run the jobs whose results the store lacks. `show(done, total, note)` gets the progress, in (parts of) jobs.
+    """Run the jobs whose results the store lacks. `show(done, total, note)` gets the progress, in jobs (fractional).
 
-    A job counts by its share of the whole `cost`, so the progress tells how long the rest will take. An exception in a
-    job stops all jobs, or is put into `failures` (by job) if that is given. Ctrl-C stops all jobs. What was finished is
-    in the store.
+    A job counts by its share of the total `cost`, so the progress shows how long the rest will take. An exception in a
+    job stops all jobs, or is put into `failures` (by job) if that is given. Ctrl-C stops all jobs. Finished results
+    stay in the store.
     """
     missing = {store.path(job.kind, job.spec()): job for job in jobs}
     missing = [job for path, job in missing.items() if not path.is_file()]
     if not missing:
         return
     count, whole = len(missing), sum(job.cost for job in missing)
-    weight = {job: count * job.cost / whole if whole else 1.0 for job in missing}  # count, together
+    weight = {job: count * job.cost / whole if whole else 1.0 for job in missing}  # in jobs: the weights sum to `count`
     finished = 0.0
     show(0, count, "")
     if not pool.cluster and (pool.processes == 1 or count == 1):
@@ -147,7 +147,7 @@ def run_jobs(
             finished += weight[job]
             show(finished if number < count else count, count, "")
         return
-    missing.sort(key=lambda job: -job.cost)  # else the longest may start last, and run alone
+    missing.sort(key=lambda job: -job.cost)  # longest first: started last, it would run alone at the end
     with pool.crew(store) as crew:
         job_of = {crew.submit(job): job for job in missing}
         waiting = set(job_of)
@@ -156,14 +156,14 @@ def run_jobs(
                 waiting, timeout=REFRESH, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                job = job_of.pop(future)  # forgotten, as its result may be large
+                job = job_of.pop(future)  # not kept: its result may be large
                 with _kept(job, failures):
                     crew.take(future)
                 finished += weight[job]
             states = {future: crew.state(future) for future in waiting}
             notes = dict.fromkeys(note for note in (crew.about, *(note for _, note in states.values())) if note)
-            parts = sum(part * weight[job_of[future]] for future, (part, _) in states.items())
-            show(finished + parts if waiting else count, count, "; ".join(notes))
+            partly = sum(fraction * weight[job_of[future]] for future, (fraction, _) in states.items())
+            show(finished + partly if waiting else count, count, "; ".join(notes))
 
 
 @contextlib.contextmanager

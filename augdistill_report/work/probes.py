@@ -1,4 +1,4 @@
-"""What a phi and a student do, measured without learning anything."""
+"""Measurements of a phi and a student, without any training."""
 
 import dataclasses
 
@@ -27,10 +27,10 @@ from augdistill_report.work.jobs import Job
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Job):
-    """The matching loss of a distilled phi on segments of its own, beside the identity's at the same alpha.
+    """The matching loss of a distilled phi on its own random segments, and that of the identity at the same alpha.
 
-    Of phi at one `moment` of its training (`stored_moments`), with the alpha that was learned by then, or another; a
-    policy with other `ranges` than it learned (`Policy.hold`), if there are any.
+    phi is taken at one `moment` of its training (`stored_moments`), with the alpha learned by then unless `alpha` is
+    given. `ranges`, if there are any, replace the learned ranges of a policy (`Policy.hold`).
     """
 
     distilled: Distillation
@@ -62,17 +62,20 @@ class Probe(Job):
 
 @torch.no_grad()
 def student_path(student: nn.Module, start: Tensor, phi, train: Split, alpha: float, steps: int, seed: int) -> Tensor:
-    """`[steps + 1, P]`: where a student goes from `start` in plain SGD steps of size `alpha` on all of phi(train)."""
-    x, index, noise, way = train.images, torch.arange(len(train)), seeded(seed, "path"), [start]
+    """The path `[steps + 1, P]` of a student from `start` by SGD steps of size `alpha` on all of phi(train).
+
+    No momentum; phi is redrawn each step.
+    """
+    x, index, noise, path = train.images, torch.arange(len(train)), seeded(seed, "path"), [start]
     for _ in range(steps):
         images = augmented(phi, x, train.labels, index, noise)
-        way.append(unroll(student, way[-1], [images], [train.labels], alpha))
-    return torch.stack(way)
+        path.append(unroll(student, path[-1], [images], [train.labels], alpha))
+    return torch.stack(path)
 
 
 @torch.no_grad()
 def phi_images(phi, split: Split, seed: int) -> Tensor:
-    """One draw of phi(x) for all images of a split that is phi's base set, `[n, C, H, W]`, without a gradient."""
+    """One draw of phi(x) `[n, C, H, W]` for all images of a split, which is phi's base set; without a gradient."""
     return augmented(phi, split.images, split.labels, torch.arange(len(split)), seeded(seed, "picture"))
 
 
@@ -80,12 +83,12 @@ def phi_images(phi, split: Split, seed: int) -> Tensor:
 def probe(
     phi, alpha: float, train: Split, experts: Trajectories, config: DistillConfig, segments: int, seed: int
 ) -> dict[str, list[float]]:
-    """What a student makes of phi(train) on `segments` random segments of the experts' ways, without learning anything.
+    """The matching loss and related measures on `segments` random trajectory segments, without training.
 
-    A list a measure, a value a segment: `loss` (the matching loss), `identity` (the same without phi at the same
-    alpha), `variance` (the part of `loss` that is noise, of phi and of the batches, as two independent draws tell:
-    E||end - E end||^2 in units of the distance), `change` (how far phi(x) is from x) and `spread` (how far two draws
-    are apart), both in sizes of x.
+    Lists of one value a segment: `loss` (the matching loss), `identity` (the loss without phi at the same alpha),
+    `variance` (the share of `loss` that is noise of phi and of the batches, E||end - E end||^2 divided by the squared
+    distance from start to target, estimated from two independent draws), `change` (the relative change of x,
+    ||phi(x) - x|| / ||x||) and `spread` (the same norm ratio for the difference of two draws).
     """
     config = dataclasses.replace(config, objective="trajectory")
     generator, identity = seeded(seed, "probe"), make_phi("identity", train.images, 1, 0)
@@ -101,10 +104,10 @@ def probe(
             draws.append(augmented(one, x, train.labels[base], base, own))
             fed, _ = draw_batches(one, None, train.images, train.labels, base, batches, config, "graph", own)
             ends.append(unroll(experts.student, start, fed, [train.labels[b] for b in batches], alpha))
-        plain = [float(matching_loss(end, target, start)) for end in ends]
+        losses = [float(matching_loss(end, target, start)) for end in ends]
         both = float(matching_loss(torch.stack(ends[:2]), target, start))
-        loss, size = (plain[0] + plain[1]) / 2, rms(x) or 1.0
-        values = (loss, plain[2], loss - both, rms(draws[0] - x) / size, rms(draws[0] - draws[1]) / size)
+        loss, size = (losses[0] + losses[1]) / 2, rms(x) or 1.0
+        values = (loss, losses[2], loss - both, rms(draws[0] - x) / size, rms(draws[0] - draws[1]) / size)
         for name, value in zip(names, values, strict=True):
             found[name].append(value)
     return found

@@ -1,4 +1,4 @@
-"""Progress of long work, readable in a notebook, a terminal and a log."""
+"""Shows the progress of long work in a notebook, a terminal or a log."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ LOG_EVERY = 15  # seconds between two lines of progress in a log
 
 
 class Line(contextlib.AbstractContextManager):
-    """One line of progress of a command: kept up to date in a terminal, printed every 15 s in a log."""
+    """A command's progress in one line: updated in place in a terminal, printed every 15 s in a log."""
 
     def __init__(self):
         self.live, self.last, self.start = sys.stderr.isatty(), -LOG_EVERY, time.monotonic()
@@ -25,9 +25,9 @@ class Line(contextlib.AbstractContextManager):
         self.clear()
 
     def count(self, what: str, done: float, total: float, note: str = "") -> None:
-        """Show `done` of `total`, and how long the rest will take."""
-        part = done / total
-        left = f", about {(time.monotonic() - self.start) * (1 - part) / part:.0f} s left" if part > 0.02 else ""
+        """Show `done` of `total`, and the estimated time left."""
+        share = done / total
+        left = f", about {(time.monotonic() - self.start) * (1 - share) / share:.0f} s left" if share > 0.02 else ""
         self.show(f"{done:.1f} of {total} {what}{left}" + (f" | {note}" if note else ""))
 
     def show(self, text: str) -> None:
@@ -43,10 +43,10 @@ class Line(contextlib.AbstractContextManager):
 
 
 class Progress:
-    """A progress bar in a notebook, which a saved notebook shows as one line; elsewhere a `Line`.
+    """A progress bar in a notebook (one line of text in a saved notebook); elsewhere a `Line`.
 
-    `augdistill report` cannot look into a running cell. It reads the same progress from a file, which it names in the
-    environment variable AUGDISTILL_PROGRESS.
+    `augdistill report` cannot see the output of a running cell. So the progress is also written to the file that the
+    environment variable AUGDISTILL_PROGRESS names.
     """
 
     def __init__(self, what: str):
@@ -57,7 +57,7 @@ class Progress:
         from IPython import get_ipython
         from IPython.display import display
 
-        if self.handle is None and get_ipython() is not None:  # not before: finished work shows nothing
+        if self.handle is None and get_ipython() is not None:  # created only now: finished work shows nothing
             self.handle = display({"text/plain": self.what}, raw=True, display_id=True)
         now = time.monotonic()
         if now - self.last < REFRESH and done < total:

@@ -1,7 +1,7 @@
-"""What a number depends on beside its settings: the source of the code, versions, the machine, the commit.
+"""What a number depends on besides its settings: the source code, the versions, the machine, the commit.
 
-A stored result depends on the source of the modules that its own work imports, found from the imports themselves, one
-after the other (`imported`). Comments, docstrings and layout are left out, so editing them makes nothing anew.
+A stored result depends on the source of the modules that its job imports, directly or not (`Sources.imported`).
+Comments, docstrings and layout do not count, so editing them repeats no work.
 """
 
 import ast
@@ -25,14 +25,14 @@ CODE = [*PACKAGES, "notebooks", "pyproject.toml"]
 
 
 def read_sources(root: Path) -> dict[str, str]:
-    """The source of every module of ours below `root`, by its dotted name."""
+    """The source of every module of this project below `root`, by its dotted name."""
     files = [file for package in PACKAGES for file in [root / package, *sorted((root / package).rglob("*.py"))]]
     names = {file: file.relative_to(root).with_suffix("").parts for file in files if file.suffix == ".py"}
     return {".".join(p for p in parts if p != "__init__"): file.read_text("utf-8") for file, parts in names.items()}
 
 
 class Sources:
-    """The modules of ours, as they were when this was made: what each imports, and digests of what they say."""
+    """The project's modules, read when this is created: what each imports, and digests of their source."""
 
     def __init__(self, root: Path):
         self.text = read_sources(root)
@@ -41,7 +41,7 @@ class Sources:
         self.imported = functools.cache(self._imported)
 
     def _tree(self, module: str) -> ast.Module:
-        """A module without what does not run: docstrings, and imports for type checkers."""
+        """A module's syntax tree without what does not run: docstrings, and imports for type checkers."""
         tree = ast.parse(self.text[module])
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
@@ -53,7 +53,7 @@ class Sources:
         return tree
 
     def defined_in(self, module: str, name: str) -> str:
-        """The module that a name of a module comes from, where that only hands it on (as `augdistill_core` does)."""
+        """The module that defines `name`, if `module` only re-exports it (as `augdistill_core` does)."""
         for node in self.tree(module).body:
             if isinstance(node, ast.ImportFrom) and node.module in self.text:
                 for alias in node.names:
@@ -63,7 +63,7 @@ class Sources:
         return module
 
     def imports(self, module: str) -> set[str]:
-        """The modules of ours that a module imports itself, at its top or later."""
+        """The project's modules that a module imports directly, at its top or in a function."""
         found = set()
         for node in ast.walk(self.tree(module)):
             if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ class Sources:
         return found - {module}
 
     def _imported(self, module: str) -> frozenset[str]:
-        """The module itself, and all of ours that it imports, directly or not."""
+        """The module itself, and all of the project's modules that it imports, directly or not."""
         found, left = set(), [module]
         while left:
             if (name := left.pop()) not in found:
@@ -84,25 +84,25 @@ class Sources:
         return frozenset(found)
 
     def _digest(self, *modules: str) -> str:
-        """A digest of the source of all that these modules import (of everything, without any), and of torch."""
+        """A digest of the source of these modules and all that they import (no modules: of all), and of torch."""
         names = sorted(frozenset().union(*map(self.imported, modules)) if modules else self.text)
         content = {name: hashlib.sha256(ast.dump(self.tree(name)).encode()).hexdigest() for name in names}
         return digest({"torch": torch.__version__, "modules": content})
 
 
-SOURCES = Sources(ROOT)  # read at once: of the code that this process has imported
+SOURCES = Sources(ROOT)  # read at import, so that it is the code that this process runs
 
 
 # --- phis -------------------------------------------------------------------------------------------------------------
 
 
 def phi_modules(phi: str) -> list[str]:
-    """The modules of ours in which a phi (or each phi of a chain) is defined."""
+    """The project's modules that define a phi (or each phi of a chain)."""
     return sorted({origin(build)[0] for build in builders(phi) if is_ours(build)})
 
 
 def own_source(phi: str) -> str:
-    """The source of what a user registered for this phi, whole files; "" for those of the zoo."""
+    """The source (whole files) of a user's own phi; "" for a phi of this project."""
     return "".join(source_of(build) for build in builders(phi) if not is_ours(build))
 
 
@@ -113,7 +113,7 @@ def source_of(build) -> str:
             return Path(file).read_text(encoding="utf-8")
         return inspect.getsource(build)
     except (OSError, TypeError):
-        return repr(build)  # holds an address: found again in this process only, never mistaken for another
+        return repr(build)  # holds a memory address: valid in this process only, never equal to another phi's
 
 
 # --- versions and the commit ------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def versions(device: str) -> dict:
 
 
 def git(*arguments: str) -> str:
-    """What git says of this clone; "" without git or outside a clone."""
+    """The output of a git command on this clone; "" without git or outside a clone."""
     try:
         out = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -135,7 +135,7 @@ def git(*arguments: str) -> str:
 
 
 def environment(device: str) -> dict:
-    """What a number depends on beside its settings: versions, the machine, and the last commit that touched code."""
+    """What a number depends on besides its settings: versions, the machine, and the last commit that changed code."""
     return {
         **versions(device),
         "numpy": np.__version__,

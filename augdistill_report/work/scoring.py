@@ -1,4 +1,4 @@
-"""Scoring a method: fresh students, trained on what it makes of a subset, judged on images that nobody trained on."""
+"""Scores a method: trains fresh students on a subset with it, and tests them on images that nothing was trained on."""
 
 import dataclasses
 import functools
@@ -33,60 +33,74 @@ from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.setup import Setup, public_name
 from augdistill_report.work.students import STUDENTS, accuracy_of
 
-if TYPE_CHECKING:  # handed in: what it was made with is part of its own digest
+if TYPE_CHECKING:  # an argument: its own digest holds what it depends on
     from augdistill_report.work.distillation import Distillation
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Config):
-    """How a method is scored: fresh students trained on its images by SGD, the step size x0.1 halfway (MTT).
+    """How a method is scored: fresh students trained on its images by SGD, with the step size x0.1 halfway (MTT).
 
-    MTT's protocol is eval_epochs 1000, eval_batch 256, eval_lr 0 and eval_augment dsa; DC-Bench's the same with
-    eval_lr .01. (Both codes train one epoch more, and drop the step size, and the momentum with it, two epochs later.)
+    MTT's protocol is eval_epochs 1000, eval_batch 256, eval_lr 0 and eval_augment dsa. DC-Bench's is the same with
+    eval_lr .01. (Both codes train one epoch more. They drop the step size, and reset the momentum, two epochs later.)
     """
 
-    eval_students: int = knob(5, "fresh students, each with a seed of its own", low=2)
-    eval_steps: int = knob(300, "SGD steps of each", low=2)
-    eval_epochs: int = knob(0, "their passes over the images instead; 0 = as many steps as eval_steps", low=0)
-    eval_batch: int = knob(64, "images a step (all, if there are fewer)", low=1)
-    eval_lr: float = knob(0.02, "SGD step size; 0 = the alpha that phi learned (plain images: alpha)", low=0)
+    eval_students: int = knob(5, "fresh students, each with its own seed", low=2)
+    eval_steps: int = knob(300, "SGD steps of each student", low=2)
+    eval_epochs: int = knob(0, "epochs of each student, instead of eval_steps; 0 = use eval_steps", low=0)
+    eval_batch: int = knob(64, "images in a batch (all, if there are fewer)", low=1)
+    eval_lr: float = knob(
+        0.02, "SGD step size; 0 = the alpha that phi learned (without a phi: the setting alpha)", low=0
+    )
     eval_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     eval_decay: float = knob(5e-4, "weight decay", low=0)
     eval_patience: int = knob(
         0,
-        "how often eval_steps more may fail to improve the validation accuracy before the step size falls, and again "
-        "before training ends, with the best student; 0 = eval_steps (or eval_epochs) are all",
+        "early stopping: rounds of eval_steps without a better validation accuracy until the step size falls to a "
+        "tenth, and as many again until training ends, with the best student; 0 = off",
         low=0,
     )
-    eval_student: str = knob("convnet", "which students: the experts' own, or others", choices=("convnet", *STUDENTS))
+    eval_student: str = knob(
+        "convnet", "the students' architecture: the experts' ConvNet, or another", choices=("convnet", *STUDENTS)
+    )
     eval_augment: str = knob(
         "none",
-        "augmentation after phi in every step, or kornia:NAME(key=value)",
+        "augmentation after phi, redrawn each step, or kornia:NAME(key=value)",
         choices=Choices("eval_augment", (*AUGMENTATIONS, "instaaug")),
     )
-    eval_magnitude: int = knob(9, "its magnitude, where it is randaugment", low=0, high=30)
+    eval_magnitude: int = knob(9, "RandAugment's magnitude, if eval_augment is randaugment", low=0, high=30)
     eval_augment_probability: float = knob(
-        1.0, "part of the images that it is applied to, drawn in every step, unless it is instaaug", low=0, high=1
+        1.0,
+        "fraction of the images that it is applied to, redrawn each step; not for instaaug",
+        low=0,
+        high=1,
     )
-    eval_reward: float = knob(1.0, "times its rewards for wide ranges, where it is instaaug", low=0)
-    eval_labels: str = knob("hard", "the images' own, or what the experts say of them", choices=("hard", "soft"))
+    eval_reward: float = knob(1.0, "factor of InstaAug's reward for wide ranges, if eval_augment is instaaug", low=0)
+    eval_labels: str = knob(
+        "hard", "hard = the images' own labels, soft = the experts' mean probabilities", choices=("hard", "soft")
+    )
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
-    phi_probability: float = knob(1.0, "part of the images that phi is applied to, drawn in every step", low=0, high=1)
+    phi_probability: float = knob(
+        1.0, "fraction of the images that phi is applied to, redrawn each step", low=0, high=1
+    )
 
     def steps(self, images: int) -> int:
-        """How many steps a student takes on so many images."""
+        """The number of a student's SGD steps on a subset of so many images."""
         return self.eval_epochs * -(-images // self.eval_batch) or self.eval_steps
 
 
-CONTROLS = {"stored": Stored, "added": Added}  # a part of what phi does, by the name that an `Evaluation` has for it
+CONTROLS = {
+    "stored": Stored,
+    "added": Added,
+}  # controls that keep only one effect of phi, by their name in `Evaluation.only`
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Job):
-    """Fresh students trained on a subset, through a distilled phi or (None) plainly, and their validation accuracy.
+    """Fresh students trained on a subset, through a distilled phi or (None) without it, and their validation accuracy.
 
-    `only` "stored": through nothing but what phi makes of a blank image (`Stored`); "added": through what it adds to
-    each image, without the image (`Added`). What the students are worth on the test split, only a `Score` says.
+    `only` "stored" trains them only on phi(blank image) (`Stored`), "added" only on what phi adds to each image,
+    without the image (`Added`). Their test accuracy is measured by a `Score` alone.
     """
 
     subset: Subset
@@ -105,9 +119,9 @@ class Evaluation(Job):
     def __post_init__(self):
         if self.only not in (("", *CONTROLS) if self.distilled else ("",)):
             controls = " or ".join(map(repr, CONTROLS))
-            raise ValueError(f"only={self.only!r}: must be empty, or {controls} beside a distilled phi")
+            raise ValueError(f"only={self.only!r}: must be empty, or {controls} with a distilled phi")
         if not (self.config.eval_lr or self.distilled):
-            raise ValueError("eval_lr=0.0: must be above 0 for plain images, which have learned no step size")
+            raise ValueError("eval_lr=0.0: must be above 0 without a phi, since no step size was learned")
         if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
             ours, its = (", ".join(map(str, images_of(s))) for s in (self.setup, self.distilled.setup))
             raise ValueError(f"phi {self.distilled.phi!r} was trained on {its}: not for {ours} (dataset, size, zca)")
@@ -126,7 +140,7 @@ class Evaluation(Job):
         return build(self.data.shape[0], len(self.data.classes), self.setup.size).to(self.setup.device)
 
     def phi(self, store: Store) -> Applied | None:
-        """The distilled phi as students meet it: so strongly, so often, or but a part of what it does."""
+        """The distilled phi as students are trained with it: with strength, probability and control (`only`)."""
         if self.distilled is None:
             return None
         phi = self.distilled.stored_phi(store).phi
@@ -134,7 +148,7 @@ class Evaluation(Job):
         return Applied(phi, self.config.phi_strength, self.config.phi_probability)
 
     def augment(self) -> Applied | None:
-        """The augmentation after phi as students meet it; None where there is none, or one that learns with them."""
+        """The augmentation after phi, with its probability; None if there is none, or if it learns with students."""
         c = self.config
         known = None if c.eval_augment == "instaaug" else augmentation(c.eval_augment, self.data, c.eval_magnitude)
         return known and Applied(known, probability=c.eval_augment_probability)
@@ -145,7 +159,7 @@ class Evaluation(Job):
         return states, {"validation": found}
 
     def trained(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
-        """The students, and the validation accuracy of each."""
+        """The trained students, and the validation accuracy of each, in [0, 1]."""
         data, config = self.data, self.config
         if not config.eval_lr:
             config = dataclasses.replace(config, eval_lr=learned_step_size(self.distilled, store))
@@ -164,7 +178,7 @@ class Evaluation(Job):
         return stop["kind"] if stop else ""
 
     def students(self, store: Store, tick: Tick) -> tuple[list[torch.nn.Module], list[float]]:
-        """The same; those that a choice has stored, or trained now and not stored (they may be large)."""
+        """The same, loaded if `Run.choose` has stored them; else trained now, and not stored since they are large."""
         if not store.has(self.kind, self.spec()):
             return self.trained(store, tick)
         tensors, meta = self.stored(store)
@@ -174,7 +188,7 @@ class Evaluation(Job):
 
 
 def learned_step_size(distilled: "Distillation", store: Store) -> float:
-    """alpha, which the students take where eval_lr is 0; a `ValueError` if it is no step size."""
+    """The learned alpha, the students' step size if eval_lr is 0; a `ValueError` if it is not above 0."""
     alpha = distilled.stored_phi(store).alpha
     if not alpha > 0:
         raise ValueError(f"eval_lr=0: phi {distilled.phi!r} learned alpha {alpha:g}, must be above 0; set eval_lr")
@@ -182,13 +196,13 @@ def learned_step_size(distilled: "Distillation", store: Store) -> float:
 
 
 def images_of(setup: Setup) -> tuple:
-    """What images a phi takes in this setup."""
+    """What determines the images in a setup: the data set's name, the size, and whether they are whitened."""
     return public_name(setup.dataset), setup.size, setup.zca
 
 
 @dataclasses.dataclass(frozen=True)
 class Score(Job):
-    """The last scoring: what an evaluation's students are worth on the test split, which nothing else opens."""
+    """The test accuracy of an evaluation's students. Nothing else opens the test split."""
 
     evaluation: Evaluation
 
@@ -219,17 +233,17 @@ def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
 
 
-MAX_LOOKS = 20  # times eval_steps that a student with patience takes at most
+MAX_LOOKS = 20  # rounds of eval_steps, at most, of a student with patience
 
 
 class Patience:
-    """Ends a training that stops improving: the step size falls to a tenth, and then it is over; the best is kept."""
+    """Early stopping: without improvement the step size falls to a tenth, then training ends with the best model."""
 
     def __init__(self, patience: int):
         self.patience, self.factor, self.best, self.state, self.failed, self.looks = patience, 1.0, -1.0, {}, 0, 0
 
     def is_over(self, model: nn.Module, accuracy: float) -> bool:
-        """Whether training is over, now that the model has reached this accuracy."""
+        """Whether training ends, given the model's current validation accuracy."""
         self.looks += 1
         if accuracy > self.best:
             self.best, self.failed = accuracy, 0
@@ -252,13 +266,14 @@ def train_student(
     teacher=None,
     validation: Split | None = None,
 ) -> nn.Module:
-    """One fresh student, trained on augment(phi(images)), both redrawn in every step; in its evaluation mode.
+    """One fresh student, trained on augment(phi(images)), both redrawn each step; returned in evaluation mode.
 
-    `phi` None trains on the images themselves. The step size falls to a tenth halfway, or as `config.eval_patience`
-    says, by accuracy on the `validation` split. One `seed` (path) gives the same initialisation, batches and
-    augmentations for every phi, so that methods are compared in pairs. With a `teacher` the labels are what it says of
-    each image that is fed (Qin et al. 2024). An augmentation that learns (`InstaAug`) learns along. A phi or an
-    augmentation that changes the shape or returns what is not finite is a `ValueError` that names it.
+    `images` are `[n, C, H, W]`, `labels` `[n]`. `phi` None trains on the images themselves. The step size falls to a
+    tenth halfway, or by early stopping on the `validation` split (`config.eval_patience`). The same `seed` (a path)
+    gives the same initialisation, batches and augmentations for every phi, so that methods are compared in pairs. With
+    a `teacher` the labels are its probabilities for each augmented image (Qin et al. 2024). An augmentation that learns
+    (`InstaAug`) is trained with the student. A `ValueError` names a phi or an augmentation that changes the images'
+    shape or returns values that are not finite.
     """
     generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
     start = initial_parameters(student, generator).to(images)
@@ -302,7 +317,7 @@ def train_student(
 
 
 def name_of(method) -> str:
-    """What a phi or an augmentation is called in a message."""
+    """The name of a phi or an augmentation for a message."""
     return type(getattr(method, "phi", method)).__name__
 
 
@@ -319,11 +334,11 @@ def evaluate(
     teacher=None,
     on_student=None,
 ) -> tuple[list[nn.Module], list[float]]:
-    """`config.eval_students` students trained on phi(train), and the accuracy of each on the validation split.
+    """`config.eval_students` students trained on phi(train), and the validation accuracy of each, in [0, 1].
 
-    `augment` is applied after phi; `config.eval_augment` is the caller's to look up, since it may depend on the data,
-    and so is the `teacher` for `config.eval_labels`. In its place `learner(images, seed)` builds an augmentation that
-    learns, one for each student.
+    `augment` is applied after phi. The caller builds it from `config.eval_augment`, and the `teacher` for
+    `config.eval_labels`, since both may depend on the data. Instead of `augment`, `learner(images, seed)` builds an
+    augmentation that learns, one for each student. `on_student(count)` is called after each student.
     """
     images, labels, models = train.images, train.labels, []
     for k in range(config.eval_students):

@@ -1,4 +1,4 @@
-"""One folder for the temporary files of a command and of all processes that it starts, whatever library makes them."""
+"""One folder for the temporary files of a command and of all processes that it starts, from any library."""
 
 import contextlib
 import getpass
@@ -19,8 +19,8 @@ OWNER = "owner.lock"  # held by a folder's command while it runs
 def scratch() -> Iterator[Path]:
     """Make a new folder the TMPDIR of this process and of those that it starts; remove it at the end.
 
-    Folders that killed commands left are removed first. The lock tells whether a command still runs, and not the
-    process id in the folder's name: the system uses ids again, and two containers may share a TMPDIR.
+    Folders that killed commands left are removed first. A lock shows whether a command still runs. The process id in
+    the folder's name could not: the system reuses ids, and two containers may share a TMPDIR.
     """
     outer = Path(tempfile.gettempdir())
     remove_abandoned(outer)
@@ -28,7 +28,7 @@ def scratch() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=outer))
     try:
         with FileLock(folder / OWNER):
-            # what torch compiles is worth keeping: where it would be without this folder
+            # keep torch's compiled code where it would be without this folder
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(outer / f"torchinductor_{getpass.getuser()}"))
             os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
             yield folder
@@ -43,7 +43,7 @@ def scratch() -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder in which processes that are ending may still write: for two seconds at most."""
+    """Remove a folder, with retries for two seconds: ending processes may still write to it."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -52,8 +52,8 @@ def remove(folder: Path) -> None:
 
 
 def remove_abandoned(outer: Path) -> None:
-    """Remove the folders in `outer` whose commands have ended without removing them (they were killed)."""
+    """Remove the folders in `outer` that killed commands left behind."""
     for folder in outer.glob(f"{PREFIX}[0-9]*"):
-        # refused: another user's, or of a command that still runs
+        # suppressed: the folder is another user's, or its command still runs
         with contextlib.suppress(OSError, Timeout), FileLock(folder / OWNER, timeout=0):
             remove(folder)

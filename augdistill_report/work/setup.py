@@ -1,4 +1,4 @@
-"""The setup of a result: the data, the student, the experts, the machine."""
+"""`Setup`: the data, the student, the experts and the machine of a result."""
 
 import dataclasses
 import functools
@@ -11,54 +11,54 @@ from augdistill_report.files.expert_files import FLOATS, SETUP_KEYS, ExpertFile,
 
 
 def absolute(path: str) -> str:
-    """The absolute form of a path, which means the same in every folder; "" stays ""."""
+    """The absolute form of a path, valid in every working directory; "" stays ""."""
     return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def public_name(dataset: str) -> str:
-    """A data set's name for publication: of `folder:PATH` only the folder's own name, since the path may be private."""
+    """A data set's name for publication: for `folder:PATH` only the folder's name, since the path may be private."""
     kind, colon, path = dataset.partition(":")
     return kind + colon + Path(path).name
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(ExpertConfig):
-    """What a result was made with: the data, the student, the experts, the machine."""
+    """The data, the student, the experts and the machine of a result."""
 
-    dataset: str = knob("digits", "which data: any name in DATASETS, or folder:PATH")
+    dataset: str = knob("digits", "the data set: a name in DATASETS, or folder:PATH")
     data: str = knob("", "the folder that holds the data set; empty = look in AUGDISTILL_DATA, then in the cache")
     size: int = knob(16, "images are size x size pixels", low=4, high=256)
     zca: bool = knob(False, "images are ZCA-whitened (eps .1, fit on the training split), not standardised")
     width: int = knob(32, "channels of each of the student's convolutions", low=1)
-    depth: int = knob(2, "blocks of the student, each a convolution that ends in 2x2 pooling", low=1)
+    depth: int = knob(2, "blocks of the student, each a convolution, InstanceNorm, ReLU and 2x2 pooling", low=1)
     expert_augment: str = knob(
         "none",
         "augmentation that the experts are trained with, or kornia:NAME(key=value)",
         choices=Choices("expert_augment", AUGMENTATIONS),
     )
-    expert_float: str = knob("float32", "the number type of the experts' parameters on disk", choices=tuple(FLOATS))
-    experts_at_once: int = knob(0, "how many experts train together on one GPU; 0 = all", low=0)
-    expert_files: str = knob("", "a folder of experts to use instead of training them")
+    expert_float: str = knob("float32", "number type of the experts' parameters on disk", choices=tuple(FLOATS))
+    experts_at_once: int = knob(0, "experts that train together on one GPU; 0 = all", low=0)
+    expert_files: str = knob("", "a folder with trained experts to use; empty = train them")
     augment: str = knob(
         "none",
         "differentiable augmentation after phi in the unroll (MTT's A), or kornia:NAME(key=value)",
         choices=Choices("augment", DIFFERENTIABLE, differentiable=True),
     )
-    seed: int = knob(0, "the seed of everything random", low=0)
+    seed: int = knob(0, "the seed of all random numbers", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
-    threads: int = knob(1, "CPU threads of each process (another number rounds differently)", low=1, high=1024)
+    threads: int = knob(1, "CPU threads of each process (another number changes the rounding)", low=1, high=1024)
 
     def __post_init__(self):
         super().__post_init__()
         check_name(self.dataset)
-        # absolute, since a notebook runs in another folder
+        # absolute, since a notebook runs in another working directory
         name, colon, path = self.dataset.partition(":")
         object.__setattr__(self, "dataset", name + colon + absolute(path))
         object.__setattr__(self, "data", absolute(self.data))
         object.__setattr__(self, "expert_files", absolute(self.expert_files))
 
     def load(self, whiten: bool = True) -> Dataset:
-        """The data set; with `whiten` ZCA-whitened if the setting `zca` says so, which can take a minute."""
+        """The data set; with `whiten` it is ZCA-whitened if the setting `zca` is on, which can take a minute."""
         return load_data(self.dataset, self.size, self.data, self.device, self.zca and whiten)
 
     def student(self, data: Dataset) -> ConvNet:
@@ -66,7 +66,7 @@ class Setup(ExpertConfig):
         return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
 
     def expert_key(self) -> dict:
-        """The settings that an expert's file must share to be used here, with the data set by its content."""
+        """The settings that an expert's file must share to be used here. The data set is named by its fingerprint."""
         return {key: getattr(self, key) for key in SETUP_KEYS} | {"dataset": self.load(whiten=False).fingerprint}
 
     def snapshots(self) -> int:

@@ -1,29 +1,29 @@
-"""Numbers that say how sure they are: means with their deviation and n, and how a person reads them."""
+"""Means with standard deviation, n and confidence interval, and their form in texts and tables."""
 
 import dataclasses
 
 import numpy as np
 
-BASELINE = "no augmentation"  # the label of what every gain is over
+BASELINE = "no augmentation"  # the label of the method that every gain is measured from
 
 
 def summary(values: list[float]) -> dict:
-    """Mean, standard deviation (n - 1 in the denominator; None for one value), n, and the values, in their order."""
+    """`mean`, `std` (n - 1 in the denominator; None for one value), `n`, and the `values` in their order."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "n": len(values), "values": values}
 
 
 def tenths(history: list[dict]) -> list[float]:
-    """The mean loss over the first and over the last tenth of a run."""
+    """The mean loss over the first and over the last tenth of a run's iterations, [first, last]."""
     tenth = max(1, len(history) // 10)
-    return [float(np.mean([r["loss"] for r in part])) for part in (history[:tenth], history[-tenth:])]
+    return [float(np.mean([r["loss"] for r in records])) for records in (history[:tenth], history[-tenth:])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """Test accuracies in [0, 1], one a student; those on the validation split are for choosing.
+    """Test accuracies in [0, 1], one a student, and validation accuracies, which are used to choose options.
 
-    `stopped` is the kind of `Stop` that ended the training of their phi early, "" for none: the text shows it.
+    `stopped` is the kind of `Stop` that ended the training of their phi early, or "". `str` shows it.
     """
 
     test: list[float]
@@ -43,21 +43,21 @@ class Accuracy:
         return f"{mean_and_std([100 * v for v in self.test])} %{stop_mark(self.stopped)}"
 
     def numbers(self) -> dict:
-        """The `summary` of the test accuracies, and `stopped`, if it did."""
+        """The `summary` of the test accuracies, with `stopped` if the run stopped early."""
         return summary(self.test) | ({"stopped": self.stopped} if self.stopped else {})
 
     def __sub__(self, other: "Accuracy") -> dict:
-        """The `summary` of the differences, student by student: each pair shares initialisation and batches."""
+        """The `summary` of the paired differences: the two students of a pair share initialisation and batches."""
         return summary([a - b for a, b in zip(self.test, other.test, strict=True)])
 
 
 def stop_mark(stopped) -> str:
-    """What follows a row's name or number if its run stopped early (a `Stop`, or its kind); "" if it did not."""
+    """The text after a row's name or number if its run stopped early (a `Stop`, or its kind); else ""."""
     return f" (stopped: {getattr(stopped, 'kind', stopped)})" if stopped else ""
 
 
 def outcomes(results: dict) -> list[dict]:
-    """Rows for `markdown_table`: a `Distilled` each, with its loss (means over tenths), alpha, why it stopped."""
+    """Rows for `markdown_table`, one a `Distilled`: its loss (means over tenths), its alpha, and why it stopped."""
     return [
         {"": name, "loss, first to last tenth": tenths(r.history), "alpha": r.alpha, "stopped": str(r.stopped or "")}
         for name, r in results.items()
@@ -72,7 +72,7 @@ def mean_and_std(values: list[float], form: str = ".1f", std_form: str = "") -> 
 
 
 def shown(value) -> str:
-    """A result as a person reads it."""
+    """A result as text for a table: accuracies in %, numbers with four digits."""
     if value is None or value != value:
         return "not finite"
     if isinstance(value, dict) and "mean" in value:
@@ -88,15 +88,15 @@ def shown(value) -> str:
 
 
 def brief(value, most: int = 400) -> str:
-    """The same, cut where it goes on for pages, as a whole study's cells do."""
+    """`shown`, cut to at most `most` characters: the cells of a study would fill pages."""
     text = str(shown(value))
     return text if len(text) <= most else f"{text[:most].rpartition(', ')[0]} ... (all of it is in the file)"
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """A Markdown table: a line a row, a column a key; "" where a row lacks a key. True is a dot, a number is `shown`.
+    """A Markdown table with a line a row and a column a key; "" where a row lacks a key. True is a dot.
 
-    What has several lines or a bar stays in its cell. The one place where Markdown tables are written.
+    Other values are `shown`. Line breaks and bars in a value do not break the table. All Markdown tables are made here.
     """
     head = list(dict.fromkeys(key for row in rows for key in row))
 
@@ -109,20 +109,20 @@ def markdown_table(rows: list[dict]) -> str:
     return "\n".join([first, "|---" * len(head) + "|", *others]) + "\n"
 
 
-# --- what a sweep found: cells ----------------------------------------------------------------------------------------
+# --- the cells of a sweep ---------------------------------------------------------------------------------------------
 
 
 def level(value) -> float | None:
-    """A number that a table can average: itself, or the mean of a summary; None for anything else."""
+    """The number that a table averages: a number itself, or the mean of a `summary`; None for anything else."""
     if isinstance(value, dict) and "mean" in value:
         return value["mean"]
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def over_seeds(cells: list[dict]) -> dict[tuple[str, ...], list[dict]]:
-    """The cells that differ in their seed alone, in the order of their seeds.
+    """The cells grouped so that those of a group differ only in their seed; in the order of their seeds.
 
-    By (panel, row, and where the grid has other axes than the seed "key value" for each).
+    The keys are (panel, row), followed by "key value" for each other axis of the grid.
     """
     groups: dict[tuple[str, ...], list[dict]] = {}
     for cell in cells:
@@ -132,9 +132,9 @@ def over_seeds(cells: list[dict]) -> dict[tuple[str, ...], list[dict]]:
 
 
 def row_label(row: tuple[str, ...]) -> str:
-    """A row of a grid, (panel, name, "axis value" ...), in words; without its panel where that is empty."""
+    """The label of a grid's row (panel, name, "axis value" ...); an empty panel is left out."""
     panel, *rest = row
-    name = ", ".join(part for part in rest if part) or "all"
+    name = ", ".join(filter(None, rest)) or "all"
     return f"{panel}: {name}" if panel else name
 
 
@@ -142,7 +142,7 @@ def row_label(row: tuple[str, ...]) -> str:
 
 
 def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
-    """The accuracies of each method: the students of all repetitions together."""
+    """The accuracies of each method, the students of all repetitions pooled."""
     methods: dict[str, list[Accuracy]] = {}
     for (method, _), score in scores.items():
         methods.setdefault(method, []).append(score)
@@ -158,7 +158,10 @@ def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A mean difference in accuracy: `half` of its 95 % interval (None for one value), and what it is `over`."""
+    """A mean difference in accuracy, in [-1, 1], with the half-width of its 95 % interval (None for one value).
+
+    `over` says what n counts ("5 repetitions").
+    """
 
     mean: float
     half: float | None
@@ -170,15 +173,15 @@ class Difference:
         return self.half is not None and abs(self.mean) > self.half
 
     def __str__(self):
-        """In points of accuracy."""
+        """The difference in percentage points."""
         return f"{100 * self.mean:+.1f} " + ("(n = 1)" if self.half is None else f"± {100 * self.half:.1f}")
 
 
 def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Difference:
-    """How much better a method is than another, with its 95 % interval (Student's t).
+    """The mean accuracy of `method` minus that of `other`, with its 95 % interval (Student's t).
 
-    Over repetitions, where there are several (students of one repetition share images, experts and phi); else over
-    students.
+    n counts repetitions if there are several, since students of one repetition share images, experts and phi. With one
+    repetition n counts its students.
     """
     from scipy import stats  # takes a second to import
 
@@ -190,9 +193,9 @@ def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Differ
     return Difference(float(np.mean(values)), half, f"{n} {of if n > 1 else of.removesuffix('s')}")
 
 
-GAIN = f"gain over {BASELINE} (points, 95 % CI)"  # the head of a table's column
+GAIN = f"gain over {BASELINE} (points, 95 % CI)"  # the title of a table's column
 
 
 def gain(scores: dict[tuple, Accuracy], method: str, baseline: str) -> str:
-    """What a method adds to the baseline, in points with the 95 % interval; "" for the baseline itself."""
+    """The gain of a method over the baseline in points, with its 95 % interval; "" for the baseline itself."""
     return "" if method == baseline else str(difference(scores, method, baseline))

@@ -1,6 +1,6 @@
-"""Students of other architectures, to ask whether what phi learned carries over: `STUDENTS` names them.
+"""Students of other architectures (`STUDENTS`), to test whether a phi helps them, too.
 
-They are trained and scored only (`eval_student`); experts and unrolls keep the ConvNet.
+They are used only for scoring (`eval_student`). Experts and unrolls use the ConvNet.
 """
 
 import itertools
@@ -15,20 +15,20 @@ from augdistill_report.data.datasets import Split
 
 @torch.no_grad()
 def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
-    """The fraction of `split` that `student` with parameters `theta` `[P]` classifies right.
+    """The fraction of `split`, in [0, 1], that `student` with parameters `theta` `[P]` classifies correctly.
 
-    An image with a logit that is not finite counts as wrong: `argmax` would take it for one of the first class.
+    An image with a logit that is not finite counts as wrong: `argmax` would return the first class.
     """
     pieces = unflatten(student, theta)
     right = 0
-    for part in split.batches(512):
-        logits = logits_of(student, pieces, part.images)
-        right += int(((logits.argmax(1) == part.labels) & logits.isfinite().all(1)).sum())
+    for batch in split.batches(512):
+        logits = logits_of(student, pieces, batch.images)
+        right += int(((logits.argmax(1) == batch.labels) & logits.isfinite().all(1)).sum())
     return right / len(split)
 
 
 def accuracy_of(model: nn.Module, split: Split) -> float:
-    """The `accuracy` of a model with its own parameters."""
+    """The `accuracy` of a model with its own parameters, in [0, 1]."""
     return accuracy(model, flatten(model.parameters()).detach(), split)
 
 
@@ -40,7 +40,7 @@ def mlp(channels: int, classes: int, size: int) -> nn.Module:
 
 
 def lenet(channels: int, classes: int, size: int) -> nn.Module:
-    """LeNet-5 with ReLU and max pooling; both convolutions padded, so that it takes small images."""
+    """LeNet-5 with ReLU and max pooling. Both convolutions are padded, so that it takes small images."""
     features = [nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
     features += [nn.Conv2d(6, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
     head = [nn.Linear(16 * (size // 4) ** 2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)]

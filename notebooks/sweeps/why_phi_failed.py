@@ -1,4 +1,4 @@
-"""Phis that only the study needs: those of the zoo with one thing taken away. why_phi_failed.yaml names this file."""
+"""Phis for the study only: those of the zoo with one component removed. why_phi_failed.yaml names this file."""
 
 import torch
 
@@ -27,7 +27,7 @@ def wide(images, classes):
 
 @register_phi("unet_bare")
 class BareUNet(UNet):
-    """The U-Net with noise, without the skip; its last layer starts at random, since zero would be a blank image."""
+    """The U-Net with noise, without the skip; its last layer starts at random, since zero would give blank images."""
 
     starts_as_identity = False
 
@@ -41,7 +41,7 @@ class BareUNet(UNet):
 
 @register_phi("shake")
 class Shake(Phi):
-    """x plus white noise, of which the size is learned: a phi that can do nothing but be random."""
+    """x plus white noise with a learned standard deviation: a phi that is nothing but random."""
 
     stochastic = True
 
@@ -54,7 +54,7 @@ class Shake(Phi):
 
 
 class Cut(torch.nn.Module):
-    """A phi with the graph cut behind it, as in the student report's first runs."""
+    """A phi whose output is detached from the graph, as in the student report's first runs."""
 
     def __init__(self, phi):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The explorer without a browser: what it finds and shows, what training in the background comes to, bad input."""
+"""The explorer without a browser: what it finds and shows, training in the background, wrong and hostile input."""
 
 import gc
 import io
@@ -33,7 +33,7 @@ def run_in(folder: Path, name: str = "smoke", **changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that holds trained phis: that of notebook 03, some by other settings, and the pixels of notebook 02."""
+    """A run with trained phis: that of notebook 03, some with other settings, and the pixels of notebook 02."""
     run = run_in(tmp_path_factory.mktemp("runs"))
     rows = {"unet": run.distillation(run.settings.phi, run.base)}
     rows["other"] = run.distillation(run.settings.phi, run.base, phi_lr=0.5)
@@ -54,7 +54,7 @@ def copy(finished, tmp_path):
 
 @pytest.fixture
 def opened():
-    """Open a page; at the end no callback may have failed but as the test says in `page.errors`, and nothing runs."""
+    """Open a page; at the end nothing may run, and `page.errors` holds no error that the test has not read."""
     pages = []
 
     def open_page(run):
@@ -69,7 +69,7 @@ def opened():
 
 
 def told(page, *errors: str) -> None:
-    """The errors that the page showed, in their order; they are taken as read."""
+    """Check the errors that the page showed, in their order, and mark them as read."""
     import re
 
     assert len(page.errors) == len(errors), page.errors
@@ -203,23 +203,24 @@ def test_noise_is_measured_from_the_mean_of_draws():
         assert torch.allclose(out, mean + noise * (draw - mean), atol=1e-6)
 
 
-def test_what_is_there_twice_is_told_apart(finished):
+def test_equal_titles_show_the_settings_that_differ(finished):
     run, rows = finished
     named = choice_titles([rows["unet"], rows["other alpha"], rows["other"]])
     assert named[0] == "unet_noise, Adam 0.001, 1 a class, 4 iterations, alpha 0.02"
     assert named[1] == "unet_noise, Adam 0.001, 1 a class, 4 iterations, alpha 0.5"
     assert named[2] == "unet_noise, Adam 0.5, 1 a class, 4 iterations"
-    assert set(named) < set(Explorer(run).choices)
+    shown = {name.removesuffix(" (stopped: diverged)") for name in Explorer(run).choices}
+    assert set(named) < shown
 
 
-def test_a_film_of_the_stored_way_ends_with_what_was_learned(finished):
+def test_a_film_of_stored_moments_ends_with_the_trained_phi(finished):
     run, rows = finished
-    ways = {name: rows[name].stored_moments(run.store) for name in ("unet", "report")}
-    pictures = frames(run, ways)
-    assert len(pictures) == len(ways["unet"]) and len({picture.size for picture in pictures}) == 1
+    moments_of = {name: rows[name].stored_moments(run.store) for name in ("unet", "report")}
+    pictures = frames(run, moments_of)
+    assert len(pictures) == len(moments_of["unet"]) and len({picture.size for picture in pictures}) == 1
     base = run.train(run.base)
     last = {"x": run.data.pixels(base.images)}
-    last |= {name: run.data.pixels(phi_images(way["last"], base, 0)) for name, way in ways.items()}
+    last |= {name: run.data.pixels(phi_images(phis["last"], base, 0)) for name, phis in moments_of.items()}
     assert png(pictures[-1]) == png(image_grid(last, run.titles(base), 56, title="iteration last"))
 
 
@@ -298,7 +299,7 @@ def test_phis_that_are_not_registered_here_are_counted_quietly(shaken, opened):
 
 
 def test_it_opens_whatever_lies_in_the_folders(copy, opened):
-    """Files that are none, are foreign, or are sealed and say what nobody can use; and the first one to be shown."""
+    """Files that are no files, not ours, or sealed with unusable headers; and the first choice is damaged, too."""
     results, phis = copy.folder / "artefacts", copy.folder / "phis"
     good = next(results.glob("distilled-*.safetensors"))
     content = SealedFile(good, "distilled").about
@@ -376,7 +377,7 @@ def test_a_phi_of_ones_own_is_there_too(tmp_path, opened):
     )
     page = opened(run_in(tmp_path, phis=str(own), phi="darker"))
     assert page.phi.value == "untrained darker" and "darker" in page.network.options
-    assert "changes images by" in page.caption.value
+    assert "relative change of x" in page.caption.value
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def nothing(*_):
 
 
 @pytest.mark.parametrize("phi", ["unet_noise", "distnet2"])
-def test_training_by_pieces_comes_to_the_same_bits(tmp_path, phi):
+def test_interrupted_training_gives_the_same_bits(tmp_path, phi):
     run = run_in(tmp_path)
     training = Training(run, phi, run.settings.select(DistillConfig, iterations=1))
     told_to_stop = iter([False] * 4 + [True] * 9)
@@ -437,12 +438,12 @@ def test_the_report_s_setting_dies_and_the_mended_one_learns(tmp_path, opened):
     assert job.stored(page.run.store)[1]["stopped"]["reason"] == died.stopped and job.config.iterations == 30
     page.train.click()
     wait(page)
-    told(page, "diverged.*start anew with other settings")
+    told(page, "diverged.*start again with other settings")
     page.strength.value = 0.5  # the page lives on
     assert "Error" not in page.status.value
     page.mended.click()
     page.train.click()
-    assert "distnet2, Adam 0.01 has 30 iterations behind it" in wait(page)
+    assert "distnet2, Adam 0.01 was trained for 30 iterations" in wait(page)
     _, learns = page.here()
     losses = [record["loss"] for record in learns.history]
     assert sum(losses[-10:]) < sum(losses[:10]) and page.curves.layout.display == ""
@@ -465,7 +466,7 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
     run = page.run
     job = page.here()[0].store()
     for row, (distilled, changes) in {
-        "plain images": (None, {}),
+        "no augmentation": (None, {}),
         "identity": (None, {}),
         "trained here": (job, {"phi_strength": 0.5}),
     }.items():
@@ -482,14 +483,14 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
     settings = run_in(tmp_path, "other", **given)
     assert run.store.has(job.kind, settings.distillation(settings.settings.phi, settings.base).spec())
     page.save.click()
-    told(page, "my_phi.safetensors is there already; choose another")
+    told(page, "my_phi.safetensors exists already; choose another")
     page.name.value = " "
     page.save.click()
     told(page, "name: is empty")
     page.phi.value = "untrained unet"
     page.name.value = "other"
     page.save.click()
-    told(page, "untrained unet: has not been trained here")
+    told(page, "untrained unet: was not trained here")
 
 
 def test_students_take_the_step_size_that_phi_learned_where_they_are_to(tmp_path, opened):
@@ -508,7 +509,7 @@ def test_students_take_the_step_size_that_phi_learned_where_they_are_to(tmp_path
     page.save.click()
     page.phi.value = "file mine"
     page.evaluate.click()
-    told(page, "mine.safetensors: does not say which step size it learned")
+    told(page, "mine.safetensors: does not hold the alpha that it learned")
 
 
 def test_one_thing_at_a_time_and_it_can_be_stopped(tmp_path, opened):
@@ -521,12 +522,12 @@ def test_one_thing_at_a_time_and_it_can_be_stopped(tmp_path, opened):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     page.start_training()
-    told(page, "something is under way")
+    told(page, "a training or an evaluation is running")
     seen = page.grid.value
     page.strength.value = 0  # a slider works meanwhile
     assert page.grid.value != seen
     page.stop.click()
-    assert "iterations behind it" in wait(page)
+    assert "was trained for" in wait(page)
     assert 0 < len(page.here()[0].history) < 500
     assert page.stop.disabled and not page.train.disabled
     page.evaluate.click()
@@ -542,11 +543,57 @@ def test_impossible_settings_are_lines(tmp_path, opened):
     page.target.value = 4  # the start is then always the first snapshot
     page.iterations.value = 1
     page.train.click()
-    assert "1 iterations behind it" in wait(page)
+    assert "trained for 1 iterations" in wait(page)
     page.take_mended()
     page.network.value = "distnet2"
     page.step.value = 1e-5
     assert page.errors == []
+
+
+def test_no_widget_s_value_goes_unchecked_to_disk_or_to_work(tmp_path, opened, monkeypatch):
+    """A client sets any trait of a slider: its bounds first, then a value."""
+    page = opened(run_in(tmp_path))
+    page.iterations.value = 1
+    page.train.click()
+    wait(page)
+    page.strength.max = 1e301
+    page.strength.value = 1e300
+    told(page, r"strength=1e\+300: must be in \[0, 1.5\]")
+    page.save.click()
+    told(page, r"strength=1e\+300: must be in \[0, 1.5\]")
+    assert not (page.run.folder / "phis").exists()
+    page.evaluate.click()
+    told(page, r"strength=1e\+300")
+    page.strength.value = 1
+    monkeypatch.setattr(Training, "more", lambda *_: pytest.fail("it must not start"))
+    for key, slider, wrong in (
+        ("iterations", page.iterations, 10**9),
+        ("syn_steps", page.steps, 10**9),
+        ("expert_epochs", page.target, 11),
+        ("phi_lr", page.step, 1e9),
+        ("alpha", page.alpha, 100.0),
+    ):
+        right, slider.max = slider.value, 10**10 if isinstance(wrong, int) else 12
+        slider.value = wrong
+        page.train.click()
+        told(page, f"{key}=.*: must be in")
+        slider.value = right
+    page.count.max = 10**6
+    page.count.value = 10**6
+    told(page, "count=1000000: must be in")
+    page.count.value = 10
+    page.evaluate.click()
+    assert "evaluated" in wait(page)
+
+
+def test_a_stored_phi_whose_run_stopped_is_marked(finished, opened):
+    run, rows = finished
+    page = opened(run)
+    marked = [name for name in page.phi.options if name.endswith(" (stopped: diverged)")]
+    stopped = {job.phi for job in rows.values() if job.stored_phi(run.store).stopped}
+    assert REPORT_NETWORK in stopped and {name.partition(",")[0] for name in marked} == stopped
+    page.phi.value = next(name for name in marked if name.startswith("distnet2, SGD 1000, 1 a class"))
+    assert "(stopped: diverged)" in page.caption.value
 
 
 def test_an_error_that_nobody_expected_is_a_line_too(tmp_path, opened, monkeypatch):

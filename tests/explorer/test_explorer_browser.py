@@ -197,11 +197,11 @@ def test_a_person_turns_trains_stops_scores_and_saves(served, browser, tmp_path)
     # training ten iterations
     reader.write("k (iterations)", "10")
     reader.click("Train k more")
-    assert "distnet2, Adam 0.01" in reader.until("10 iterations behind it")
+    assert "distnet2, Adam 0.01" in reader.until("was trained for 10 iterations")
     curves = reader.picture(2)
     reader.click("Train k more")
     curves = reader.changes(2, curves)
-    reader.until("20 iterations behind it")
+    reader.until("was trained for 20 iterations")
 
     # the student report's setting dies, and the page lives on
     reader.click("The student report's setting")
@@ -221,13 +221,13 @@ def test_a_person_turns_trains_stops_scores_and_saves(served, browser, tmp_path)
     curves = reader.picture(2)
     reader.changes(2, curves)
     reader.click("Stop")
-    done = int(re.search("has ([0-9]+) iterations", reader.until("iterations behind it"))[1])
+    done = int(re.search("for ([0-9]+) iterations", reader.until("was trained for"))[1])
     assert 20 < done < 520
 
     reader.click("Evaluate")
     reader.until("evaluated")
     scores = page.locator(".augdistill-scores").inner_text()
-    assert re.search("plain images.*±.*identity.*±.*distnet2, Adam 0.01 as you saw it.*±.*n = 2", scores, re.DOTALL)
+    assert re.search("no augmentation.*±.*identity.*±.*distnet2, Adam 0.01, as shown.*±.*n = 2", scores, re.DOTALL)
     reader.click("Save")
     reader.until("saved, for strength .*mine.safetensors")
     assert load_phi(run / "phis" / "mine.safetensors").about["config"]["iterations"] == done

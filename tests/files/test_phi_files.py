@@ -102,7 +102,7 @@ def test_strength_and_probability_are_saved_and_may_be_changed(run, jobs, pixels
     assert (load_phi(path).applied.strength, load_phi(path).applied.probability) == (0.5, 0.25)
     assert (load_phi(path, 0.0).applied.strength, load_phi(path, 0.0).applied.probability) == (0.0, 0.25)
     torch.testing.assert_close(load_phi(path, probability=0)(pixels[0]), pixels[0])
-    for wrong in ({"strength": -1.0}, {"strength": float("nan")}, {"probability": 1.5}):
+    for wrong in ({"strength": -1.0}, {"strength": float("nan")}, {"strength": 100.5}, {"probability": 1.5}):
         (key,) = wrong
         with pytest.raises(ValueError, match=f"{key}="):
             load_phi(path, **wrong)
@@ -380,7 +380,7 @@ def test_apply_goes_on_where_it_was_stopped(saved, tmp_path, capsys):
     assert (out / "4" / "00000.png").stat().st_mtime_ns == stays
     capsys.readouterr()
     assert main([*command, "--strength", "0.5"]) == 2
-    assert "holds images that were made otherwise" in capsys.readouterr().err and contents(out) == before
+    assert "holds images of other settings" in capsys.readouterr().err and contents(out) == before
 
 
 def test_ctrl_c_stops_it_and_leaves_whole_files(saved, tmp_path):
@@ -472,12 +472,12 @@ BAD = {
     "copies": (["policy", "--copies", "0"], "copies=0: must be at least 1"),
     "count": (["policy", "--count", "-1"], "count=-1"),
     "seed": (["policy", "--seed", "-1"], "seed=-1"),
-    "strength": (["policy", "--strength", "-1"], "strength=-1.0: must be at least 0"),
+    "strength": (["policy", "--strength", "-1"], r"strength=-1.0: must be in \[0, 100\]"),
     "probability": (["policy", "--probability", "2"], r"probability=2.0: must be in \[0, 1\]"),
     "setting": (["policy", "--set", "phi=unet"], "--set phi: apply takes only phis=FILE"),
     "phis": (["policy", "--set", "phis=nowhere.py"], "phis='.*nowhere.py': no such file"),
     "full folder": (["policy", "--out", "grey"], "--out .*grey: holds files that apply did not make"),
-    "own folder": (["policy", "--to", "grey", "--out", "grey/cat/out"], "lies in the folder that it is made from"),
+    "own folder": (["policy", "--to", "grey", "--out", "grey/cat/out"], "lies inside the folder of the input images"),
     "a file": (["policy", "--out", "README/out"], "--out .*README/out: cannot be written"),
 }
 

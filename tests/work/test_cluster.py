@@ -404,8 +404,8 @@ def test_this_machine_s_own_addresses_need_no_tls():
     [
         ("127.0.0.1:1", "no Dask scheduler answers there"),
         ("nowhere.json", "no such file; must be written by"),
-        ("tls://127.0.0.1:1", "takes TLS alone, and Dask's configuration here names no certificates"),
-        ('file: {"address": "tls://127.0.0.1:1"}', "takes TLS alone"),
+        ("tls://127.0.0.1:1", "needs TLS, but Dask's configuration here has no certificates"),
+        ('file: {"address": "tls://127.0.0.1:1"}', "needs TLS"),
         ("file: {}", "holds no scheduler's address; must be written by"),
         ("file: [1]", "holds no scheduler's address"),
         ('file: {"address": 1}', "holds no scheduler's address"),
