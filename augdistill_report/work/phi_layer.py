@@ -34,6 +34,8 @@ def default_labels(sample) -> Any:
     The second of a tuple or list, or in it (or in a sample that is a dictionary) the value of the key "labels", or else
     of the first key with "label" in it, in any case. Unlike there a number counts, as data sets give it.
     """
+    if isinstance(sample, Tensor):  # images alone
+        return None
     if isinstance(sample, tuple | list):
         sample = sample[1] if len(sample) > 1 else None
     if isinstance(sample, Mapping):
@@ -48,12 +50,17 @@ class Augment(nn.Module):
 
     `about` is what its file says: the phi's name, what it was trained on and how. A phi that was trained on whitened
     images brings the `whitening` along (the mean image, and the two matrices `[d, d]`). `labels_getter(sample)` finds
-    the labels for a phi that reads them; it may be set later, too.
+    the labels for a phi that reads them. With `same_on_batch` all images of a call get one draw, one by one: each is
+    what it would be alone. Both may be set later, too.
 
     Random like torchvision's own transforms: from torch's global generator, which DataLoader seeds in each worker,
     unless a `generator` is passed. And like them, and like kornia's augmentations (both never look at `training`, so
     in `eval()` they still augment), it does the same in `train()` and in `eval()`: it is no dropout. Leave it out of
     the pipeline that evaluates, or load it with strength 0.
+
+    The other names are kornia's: `p`, and `_params`, with which `layer(images, params=layer._params)` repeats the draw
+    of the last call. An image keeps its shape, as with `keepdim=True` there. kornia's containers treat it as any
+    module that is not theirs: they hand it images only, and their own `params` do not repeat its draw.
     """
 
     def __init__(
@@ -63,33 +70,56 @@ class Augment(nn.Module):
         use: Use,
         whitening: list[Tensor] | None = None,
         labels_getter: Callable[[Any], Any] = default_labels,
+        same_on_batch: bool = False,
     ):
         super().__init__()
         self.applied = Applied(phi, use.strength, use.probability).requires_grad_(False)
-        self.about, self.labels_getter = about, labels_getter
+        self.about, self.labels_getter, self.same_on_batch = about, labels_getter, same_on_batch
+        self._params: dict[str, Any] = {}
         data = about["data"]
         mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
         for name, value in zip(("mean", "whiten", "colour"), whitening or (mean, None, None), strict=True):
             self.register_buffer(name, value)
         self.register_buffer("std", std)
 
-    def forward(self, *inputs: Any, labels=None, generator: torch.Generator | None = None) -> Any:
+    @property
+    def p(self) -> float:
+        """The probability that phi is applied to an image; `load_phi(path, probability=...)` sets it."""
+        return self.applied.probability
+
+    def forward(
+        self, *inputs: Any, labels=None, generator: torch.Generator | None = None, params: dict[str, Any] | None = None
+    ) -> Any:
         """A sample with its images augmented: the same structure, all else in it untouched.
 
         A sample is what torchvision's v2 transforms take: images, or tuples, lists and dictionaries that hold them, or
         several arguments. Images are `[C, H, W]` or `[B, C, H, W]`, floats in [0, 1], and come back with their shape
         and type: every `tv_tensors.Image`, or, where there is none, the first plain tensor. Images of one sample share
         their draw. `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads them; None
-        takes those in the sample. A `ValueError` says what does not fit.
+        takes those in the sample. `params`, the `_params` of an earlier call, repeat its draw; the labels must be given
+        again. A `ValueError` says what does not fit.
         """
         sample = inputs[0] if len(inputs) == 1 else inputs
-        if generator is None:
+        if params is not None:
+            generator = self.generator_of(params, generator)
+        elif generator is None:
             generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        if type(sample) in (Tensor, nn.Parameter):
-            return self.on_images(sample, labels, generator)
+        drawn = {"same_on_batch": self.same_on_batch, "device": generator.device, "state": generator.get_state()}
+        self._params = drawn if params is None else params
         if labels is None and self.applied.conditional:
             labels = self.labels_getter(sample)
-        return self.on_sample(sample, labels, generator)
+        on = self.on_images if type(sample) in (Tensor, nn.Parameter) else self.on_sample
+        return on(sample, labels, generator)
+
+    def generator_of(self, params: dict[str, Any], generator: torch.Generator | None) -> torch.Generator:
+        """The generator as it was when a call's `_params` were kept."""
+        if generator is not None:
+            raise ValueError("params: repeat an earlier draw; must not be given with a generator")
+        if not isinstance(params, dict) or params.keys() != {"same_on_batch", "device", "state"}:
+            raise ValueError("params: must be the _params of an earlier call of this layer")
+        generator = torch.Generator(params["device"])
+        generator.set_state(params["state"])
+        return generator
 
     def on_sample(self, sample, labels, generator: torch.Generator):
         """What v2's own base class makes of a sample, with phi in the place of a transform."""
@@ -122,7 +152,11 @@ class Augment(nn.Module):
         labels = self.checked(labels, len(batch))
         x = (batch.to(self.mean) - self.mean) / self.std
         x = x if self.whiten is None else mixed(x, self.whiten)
-        x = augmented(self.applied, x, labels, torch.arange(len(x), device=x.device), generator)
+        given, state, out = (x, labels, torch.arange(len(x), device=x.device)), generator.get_state(), []
+        for part in zip(*(t.split(1 if self._params["same_on_batch"] else len(x)) for t in given), strict=True):
+            generator.set_state(state)
+            out.append(augmented(self.applied, *part, generator))
+        x = torch.cat(out)
         x = x if self.colour is None else mixed(x, self.colour)
         return (x * self.std + self.mean).clamp(0, 1).to(images.as_subclass(Tensor)).reshape(images.shape)
 
@@ -156,7 +190,8 @@ class Augment(nn.Module):
         if labels is None and self.applied.conditional:
             raise ValueError(
                 f"phi {self.about['phi']!r} reads the labels: pass labels= with the images, or samples that hold them "
-                "((image, label), {'image': ..., 'label': ...}), or set labels_getter"
+                "((image, label), {'image': ..., 'label': ...}), or set labels_getter (kornia's containers hand over "
+                "images only: layer.labels_getter = lambda images: labels)"
             )
         labels = torch.as_tensor(0 if labels is None else labels, device=self.mean.device)
         count = len(self.about["classes"])
