@@ -106,7 +106,9 @@ def test_crop_copies_pixels_to_the_bit_whatever_the_type_and_the_side(dtype, sid
     )
     assert torch.equal(out, expected)
     weights = noise(*out.shape, seed=1).to(dtype)
-    gradients = [torch.autograd.grad((x.double() * weights).sum(), images, retain_graph=True)[0] for x in (out, expected)]
+    gradients = [
+        torch.autograd.grad((x.double() * weights).sum(), images, retain_graph=True)[0] for x in (out, expected)
+    ]
     assert torch.equal(*gradients)
 
 
