@@ -221,7 +221,7 @@ class Run:
         """Write results/<notebook>.json: the numbers, with their settings, versions and commit.
 
         `headline` states the notebook's finding in one sentence. `figure` names the figure that shows it, one that
-        `Run.figure` has saved (else a `ValueError`). Returns the numbers as a folded table, for the notebook's last cell.
+        `Run.figure` has saved (else a `ValueError`). Returns a folded table of the numbers, for the last cell.
         """
         from IPython.display import Markdown
 

@@ -48,18 +48,16 @@ class RandomAffine:
 
 
 # --- the operations of DSA: images [B, C, H, W], then parameters [B], one per image -----------------------------------
-# Not kornia's: its crops and shifts interpolate, these index pixels exactly; its erasing keeps boxes inside the image
+# `crop` is kornia's. The others are not: kornia's scaling and rotation give the identity back only up to rounding, and
+# its erased boxes have the bits of `cutout` but take half as much time again, and as many lines.
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """The image's window shifted `down` and `right` (whole pixels); zero outside the image."""
-    _, channels, height, width = images.shape
-    rows = (count(height, images) + down[:, None])[:, None, :, None]
-    columns = (count(width, images) + right[:, None])[:, None, None, :]
-    image, channel = count(len(images), images)[:, None, None, None], count(channels, images)[:, None, None]
-    window = images[image, channel, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-    outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
-    return window.masked_fill(outside, 0)
+    from kornia.geometry import transform  # slow to import
+
+    shift = -torch.stack([right, down], 1).to(images)
+    return transform.translate(images, shift, "nearest", "zeros", align_corners=True)  # exact: no pixel is mixed
 
 
 def cutout(images: Tensor, top: Tensor, left: Tensor, box: tuple[int, int]) -> Tensor:

@@ -35,6 +35,8 @@ def default_labels(sample) -> Any:
     else of its first key that contains "label", in upper or lower case. Unlike in `v2.MixUp` a number is accepted:
     data sets return numbers.
     """
+    if isinstance(sample, Tensor):  # images alone
+        return None
     if isinstance(sample, tuple | list):
         sample = sample[1] if len(sample) > 1 else None
     if isinstance(sample, Mapping):
@@ -49,12 +51,17 @@ class Augment(nn.Module):
 
     `about` is the header of its file: the phi's name, its training data and its settings. A phi that was trained on
     whitened images has `whitening` (the mean image `[C, H, W]`, and the two matrices `[d, d]`). `labels_getter(sample)`
-    finds the labels for a phi that reads them; it can be set later, too.
+    finds the labels for a phi that reads them. With `same_on_batch` all images of a call get the same random numbers,
+    each as if it were alone. Both can be set later, too.
 
     Random numbers come from torch's global generator, which DataLoader seeds in each worker, as in torchvision's own
     transforms, unless a `generator` is passed. It augments in `train()` and in `eval()`, unlike dropout: torchvision's
     transforms and kornia's augmentations ignore `training`, too. For evaluation leave it out of the pipeline, or load
     it with strength 0.
+
+    The other names are kornia's: `p`, and `_params`, with which `layer(images, params=layer._params)` repeats the last
+    call. An image keeps its shape, as with `keepdim=True` there. kornia's containers treat it as any module that is not
+    theirs: they pass images only, and their own `params` do not repeat its random numbers.
     """
 
     def __init__(
@@ -64,33 +71,56 @@ class Augment(nn.Module):
         use: Use,
         whitening: list[Tensor] | None = None,
         labels_getter: Callable[[Any], Any] = default_labels,
+        same_on_batch: bool = False,
     ):
         super().__init__()
         self.applied = Applied(phi, use.strength, use.probability).requires_grad_(False)
-        self.about, self.labels_getter = about, labels_getter
+        self.about, self.labels_getter, self.same_on_batch = about, labels_getter, same_on_batch
+        self._params: dict[str, Any] = {}
         data = about["data"]
         mean, std = (torch.tensor(data[name]).view(-1, 1, 1) for name in ("mean", "std"))
         for name, value in zip(("mean", "whiten", "colour"), whitening or (mean, None, None), strict=True):
             self.register_buffer(name, value)
         self.register_buffer("std", std)
 
-    def forward(self, *inputs: Any, labels=None, generator: torch.Generator | None = None) -> Any:
+    @property
+    def p(self) -> float:
+        """The probability that phi is applied to an image; `load_phi(path, probability=...)` sets it."""
+        return self.applied.probability
+
+    def forward(
+        self, *inputs: Any, labels=None, generator: torch.Generator | None = None, params: dict[str, Any] | None = None
+    ) -> Any:
         """A sample with its images augmented. Its structure and everything else in it stay the same.
 
         A sample is what torchvision's v2 transforms take: images, or tuples, lists and dictionaries that hold them, or
         several arguments. Images are `[C, H, W]` or `[B, C, H, W]`, floats in [0, 1], and come back with their shape
         and type: every `tv_tensors.Image`, or, if there is none, the first plain tensor. All images of one sample get
         the same random numbers. `labels` (a number, or `[B]`: positions in `about["classes"]`) are for a phi that reads
-        them; None takes those in the sample. A `ValueError` says what does not fit.
+        them; None takes those in the sample. `params`, the `_params` of an earlier call, repeat its random numbers; the
+        labels must be given again. A `ValueError` says what does not fit.
         """
         sample = inputs[0] if len(inputs) == 1 else inputs
-        if generator is None:
+        if params is not None:
+            generator = self.generator_of(params, generator)
+        elif generator is None:
             generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        if type(sample) in (Tensor, nn.Parameter):
-            return self.on_images(sample, labels, generator)
+        drawn = {"same_on_batch": self.same_on_batch, "device": generator.device, "state": generator.get_state()}
+        self._params = drawn if params is None else params
         if labels is None and self.applied.conditional:
             labels = self.labels_getter(sample)
-        return self.on_sample(sample, labels, generator)
+        on = self.on_images if type(sample) in (Tensor, nn.Parameter) else self.on_sample
+        return on(sample, labels, generator)
+
+    def generator_of(self, params: dict[str, Any], generator: torch.Generator | None) -> torch.Generator:
+        """The generator as it was when a call's `_params` were kept."""
+        if generator is not None:
+            raise ValueError("params: repeat an earlier draw; must not be given with a generator")
+        if not isinstance(params, dict) or params.keys() != {"same_on_batch", "device", "state"}:
+            raise ValueError("params: must be the _params of an earlier call of this layer")
+        generator = torch.Generator(params["device"])
+        generator.set_state(params["state"])
+        return generator
 
     def on_sample(self, sample, labels, generator: torch.Generator):
         """A sample as v2's own base class transforms it, with phi as the transform."""
@@ -123,7 +153,11 @@ class Augment(nn.Module):
         labels = self.checked(labels, len(batch))
         x = (batch.to(self.mean) - self.mean) / self.std
         x = x if self.whiten is None else mixed(x, self.whiten)
-        x = augmented(self.applied, x, labels, torch.arange(len(x), device=x.device), generator)
+        given, state, out = (x, labels, torch.arange(len(x), device=x.device)), generator.get_state(), []
+        for part in zip(*(t.split(1 if self._params["same_on_batch"] else len(x)) for t in given), strict=True):
+            generator.set_state(state)
+            out.append(augmented(self.applied, *part, generator))
+        x = torch.cat(out)
         x = x if self.colour is None else mixed(x, self.colour)
         return (x * self.std + self.mean).clamp(0, 1).to(images.as_subclass(Tensor)).reshape(images.shape)
 
@@ -157,7 +191,8 @@ class Augment(nn.Module):
         if labels is None and self.applied.conditional:
             raise ValueError(
                 f"phi {self.about['phi']!r} reads the labels: pass labels= with the images, or samples that hold them "
-                "((image, label), {'image': ..., 'label': ...}), or set labels_getter"
+                "((image, label), {'image': ..., 'label': ...}), or set labels_getter (kornia's containers hand over "
+                "images only: layer.labels_getter = lambda images: labels)"
             )
         labels = torch.as_tensor(0 if labels is None else labels, device=self.mean.device)
         count = len(self.about["classes"])

@@ -88,6 +88,30 @@ def test_crop(shape):
         assert torch.equal(result, padded[:, 2 + d : 2 + d + shape[2], 2 + r : 2 + r + shape[3]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sides", [(8, 8), (16, 12), (28, 28), (64, 64), (200, 256)], ids=str)
+def test_crop_copies_pixels_to_the_bit_whatever_the_type_and_the_side(dtype, sides):
+    """Each by its own shift, up to a whole side; and so does its gradient."""
+    images = noise(20, 2, *sides).to(dtype).requires_grad_()
+    down, right = (torch.randint(-side, side + 1, (20,), generator=seeded(k)) for k, side in enumerate(sides))
+    down[0] = right[0] = 0
+    out = OPERATIONS["crop"](images, down, right)
+    height, width = sides
+    padded = F.pad(images, (width, width, height, height))
+    expected = torch.stack(
+        [
+            image[:, height + d : 2 * height + d, width + r : 2 * width + r]
+            for image, d, r in zip(padded, down.tolist(), right.tolist(), strict=True)
+        ]
+    )
+    assert torch.equal(out, expected)
+    weights = noise(*out.shape, seed=1).to(dtype)
+    gradients = [
+        torch.autograd.grad((x.double() * weights).sum(), images, retain_graph=True)[0] for x in (out, expected)
+    ]
+    assert torch.equal(*gradients)
+
+
 @shapes
 def test_cutout(shape):
     images = noise(*shape)

@@ -298,17 +298,31 @@ def make_folder(root, classes=("cat", "dog"), count=8, mode="L", size=(20, 20)):
     return root
 
 
+def usage_blocks(saved):
+    """The Python of docs/usage.md that loads a phi, with a phi of ours in its place."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
+    path = "runs/digits/phis/mine.safetensors"
+    return [block.replace(path, str(saved["unet_noise+policy"])) for block in blocks if path in block]
+
+
+def test_usage_s_pipeline_of_kornia(run, saved):
+    (block,) = (block for block in usage_blocks(saved) if "kornia" in block)
+    few = run.data.train.take(slice(12))
+    torch.manual_seed(0)
+    exec(block, names := {"images": few.raw, "labels": few.labels})
+    assert names["images"].shape == few.raw.shape and torch.equal(names["labels"], few.labels)
+    torch.manual_seed(0)
+    exec(block, twice := {"images": few.raw, "labels": few.labels})
+    assert torch.equal(twice["again"], names["again"])
+    assert 0.001 < (names["images"] - few.raw).abs().mean() < 0.5
+    assert 0.001 < (names["again"] - names["images"]).abs().mean() < 0.5
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_readme_s_pipeline_feeds_a_data_loader(saved, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if "load_phi" in block)
-    for theirs, ours in (
-        ("runs/digits/phis/mine.safetensors", str(saved["unet_noise+policy"])),
-        ("(16, 16)", "(8, 8)"),
-    ):
-        assert theirs in block
-        block = block.replace(theirs, ours)
-    exec(block, names := {})
+    (block,) = (block for block in usage_blocks(saved) if "torchvision" in block)
+    assert "(16, 16)" in block
+    exec(block.replace("(16, 16)", "(8, 8)"), names := {})
     data = ImageFolder(make_folder(tmp_path, mode="RGB"), transform=names["pipeline"])
 
     def epoch(seed):

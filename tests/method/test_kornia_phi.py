@@ -20,8 +20,9 @@ def call(phi, x, seed=0):
     return phi(x, labels=None, index=None, generator=seeded(seed))
 
 
-def test_three_are_registered():
-    assert NAMES == ["kornia:RandomAffine", "kornia:RandomPerspective", "kornia:ColorJitter"]
+def test_they_are_registered_under_kornia_s_names():
+    assert len(NAMES) == 11
+    assert all(hasattr(kornia.augmentation, name.removeprefix("kornia:")) for name in NAMES)
 
 
 @names
@@ -53,13 +54,13 @@ def test_it_has_a_gradient_in_the_images(name, channels):
 def test_ranges_start_small_stay_below_their_limit_and_are_told(name):
     x = images(200, 3, 8, 8)
     phi = make_phi(name, x, 2, 0)
-    assert phi.report() == pytest.approx({kind: start for kind, (start, _) in phi.KINDS.items()})
+    assert phi.report() == pytest.approx({kind: phi.KINDS[kind][0] for kind in phi.kinds})
     assert all(t.is_contiguous() for t in phi.state_dict().values())  # or it cannot be stored
     small = (call(phi, x) - x).square().mean().sqrt()
     assert 0 < small < 0.2
     with torch.no_grad():
         phi.change.fill_(100)
-    limits = {kind: limit for kind, (_, limit) in phi.KINDS.items()}
+    limits = {kind: phi.KINDS[kind][1] for kind in phi.kinds}
     assert phi.report() == pytest.approx(limits)
     assert call(phi, x).isfinite().all() and (call(phi, x) - x).square().mean().sqrt() > 2 * small
     with torch.no_grad():
@@ -123,6 +124,45 @@ def test_the_colour_is_kornia_s_color_jitter():
     phi = make_phi("kornia:ColorJitter", far, 2, 0)
     draw = dict(zip(phi.kinds, (brightness, contrast, saturation, hue), strict=True))
     torch.testing.assert_close((phi.transformed(far, draw) + 2) / 5, ours)
+
+
+VALUES = [-0.3, 0.2]  # a draw for each of two images
+
+
+@pytest.mark.parametrize(
+    "name, key, given, options",
+    [
+        ("RandomGaussianBlur", "sigma", lambda v: 0.1 + v.abs(), dict(kernel_size=5, sigma=(0.1, 2.0))),
+        ("RandomBrightness", "brightness_factor", lambda v: 1 + v, {}),
+        ("RandomContrast", "contrast_factor", lambda v: 1 + v, {}),
+        ("RandomSharpness", "sharpness", lambda v: 1 + v, {}),
+    ],
+)
+def test_one_range_makes_kornia_s_pictures(name, key, given, options):
+    x, values = images(2, 3, 9, 7), torch.tensor(VALUES, dtype=torch.float64)
+    x[:, :, 0, 0], x[:, :, 0, 1] = 0, 1  # so that the least and the largest value are those of pixels
+    theirs = getattr(kornia.augmentation, name)(p=1.0, **options)
+    params = {key: given(values), "batch_prob": torch.ones(2)}
+    torch.testing.assert_close(drawn(f"kornia:{name}", x, values), theirs(x, params=params))
+
+
+def test_the_spline_is_kornia_s_random_thin_plate_spline():
+    x, moved = images(2, 3, 9, 7), 0.2 * (2 * images(2, 10, seed=1) - 1)
+    points = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1], [0, 0]], dtype=x.dtype).expand(2, -1, -1)
+    params = {"src": points, "dst": points + moved.view(2, 5, 2), "batch_prob": torch.ones(2)}
+    theirs = kornia.augmentation.RandomThinPlateSpline(p=1.0, align_corners=True)
+    torch.testing.assert_close(drawn("kornia:RandomThinPlateSpline", x, moved), theirs(x, params=params))
+
+
+@pytest.mark.parametrize("name", ["RandomRotation", "RandomShear", "RandomTranslate"])
+def test_a_part_of_the_affine_is_the_affine_with_nothing_of_the_rest(name):
+    x, whole = images(2, 3, 9, 7), make_phi("kornia:RandomAffine", images(2, 3, 9, 7), 2, 0)
+    part = make_phi(f"kornia:{name}", x, 2, 0)
+    values = {kind: torch.tensor(VALUES, dtype=x.dtype) * whole.KINDS[kind][1] for kind in part.kinds}
+    assert 0 < len(values) < len(whole.kinds)
+    rest = {kind: torch.zeros(2, dtype=x.dtype) for kind in whole.kinds}
+    out = part.transformed(x, values)
+    assert torch.equal(out, whole.transformed(x, rest | values)) and (out - x).abs().max() > 0.01
 
 
 @names

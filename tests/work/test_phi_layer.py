@@ -200,28 +200,121 @@ def test_eval_does_what_it_does_to_other_augmentations(saved, pixels):
     import kornia.augmentation as K
 
     images = pixels[0]
-    for layer in (K.RandomAffine(30.0, p=1.0), v2.RandomAffine(30), load_phi(saved["policy"])):
+    for layer in (K.RandomAffine(30.0, p=1.0), v2.RandomAffine((20, 30)), load_phi(saved["policy"])):
         assert changes(layer, images) == [True, True]
     assert changes(torch.nn.Dropout(0.5), images) == [True, False]
     off = load_phi(saved["policy"], strength=0.0)  # what switches phi off
     torch.testing.assert_close(off(images), images)
 
 
-def test_kornia_s_containers_take_a_phi_that_reads_no_labels(saved, pixels):
+def test_kornia_s_containers_take_it(saved, pixels):
     import kornia.augmentation as K
 
     images, labels = pixels
-    augment = load_phi(saved["policy"])
+    augment, rest = load_phi(saved["policy"]), K.RandomHorizontalFlip(p=1.0)
     torch.manual_seed(0)
+    expected = augment(images).flip(3)
+    torch.manual_seed(0)
+    assert torch.equal(K.ImageSequential(augment, rest)(images), expected)
+    for key in ("label", "class"):
+        both = K.AugmentationSequential(augment, rest, data_keys=["input", key])
+        torch.manual_seed(0)
+        out, same = both(images, labels)
+        assert torch.equal(out, expected) and torch.equal(same, labels)
+    again = K.AugmentationSequential(rest)(augment(images, params=augment._params))
+    assert torch.equal(again, expected)
+
+
+def test_in_kornia_s_containers_a_phi_gets_its_labels_from_labels_getter(saved, pixels):
+    import kornia.augmentation as K
+
+    images, labels = pixels
+    augment = load_phi(saved["unet_class_noise"])
+    pipeline = K.AugmentationSequential(augment, data_keys=["input", "class"])
+    with pytest.raises(ValueError, match=r"reads the labels: .*kornia's containers hand over images only: layer.label"):
+        pipeline(images, labels)
+    augment.labels_getter = lambda images: labels
+    torch.manual_seed(0)
+    out, _ = pipeline(images, labels)
+    torch.manual_seed(0)
+    assert torch.equal(out, augment(images, labels=labels))
+    assert not torch.equal(out, augment(images, labels=0, params=augment._params))
+
+
+@pytest.mark.parametrize("name", ["policy", "unet_noise+policy", "unet_class_noise"])
+def test_params_repeat_the_last_draw(saved, pixels, name):
+    (images, labels), augment = pixels, load_phi(saved[name], probability=0.5)
+    assert augment.p == 0.5 and augment._params == {}
+    first = augment(images, labels=labels)
+    params = augment._params
+    assert not torch.equal(augment(images, labels=labels), first)
+    assert torch.equal(augment(images, labels=labels, params=params), first) and augment._params is params
+    assert torch.equal(augment(images, labels=labels, params=params), first)
+    again = pickle.loads(pickle.dumps(augment))  # in another process, too
+    assert torch.equal(again(images, labels=labels, params=again._params), first)
+    given = augment(images, labels=labels, generator=seeded(0))
+    assert torch.equal(augment(images, labels=labels, params=augment._params), given)
+    out, _ = augment((images, labels))  # a sample
+    assert torch.equal(augment(images, labels=labels, params=augment._params), out)
+
+
+def test_params_that_are_none_are_refused(saved, pixels):
+    augment, images = load_phi(saved["policy"]), pixels[0]
+    for wrong in ({}, [], {"batch_prob": torch.ones(12)}):
+        with pytest.raises(ValueError, match="params: must be the _params of an earlier call"):
+            augment(images, params=wrong)
+    augment(images)
+    with pytest.raises(ValueError, match="params: repeat an earlier draw; must not be given with a generator"):
+        augment(images, params=augment._params, generator=seeded(0))
+
+
+@pytest.mark.parametrize("name", ["policy", "unet_noise+policy", "unet_class_noise"])
+def test_same_on_batch_is_one_draw_for_all_images(saved, pixels, name):
+    import kornia.augmentation as K
+
+    (images, labels), augment = pixels, load_phi(saved[name], probability=0.5)
+    same, label = images[:1].expand(12, -1, -1, -1), labels[:1].expand(12)
+    for layer in (augment, K.RandomAffine(30.0, p=0.5)):  # as kornia's does, the probability included
+        given = dict(labels=label) if layer is augment else {}
+        torch.manual_seed(1)
+        assert len(layer(same, **given).unique(dim=0)) > 1
+        layer.same_on_batch = True
+        outs = [layer(same, **given) for _ in range(12)]
+        assert all(len(out.unique(dim=0)) == 1 for out in outs)
+        changed = [(out - same).abs().max() > 1e-4 for out in outs]
+        assert any(changed) and not all(changed)
+    alone = [augment(images[i], labels=int(labels[i]), generator=seeded(4)) for i in range(12)]
+    out = augment(images, labels=labels, generator=seeded(4))
+    assert torch.equal(out, torch.stack(alone))
+    augment.same_on_batch = False  # the draw that is repeated was one for all
+    assert torch.equal(augment(images, labels=labels, params=augment._params), out)
+
+
+def test_an_image_keeps_its_shape_as_with_keepdim_in_kornia(saved, pixels):
+    import kornia.augmentation as K
+
+    image = pixels[0][0]
+    for layer in (load_phi(saved["policy"]), K.RandomAffine(30.0, p=1.0, keepdim=True)):
+        assert layer(image).shape == image.shape == (1, 8, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["policy", "unet_class_noise"])
+def test_on_a_cuda_device_it_makes_the_same_images(saved, pixels, name):
+    import kornia.augmentation as K
+
+    (images, labels), augment = pixels, load_phi(saved[name])
+    augment.labels_getter = lambda images: labels
     expected = augment(images)
-    torch.manual_seed(0)
-    assert torch.equal(K.ImageSequential(load_phi(saved["policy"]))(images), expected)
-    both = K.AugmentationSequential(load_phi(saved["policy"]), data_keys=["input", "label"])
-    torch.manual_seed(0)
-    out, same = both(images, labels)
-    assert torch.equal(out, expected) and torch.equal(same, labels)
-    with pytest.raises(ValueError, match="reads the labels"):  # kornia hands no label to what augments the input
-        K.AugmentationSequential(load_phi(saved["unet_class_noise"]), data_keys=["input", "label"])(images, labels)
+    augment.cuda()
+    out = augment(images.cuda(), params=augment._params)
+    assert out.device.type == "cuda"
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-4, rtol=0)
+    out, _ = K.AugmentationSequential(augment, data_keys=["input", "class"])(images.cuda(), labels.cuda())
+    assert out.device.type == "cuda" and not torch.equal(out.cpu(), images)
+    augment(images.cuda(), generator=torch.Generator("cuda").manual_seed(0))
+    first = augment(images.cuda(), params=augment._params)
+    assert torch.equal(augment(images.cuda(), params=augment._params), first)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
