@@ -23,7 +23,7 @@ lab: $(READY)  ## JupyterLab on the notebooks
 app: $(READY)  ## the explorer (notebook 06) as a page without code, on this machine; prints its address
 	$(BIN)/augdistill app --preset $(PRESET)
 
-figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and README.md
+figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and docs/results.md
 	$(BIN)/augdistill figures --preset $(PRESET)
 
 bench: $(READY)  ## time and memory of the unroll and of experts, against the official code's way and the ordinary one; a sweep by Dask

@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (report, sweep):
         again = "repeat finished cells" if command is sweep else "repeat finished work"
         command.add_argument("--fresh", action="store_true", help=again)
-    figures = commands.add_parser("figures", help="publish a finished run to figures/ and README.md")
+    figures = commands.add_parser("figures", help="publish a finished run to figures/ and docs/results.md")
     figures.add_argument("--sweeps", action="store_true", help="only what its sweeps found")
     for command in (report, figures):
         command.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
