@@ -4,6 +4,7 @@ run, `app` serves the explorer, `data` checks or downloads a data set, `experts`
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -133,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     whole = arguments is None
     if whole:
         on_stop(end_at_once)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else a stop tells of the kernel's pending tasks
     options = parse(arguments)
     # imported late, so that --help and wrong arguments answer at once
     from augdistill_report.commands import apply, execute, experts, sweep

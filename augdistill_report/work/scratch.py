@@ -22,7 +22,11 @@ def scratch() -> Iterator[Path]:
     Folders that killed commands left are removed first. A lock shows whether a command still runs. The process id in
     the folder's name could not: the system reuses ids, and two containers may share a TMPDIR.
     """
-    outer = Path(tempfile.gettempdir())
+    try:
+        outer = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # none can be written: then the command says what it cannot write, if anything
+        yield Path()
+        return
     remove_abandoned(outer)
     before = {key: os.environ.get(key) for key in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR")}
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=outer))
