@@ -1,4 +1,4 @@
-"""The explorer's server serves only requests with its token and this machine's host name: real server, real requests."""
+"""The explorer's server serves only requests with its token and this machine's host name, in real requests."""
 
 import http.cookiejar
 import re
