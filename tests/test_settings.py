@@ -423,7 +423,7 @@ def run(tmp_path_factory):
 
 
 def test_a_student_s_step_size_is_the_one_that_was_learned(run):
-    """And for plain images the one that it was learned from; with a step size of one's own (DC-Bench's) that."""
+    """Without a phi students take its initial value; with a given eval_lr (DC-Bench's) always that."""
     job = run.distillation("identity", run.base)
     alpha = job.stored_phi(run.store).alpha
     assert abs(alpha - 0.07) > 0.005
@@ -458,8 +458,8 @@ def test_fractions_and_unseen_images_are_scored_by_steps(run):
     """Their students take subset_eval_steps, whatever eval_epochs says: a thousand epochs of a set would never end."""
     from augdistill_report.studies.unseen import Repetition
 
-    world = Repetition(run.settings)
-    job = world.evaluation(Subset(0, fraction=0.5))
+    repetition = Repetition(run.settings)
+    job = repetition.evaluation(Subset(0, fraction=0.5))
     assert job.config.steps(700) == run.settings.subset_eval_steps and job.config.eval_lr == 0.07
 
 

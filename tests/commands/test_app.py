@@ -1,4 +1,4 @@
-"""The explorer's server lets in whoever has its token, at this machine's name, and nobody else: a real one, asked."""
+"""The explorer's server serves only requests with its token and this machine's host name, in real requests."""
 
 import http.cookiejar
 import re
@@ -18,7 +18,7 @@ V1 = "v1.kernel.websocket.jupyter.org"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The process and the address that it prints."""
+    """The server's process, and the address that it prints."""
     folder = tmp_path_factory.mktemp("app")
     own = {f"JUPYTER_{key}_DIR": str(folder / "jupyter") for key in ("DATA", "CONFIG")}
     # what a user's own configuration must not undo
@@ -37,7 +37,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(server):
-    """What a browser gets: the cookie, and where its kernel's messages go."""
+    """A browser's cookie, and the address of its kernel's websocket."""
     jar = http.cookiejar.CookieJar()
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar))
     with opener.open(server[1], timeout=120) as answer:
@@ -48,7 +48,7 @@ def page(server):
 
 
 def asked(address: str, **headers: str) -> tuple[int, str]:
-    """The status of an answer, and where it came from."""
+    """The status of an answer, and its final address."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=120) as answer:
             return answer.status, answer.url
@@ -73,7 +73,7 @@ def test_a_request_by_another_name_gets_nothing(server, host):
 
 
 def tried(page, message: bytes | str | None = None, **headers: str) -> int:
-    """A kernel's websocket: the status of the answer (101: it is open), or the code with which a message closed it."""
+    """Open a kernel's websocket; gives the answer's status (101: open), or the code with which a message closed it."""
     _, _, host, path = page[1].split("/", 3)
     usual = {"Host": host, "Cookie": page[0], "Upgrade": "websocket", "Connection": "Upgrade"}
     usual |= {"Sec-WebSocket-Key": "A" * 22 + "==", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Protocol": V1}

@@ -1,4 +1,4 @@
-"""`augdistill apply` into folders that are not as it left them, and for classes of any name."""
+"""`augdistill apply` into folders that were changed since the last command, and for classes of any name."""
 
 import itertools
 import re
@@ -19,7 +19,7 @@ NAMES = ["a\nb", "a\rb", "a\tb", "\x1b[31m", "a\u2028b", "q\udcffz", "$x^$", " "
 
 @pytest.fixture(scope="module")
 def phi(tmp_path_factory):
-    """The file of a policy that was trained for an iteration."""
+    """The file of a policy that was trained for one iteration."""
     run = Run("mine", resolve("smoke", {"iterations": 1}), tmp_path_factory.mktemp("phi"))
     return str(run.save("policy", run.distillation("policy", run.base)))
 

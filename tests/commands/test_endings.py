@@ -1,4 +1,4 @@
-"""However a command ends, no process and no temporary file outlives it: real commands, real signals."""
+"""No process and no temporary file outlives a command, however it ends: real commands, real signals."""
 
 import os
 import shutil
@@ -17,13 +17,13 @@ LONG = ["--set", "syn_steps=9999", "--set", "workers=2"]  # nobody waits for its
 
 @pytest.fixture
 def temporary():
-    """A TMPDIR of the test's own, with a short name: sockets are made in it."""
+    """The test's own TMPDIR. Its name is short, since sockets are made in it."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler of its own for a signal."""
+    """Whether a process handles a signal itself."""
     status = Path(f"/proc/{pid}/status").read_text()
     (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(mask, 16) >> (number - 1) & 1)
@@ -58,7 +58,7 @@ def test_a_stop_is_one_line_and_130_at_any_moment(temporary, tmp_path, moment, h
 
 
 def test_ctrl_c_in_a_terminal_while_workers_start_is_one_line_too(temporary, tmp_path):
-    """A terminal sends it to every process of the command."""
+    """A terminal sends Ctrl-C to every process of the command."""
     command = ["experts", "train", "--preset", "smoke", "--out", tmp_path, "--set", "workers=2", "--set", "epochs=9999"]
     process = augdistill(temporary, *command, TMPDIR=str(temporary))
     until(lambda: processes_of(temporary, "loky"))
@@ -76,7 +76,7 @@ def test_ctrl_c_in_a_terminal_while_workers_start_is_one_line_too(temporary, tmp
     ],
     ids=["of a notebook", "of the command"],
 )
-def test_a_killed_command_takes_its_workers_along_and_the_next_one_sweeps_up(temporary, tmp_path, command, workers):
+def test_a_killed_command_s_workers_end_and_the_next_command_removes_its_files(temporary, tmp_path, command, workers):
     options = ["--preset", "smoke", "--out", tmp_path / "out", "--set", "workers=2"]
     process = augdistill(temporary, *command, *options, TMPDIR=str(temporary))
     until(lambda: len(processes_of(temporary, "loky")) == workers)
@@ -98,7 +98,7 @@ def another_command(temporary: Path) -> None:
 
 
 def folders(temporary: Path) -> list[str]:
-    """All that commands have made in their TMPDIR, but the cache of what torch compiles."""
+    """All files that commands left in their TMPDIR, except the cache of torch's compiled code."""
     return [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
 
 
@@ -111,7 +111,7 @@ def folders(temporary: Path) -> list[str]:
     ],
     ids=["Ctrl-C in a terminal", "SIGINT to the command alone", "side by side"],
 )
-def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_path, everyone, changes, workers):
+def test_ctrl_c_keeps_finished_results_and_leaves_no_process(smoke, tmp_path, everyone, changes, workers):
     out = tmp_path / "out"
     shutil.copytree(smoke, out)
     before = results(out)
@@ -130,7 +130,7 @@ def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process_behind(smoke, tmp_
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_sweep_keeps_the_cells_that_were_finished_and_leaves_no_process_behind(tmp_path, how):
+def test_a_stopped_sweep_keeps_finished_cells_and_leaves_no_process(tmp_path, how):
     (tmp_path / "mine.py").write_text(SLEEPY)
     rows = {"quick": {"iterations": 4}, "slow": {"phi": "sleepy"}}  # what has more iterations starts first
     rows["slow too"] = rows["slow"] | {"seed": 1}

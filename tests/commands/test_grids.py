@@ -1,4 +1,4 @@
-"""A grid says which cells there are; a wrong one is refused by name before anything runs."""
+"""A grid defines the cells; a wrong grid is refused by name before anything runs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Where files cannot be written or opened any more, the last line names the file and the reason."""
+"""If files can no longer be written or opened, the last line names the file and the reason."""
 
 import os
 import subprocess
@@ -73,7 +73,7 @@ def test_a_notebook_on_a_full_disk_names_its_file(tmp_path):
 
 
 def test_a_kernel_without_a_free_file_says_why(tmp_path):
-    """There its own report of an error fails, and nothing but stderr has the reason."""
+    """Its own report of the error fails, too, so only stderr has the reason."""
     source = (
         "import builtins, os, sys\n"
         "def no_more(*_, **__):\n"

@@ -1,4 +1,4 @@
-"""Notebooks as files are in order."""
+"""The form of each notebook file: title, parameters, cell lengths, no outputs."""
 
 import shutil
 import subprocess

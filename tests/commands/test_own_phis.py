@@ -1,4 +1,4 @@
-"""A phi of the user's own, from a file or a script, is taken everywhere by its name."""
+"""A user's own phi, from a file or a script, works everywhere by its name."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from augdistill_report.places import ROOT
 
 
 def readme_s_phi() -> str:
-    """The phi that README adds in ten lines."""
+    """The ten lines of README that add a phi."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (mine,) = (block for block in blocks if "@register_phi" in block)
     return mine
@@ -55,7 +55,7 @@ def test_a_file_of_phis_that_cannot_be_run_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("module", [False, True], ids=["in the script", "in a module of its own"])
 def test_readme_s_own_phi_runs_in_worker_processes(tmp_path, module):
-    """The phi that README adds in ten lines is taken by name, also by processes that take several jobs of it."""
+    """README's own phi works by its name, also in worker processes that run several of its jobs."""
     mine = readme_s_phi()
     assert len([line for line in mine.splitlines() if line.strip()]) <= 10
     script = tmp_path / "script.py"

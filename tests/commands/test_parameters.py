@@ -1,4 +1,4 @@
-"""A mistyped setting never runs another experiment: not by papermill, and not by --set, a preset or a grid."""
+"""A mistyped setting is refused and runs no other experiment: by papermill, --set, a preset and a grid."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ def test_papermill_can_read_every_line_of_a_parameters_cell(path, caplog):
 
 
 def after(*cells: str, **variables) -> dict:
-    """What `given_settings` finds in a notebook where these cells have run; the last one opens the run."""
+    """The result of `given_settings` in a notebook that has run these cells; the last one opens the run."""
     return given_settings({"_ih": ["", *cells, "run = open_run('x', globals())"], "preset": "smoke", **variables})
 
 
@@ -98,8 +98,8 @@ def test_a_script_s_parameters_are_its_plain_values(tmp_path):
 
 @pytest.mark.parametrize("command", ["report", "experts train", "preset", "preset by count", "grid set", "grid row"])
 @pytest.mark.parametrize("key", ["nonsense", "iteratons", *RENAMED])
-def test_every_other_way_refuses_it_too(command, key, tmp_path, capsys):
-    """In one line, with the nearest names, or the name that an old one has now; exit code 2, and nothing is left."""
+def test_the_command_presets_and_grids_refuse_it_too(command, key, tmp_path, capsys):
+    """In one line, with the nearest names or the new name of an old setting; exit code 2, and no files are left."""
     path = tmp_path / "mine.yaml"
     arguments = [*(command.split() if command.startswith(("report", "experts")) else ["report"])]
     arguments += ["--preset", "smoke", "--set", f"{key}=3"]

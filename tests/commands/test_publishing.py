@@ -13,7 +13,7 @@ from augdistill_report.places import ROOT
 
 
 def pretend(folder: Path, **environment) -> None:
-    """Change what a run's results say of their environment."""
+    """Change the environment in a run's results."""
     for path in (folder / "results").iterdir():
         result = read_json(path, "results")
         result["environment"] |= environment

@@ -1,4 +1,4 @@
-"""A finished report holds all that it promises, and wrong arguments are refused before anything runs."""
+"""A finished report is complete, and wrong arguments are refused before anything runs."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from augdistill_report.places import ROOT
 from augdistill_report.settings import Settings
 
 
-def test_a_run_leaves_all_that_it_promises(smoke):
+def test_a_finished_run_s_folder_is_complete(smoke):
     config = json.loads((smoke / "config.json").read_text())
     assert Settings.from_dict(config["settings"]) == settings.resolve("smoke")
     for name, result in results(smoke).items():
@@ -64,7 +64,7 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
     assert "widget-view+json" not in page and "Here stands the explorer's page" in page
 
 
-def test_another_configuration_is_never_mistaken_for_this_one(tmp_path):
+def test_results_of_another_configuration_are_not_reused(tmp_path):
     run = ["report", "--preset", "smoke", "--out", str(tmp_path)]
     assert main([*run, "--only", "01"]) == 0
     assert main([*run, "--only", "02", "--set", "iterations=2"]) == 0
@@ -129,7 +129,7 @@ def test_a_preset_file_of_ones_own(capsys, tmp_path):
     assert settings.resolve(str(mine)).phi_lr == 1e-3
 
 
-def test_a_failing_notebook_says_where_and_keeps_what_was_there(tmp_path, monkeypatch, capsys):
+def test_a_failing_notebook_names_its_cell_and_keeps_the_old_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     cells = ["preset = ''; out = ''", "print('fine')", "raise RuntimeError('the third cell is ill')"]
     notebook_of(tmp_path / "notebooks" / "07_ill.ipynb", *cells)

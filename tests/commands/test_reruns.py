@@ -1,4 +1,4 @@
-"""The same settings give the same bits: in a second run, over processes, by plain papermill, side by side."""
+"""The same settings give the same bits: in a second run, in several processes, by papermill alone, in parallel."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def that_meet(folder: Path, **last: str) -> None:
         notebook_of(folder / f"{own}.ipynb", "preset = ''; out = ''", begun, f"{wait}\n{met}", last.get(own[-1], ""))
 
 
-def test_notebooks_side_by_side(tmp_path, monkeypatch, capsys):
+def test_notebooks_in_parallel(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     that_meet(tmp_path / "notebooks")
     command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
@@ -69,7 +69,7 @@ def test_notebooks_side_by_side(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find what is left behind")
-def test_a_notebook_that_fails_ends_the_one_beside_it(tmp_path, monkeypatch, capsys):
+def test_a_notebook_that_fails_ends_the_parallel_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     that_meet(tmp_path / "notebooks", a="raise RuntimeError('the last cell is ill')", b="time.sleep(600)")
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))  # for the kernels, which inherit it
@@ -81,7 +81,7 @@ def test_a_notebook_that_fails_ends_the_one_beside_it(tmp_path, monkeypatch, cap
     assert not (tmp_path / "out" / "notebooks" / "02_b.ipynb").exists()
 
 
-def test_side_by_side_the_numbers_are_the_same(smoke, tmp_path):
+def test_notebooks_in_parallel_give_the_same_numbers(smoke, tmp_path):
     command = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "01,02,03", "--set", "workers=4"]
     assert main([*command, "--set", "notebooks_at_once=2"]) == 0
     for name in NAMES[:3]:

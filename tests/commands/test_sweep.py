@@ -1,4 +1,4 @@
-"""A sweep runs every cell of its grid once, says why one failed, goes on where it was, and refuses a wrong grid."""
+"""A sweep runs every cell of its grid once, gives the reason for a failure, continues, and refuses a wrong grid."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from augdistill_report.work.statistics import over_seeds
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """A sweep of two phis that work, one that is refused and one whose kernel dies, at two seeds each."""
+    """A sweep of two phis that work, one that is refused and one whose kernel dies, with two seeds each."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "grid").mkdir()
     (folder / "grid" / "own.py").write_text(CUT)
@@ -28,7 +28,7 @@ def swept(tmp_path_factory):
     return path, folder / "run", folder / "run" / "sweeps" / "mine"
 
 
-def test_a_cell_that_fails_is_a_row_that_says_why(swept):
+def test_a_failed_cell_is_a_row_with_the_reason(swept):
     _, _, sweep = swept
     cells = over_seeds(found(sweep))
     assert list(cells) == [("", row) for row in ("U-Net", "cut", "dies", "none")] and all(
@@ -45,14 +45,14 @@ def test_a_cell_that_fails_is_a_row_that_says_why(swept):
     assert (sweep / "cells" / "cut__seed_1" / "notebooks" / "one_phi.failed.ipynb").exists()
 
 
-def test_results_do_not_say_where_files_lie(swept):
+def test_results_hold_no_paths_of_this_machine(swept):
     _, run, sweep = swept
     text = (sweep / "mine.json").read_text() + "".join(p.read_text() for p in sweep.glob("cells/*/results/*.json"))
     assert str(run.parent) not in text and '"phis": "own.py"' in text
 
 
 def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path):
-    """Notebook 04 makes its cells without papermill: other processes, another store, the same numbers."""
+    """Notebook 04 runs its cells without papermill, in other processes with another store: the same numbers."""
     path, _, sweep = swept
     run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "why_iterations": 0})
     cells, cases = study(run, read_grid(path), short=False)

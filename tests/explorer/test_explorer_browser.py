@@ -1,4 +1,4 @@
-"""The explorer as a person meets it: served as by `make app`, in a real browser, driven by keyboard and mouse.
+"""The explorer in a real browser, served as by `make app`, and used with keyboard and mouse.
 
 Needs Chromium (AUGDISTILL_BROWSER names another); skipped without one, unless AUGDISTILL_NEEDS_BROWSER is set.
 """
@@ -32,7 +32,7 @@ PATIENCE = 60  # seconds that a step may take on a busy machine
 
 
 def processes(mark: str) -> list[str]:
-    """The kernels whose environment says that they are of this test."""
+    """The kernels of this test, which are marked in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -79,7 +79,7 @@ def answers(url: str) -> bool:
 
 
 class Reader:
-    """A person at the page, who has no other network."""
+    """A user of the page, without any other network."""
 
     def __init__(self, page):
         self.page, self.wrong = page, []
@@ -99,7 +99,7 @@ class Reader:
         return self.page.locator(".augdistill-error, .augdistill-status").inner_text()
 
     def until(self, pattern: str) -> str:
-        """Wait until the status line says that."""
+        """Wait until the status line matches; returns it."""
         deadline = time.monotonic() + PATIENCE
         while not re.search(pattern, self.status):
             assert time.monotonic() < deadline, self.status
@@ -107,7 +107,7 @@ class Reader:
         return self.status
 
     def picture(self, place: int) -> str:
-        """What the picture at that place holds."""
+        """The SHA-256 digest of the picture at that place."""
         read = """async image => {
             const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
             const sum = await crypto.subtle.digest("SHA-256", bytes);
@@ -126,19 +126,19 @@ class Reader:
         return self.page.locator(f".widget-inline-hbox:has(> label:text-is('{name}'))")
 
     def press(self, name: str, *keys: str) -> None:
-        """Keys on the handle of a slider."""
+        """Press keys on the handle of a slider."""
         self.control(name).locator(".noUi-handle").focus()
         for key in keys:
             self.page.keyboard.press(key)
 
     def write(self, name: str, value: str) -> None:
-        """A number in place of a slider's."""
+        """Type a number as a slider's value."""
         readout = self.control(name).locator(".widget-readout")
         readout.fill(value)
         readout.press("Enter")
 
     def tabbed(self, times: int) -> set[str]:
-        """The names of the controls that so many presses of Tab come by."""
+        """The names of the controls that get the focus during so many presses of Tab."""
         focused = """() => {
             const box = document.activeElement.closest(".widget-inline-hbox, button");
             return box ? (box.querySelector("label") || box).innerText.trim() : "";
@@ -165,7 +165,7 @@ def browser():
         chromium.close()
 
 
-def test_a_person_turns_trains_stops_scores_and_saves(served, browser, tmp_path):
+def test_a_user_explores_trains_stops_scores_and_saves(served, browser, tmp_path):
     url, run, mark = served
     page = browser.new_page()
     reader = Reader(page)

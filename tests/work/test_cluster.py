@@ -1,6 +1,6 @@
-"""A Dask cluster gives the bits that this machine gives, whatever befalls it: real schedulers and workers on loopback.
+"""A Dask cluster gives bit-identical results, also after failures: real schedulers and workers on loopback.
 
-Each worker is a process in a folder of its own, and sees no other folder (but where a test says so).
+Each worker is a process in its own folder, and sees no other folder (unless a test says so).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot im
 
 
 class Machines:
-    """A scheduler and its workers, each a process of its own."""
+    """A scheduler and its workers, each in its own process."""
 
     def __init__(self, folder: Path):
         self.folder, self.address, self.processes = folder, str(folder / "scheduler.json"), {}
@@ -91,7 +91,7 @@ def machines(folder: Path):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A cluster of two workers, of which the second has a GPU, as it says."""
+    """A cluster of two workers; the second declares a GPU."""
     with machines(tmp_path_factory.mktemp("cluster") / "two") as made:
         made.worker("first")
         made.worker("second", "--resources", "GPU=1")
@@ -122,7 +122,7 @@ class Own(Phi):
 
 @dataclasses.dataclass(frozen=True)
 class Piece(Task):
-    """Leaves its process in a folder of marks, takes its time, and gives what it is called."""
+    """Writes its process id into a folder, waits, and returns its name."""
 
     name: str
     marks: Path
@@ -155,7 +155,7 @@ def pids(marks: Path, name: str) -> list[int]:
 SMALL = dict(size=8, width=4, experts=8, epochs=2)
 
 
-def test_experts_and_what_builds_on_them_are_bit_for_bit_those_of_this_machine(two, tmp_path, monkeypatch):
+def test_experts_and_the_jobs_that_use_them_are_bit_identical(two, tmp_path, monkeypatch):
     register_phi("cluster's own")(Own)  # forgotten behind this file
     setup, ten, config = (
         Setup(**SMALL),
@@ -188,7 +188,7 @@ def test_experts_and_what_builds_on_them_are_bit_for_bit_those_of_this_machine(t
 
 
 def test_a_sweep_gives_the_numbers_of_this_machine(two, tmp_path, monkeypatch):
-    """Its notebook, its preset and its phi lie in a folder that workers do not see."""
+    """Its notebook, its preset and its phi are in a folder that workers do not see."""
     (tmp_path / "grid").mkdir()
     (tmp_path / "grid" / "own.py").write_text(CUT)
     shutil.copy(ROOT / "notebooks" / "presets" / "smoke.yaml", tmp_path / "grid" / "own.yaml")
@@ -214,7 +214,7 @@ def test_a_sweep_gives_the_numbers_of_this_machine(two, tmp_path, monkeypatch):
     assert (here / picture).read_bytes() == (there / picture).read_bytes()
 
 
-def test_a_report_s_notebooks_run_side_by_side_here_and_their_pieces_there(two, tmp_path, capsys):
+def test_a_report_s_notebooks_run_in_parallel_here_and_their_jobs_on_workers(two, tmp_path, capsys):
     arguments = ["report", "--preset", "smoke", "--only", "02,03"]
     assert main([*arguments, "--out", str(tmp_path / "there"), "--cluster", two.address]) == 0
     assert "notebooks" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_a_report_s_notebooks_run_side_by_side_here_and_their_pieces_there(two, 
         assert list((two.folder / name).rglob("accuracy-*.safetensors"))
 
 
-def test_in_a_shared_folder_nothing_travels(two, tmp_path):
+def test_in_a_shared_folder_no_file_is_sent(two, tmp_path):
     """Workers that see the run's folder, and may use it, work in it."""
     store, jobs = Store(tmp_path / "artefacts"), [Piece("one", tmp_path), Piece("two", tmp_path)]
 
@@ -262,8 +262,8 @@ def test_progress_is_that_of_this_machine_and_says_where_the_dashboard_is(two, t
     assert any("2 running on http://127.0.0.1:" in note for _, _, note in shown)
 
 
-def test_what_runs_on_a_gpu_goes_where_one_is(two, tmp_path):
-    """By its set-up: here one that has only the look of it, as the tests need no GPU."""
+def test_a_gpu_job_goes_to_a_worker_with_a_gpu(two, tmp_path):
+    """By the device of its setup; here that is only simulated, since the tests need no GPU."""
 
     @dataclasses.dataclass(frozen=True)
     class OnGPU(Piece):
@@ -283,7 +283,7 @@ def test_what_runs_on_a_gpu_goes_where_one_is(two, tmp_path):
     assert {pid for job in jobs for pid in pids(tmp_path, job.name)} == {two.processes["second"].pid}
 
 
-def test_who_shares_the_work_is_no_part_of_a_result(tmp_path):
+def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
     assert configuration(resolve("smoke", {"cluster": "tcp://10.0.0.7:8786"})) == configuration(resolve("smoke"))
     assert resolve("smoke", {"cluster": "tcp://10.0.0.7:8786"}).public() == resolve("smoke").public()
 
@@ -291,7 +291,7 @@ def test_who_shares_the_work_is_no_part_of_a_result(tmp_path):
 # --- what can go wrong ------------------------------------------------------------------------------------------------
 
 
-def test_the_piece_of_a_killed_worker_is_run_elsewhere(tmp_path):
+def test_the_job_of_a_killed_worker_runs_on_another(tmp_path):
     with machines(tmp_path / "machines") as own:
         own.worker("one")
         own.worker("other")
@@ -312,7 +312,7 @@ def test_the_piece_of_a_killed_worker_is_run_elsewhere(tmp_path):
         assert len(dead) == 1 and own.processes[dead.pop()].pid != by
 
 
-def test_a_scheduler_that_is_killed_ends_it_with_what_was_finished(two, tmp_path):
+def test_a_killed_scheduler_ends_the_run_and_finished_results_stay(two, tmp_path):
     quick, slow, store = Piece("quick", tmp_path), Piece("slow", tmp_path, 60), Store(tmp_path / "artefacts")
     with machines(tmp_path / "machines") as own:
         own.worker("one")
@@ -369,7 +369,7 @@ def test_a_worker_without_the_data_or_with_other_data_is_named(two, tmp_path, mo
         run(expert_jobs(setup), store, two.address, failures={})
 
 
-def test_a_worker_that_runs_pieces_side_by_side_is_named(tmp_path):
+def test_a_worker_that_runs_jobs_in_threads_is_named(tmp_path):
     with machines(tmp_path / "machines") as own:
         own.worker("wide", threads=2)
         with pytest.raises(ValueError, match=r"worker tcp://.*: runs 2 jobs at a time .*--nthreads 1"):
@@ -382,7 +382,7 @@ ELSEWHERE += ('file: {"address": "tcp://192.0.2.1:1"}',)
 
 
 @pytest.mark.parametrize("where", ELSEWHERE[:3])
-def test_one_on_another_machine_is_asked_without_tls_only_where_a_user_says_so(where, tmp_path, monkeypatch, capsys):
+def test_another_machine_without_tls_is_contacted_only_if_the_user_says_so(where, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "TIMEOUT", 1)
     command = ["experts", "train", "--preset", "smoke", "--out", str(tmp_path / "out"), "--cluster", where]
     assert main([*command, "--set", "cluster_insecure=true"]) == 2
@@ -416,7 +416,7 @@ def test_this_machine_s_own_addresses_need_no_tls():
         *((where, "is on another machine.*must be tls://.*cluster_insecure=true") for where in ELSEWHERE),
     ],
 )
-def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(where, why, tmp_path, monkeypatch, capsys):
+def test_a_missing_cluster_is_refused_before_anything_runs(where, why, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "TIMEOUT", 1)
     if where.startswith("file: "):
         (tmp_path / "dask.json").write_text(where.removeprefix("file: "))
@@ -429,8 +429,8 @@ def test_a_cluster_that_is_not_there_is_refused_before_anything_runs(where, why,
     assert re.search(f"^augdistill: cluster=.*{why}", error) and "\n" not in error and not (tmp_path / "out").exists()
 
 
-def test_an_exception_here_cancels_what_runs_there(two, tmp_path):
-    """Ctrl-C is one: the pieces under way end, those that wait never begin."""
+def test_an_exception_here_cancels_the_jobs_on_workers(two, tmp_path):
+    """Ctrl-C is an exception: running jobs end, waiting jobs never start."""
     store, jobs = Store(tmp_path / "artefacts"), [Piece(f"piece {i}", tmp_path, 60) for i in range(4)]
 
     def show(done, total, note):

@@ -1,4 +1,4 @@
-"""A saved phi as a layer: what it takes and refuses, samples of each structure, kornia, torch.compile, eval()."""
+"""A saved phi as a layer: valid and wrong inputs, samples of each structure, kornia, torch.compile, eval()."""
 
 import pickle
 import subprocess
@@ -196,7 +196,7 @@ def changes(layer, images):
 
 
 def test_eval_does_what_it_does_to_other_augmentations(saved, pixels):
-    """Nothing: kornia's and torchvision's augment in evaluation mode too. Only dropout is switched off."""
+    """Nothing: kornia's and torchvision's augmentations work in evaluation mode, too. Only dropout is switched off."""
     import kornia.augmentation as K
 
     images = pixels[0]

@@ -1,4 +1,4 @@
-"""Jobs are shared so that the whole ends soonest, and progress counts what they cost."""
+"""The most expensive jobs start first, and progress counts jobs by their cost."""
 
 import concurrent.futures
 import dataclasses
@@ -13,7 +13,7 @@ from augdistill_report.work.setup import Setup
 
 
 class InTurn(Crew):
-    """Jobs one after the other, in this process."""
+    """A crew that runs jobs one after the other in this process."""
 
     def __init__(self, store):
         self.store, self.executor = store, concurrent.futures.ThreadPoolExecutor(1)
@@ -28,7 +28,7 @@ class InTurn(Crew):
         return 0.5 if future.running() else 0.0, ""
 
 
-def test_what_takes_longest_starts_first_and_counts_most(tmp_path, monkeypatch):
+def test_the_most_expensive_job_starts_first_and_counts_most(tmp_path, monkeypatch):
     began, shown = [], []
 
     @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Students are scored with what the page shows: the step size of their row, and whether its run stopped early."""
+"""A row is scored with the step size that it shows, and is marked if its run stopped early."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from augdistill_report.work.students import accuracy_of
 
 @pytest.fixture
 def run(tmp_path):
-    """Notebook 02's pixels, with a learned alpha that leaves the positive numbers before the run diverges."""
+    """Notebook 02's pixels, with a learned alpha that becomes negative before the run diverges."""
     changes = dict(iterations=8, pixel_alpha_lr=0.03, pixel_lr=0.0001, eval_lr=0.0)
     return Run("mine", resolve("smoke", changes), tmp_path)
 
@@ -47,7 +47,7 @@ def test_a_row_whose_run_stopped_is_marked_and_scored_with_the_alpha_that_it_sho
     assert "(n = 2) (stopped: diverged) |" in markdown_table([{"": "pixels", "accuracy": run.numbers["pixels"]}])
     both = pooled({("pixels", 0): scored, ("pixels", 1): Accuracy([0.5], [0.5])})
     assert both["pixels"].stopped == "diverged"
-    # and plain images have none
+    # and without a phi there is none
     assert (
         scoring.Evaluation(job.setup, run.base, dataclasses.replace(evaluation.config, eval_lr=0.1)).stopped(run.store)
         == ""
