@@ -245,7 +245,7 @@ class Store:
         self.folder = Path(folder)
 
     def path(self, kind: str, spec: dict) -> Path:
-        return self.folder / f"{kind}-{digest(spec)}.safetensors"
+        return self.folder / f"{kind}-{digest({'format': FORMAT, 'spec': spec})}.safetensors"
 
     def token(self) -> str:
         """The identity of this folder, the same from every machine: the content of a file in it, written once."""
