@@ -20,7 +20,7 @@ def test_short_keeps_the_rows_that_the_grid_names_and_set_changes_all(tmp_path):
     assert {c.settings.syn_steps for c in choices} == {2}
     assert [c.settings.iterations for c in choices] == [7] * 4 + [3] * 4  # a row's own is what the row is about
     assert {c.row for c in grid.choices(resolve("smoke"), only=["b"])} == {"b"}
-    with pytest.raises(ValueError, match=r"row 'd': is no row of .*the nearest are a, b, c"):
+    with pytest.raises(ValueError, match=r"row 'd': is not a row of .*the nearest are a, b, c"):
         grid.choices(resolve("smoke"), only=["b", "d"])
     assert len({c.name for c in choices}) == 8 and len(grid.choices(resolve("smoke"))) == 12
 

@@ -194,7 +194,7 @@ def test_a_phi_that_has_become_another_is_told_of(run):
         load_phi(changed)
     del phi_module._REGISTRY["mine"]
     phi_module._REGISTRY["mine"] = Policy
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"mine.safe.*'mine', as it is.*other tensors"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"mine.safe.*'mine', as registered.*other tensors"):
         load_phi(path)
 
 
