@@ -66,7 +66,7 @@ def test_the_zoo_s_table(world):
         assert row["positions"] == (count["positions"] > count[""])
         assert row["labels"] == (count["labels"] > count[""])
     assert {name for name, row in rows.items() if row["noise"]} == {
-        n for n in rows if any(part in n for part in ("noise", "dist", "policy"))
+        n for n in rows if any(part in n for part in ("noise", "dist", "policy", "kornia:"))
     } - {
         "distnet4",
         "distnet5",
