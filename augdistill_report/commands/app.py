@@ -32,7 +32,7 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
 
     settings = resolve(preset, changes)
     parameters = {key: getattr(settings, key) for key in changes or {}}
-    parameters |= {"preset": named(preset), "out": str(run_folder(preset, out))}
+    parameters |= {"preset": preset_for_kernel(preset), "out": str(run_folder(preset, out))}
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / "explorer.ipynb"
         papermill.execute_notebook(
@@ -49,7 +49,7 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
         server.start()
 
 
-def named(preset: str) -> str:
+def preset_for_kernel(preset: str) -> str:
     """A preset as the page's kernel finds it, which runs in another folder: the name, or the file's whole path."""
     return str(preset_path(preset).resolve()) if preset.endswith((".yaml", ".yml")) else preset
 
