@@ -137,7 +137,7 @@ def bars(scores: dict) -> Figure:
         axis.barh(y, 100 * score.mean, xerr=100 * score.std, color=fill, capsize=3)
         axis.plot([100 * v for v in score.test], [y] * len(score.test), "o", color="black", markersize=2.5, alpha=0.6)
         inside = score.mean > (0.7 if score.stopped else 0.3)  # as long as the text
-        place = 1 if inside else 100 * max(score.test) + 2
+        place = 1 if inside else 100 * max(*score.test, score.mean + score.std) + 2
         axis.text(place, y, str(score), va="center", fontsize=9, color=ink(fill) if inside else "black")
     axis.set_yticks(range(len(scores)), [its.label for its in looks])
     axis.set(xlabel=f"test accuracy (%, n = {len(next(iter(scores.values())).test)} students)", xlim=(0, 100))
@@ -186,7 +186,7 @@ def expert_curves(validation: list[list[float]], theta: Tensor) -> Figure:
     right.plot(range(1, steps.shape[1] + 1), steps.mean(0), color=PALETTE[0], linewidth=2.5)
     left.legend(frameon=False, loc="lower right")
     left.set(xlabel="snapshot", ylabel="validation accuracy (%)", ylim=(0, 100))
-    right.set(xlabel="snapshot", ylabel="distance to the previous snapshot (norm of weights)", ylim=(0, None))
+    right.set(xlabel="snapshot", ylabel="distance to the previous snapshot\n(norm of weights)", ylim=(0, None))
     return figure
 
 

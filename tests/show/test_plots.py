@@ -34,3 +34,9 @@ def test_a_bar_shows_that_its_run_stopped_in_the_bar_only_if_that_is_long_enough
     short, long = plots.bars(scores).axes[0].texts
     assert short.get_text() == "40.0 ± 0.0 % (stopped: diverged)" and short.get_position()[0] > 40
     assert long.get_text() == "90.0 ± 0.0 % (stopped: diverged)" and long.get_position()[0] < 40
+
+
+def test_the_number_beside_a_bar_stands_clear_of_its_error_bar():
+    score = Accuracy([0.1, 0.2], [0.1, 0.2])
+    (text,) = plots.bars({"phi": score}).axes[0].texts
+    assert text.get_position()[0] > 100 * (score.mean + score.std)
