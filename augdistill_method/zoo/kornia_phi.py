@@ -4,10 +4,12 @@ kornia samples from fixed ranges, with the global generator. Here a sample is th
 phi's generator, so that each range gets its gradient through the augmented images; kornia's functions transform them.
 Ranges start small and stay below a limit. What is learned is the range of each transformation.
 
-The rest of `kornia.augmentation` is not here. Every parameter that it samples was given a gradient and compared with
-finite differences (float64, kornia 0.9):
-- no range to learn: flips, RandomRotation90, RandomGrayscale, RandomInvert, RandomEqualize, RandomAutoContrast, the
-  box and median blurs, RandomChannelDropout and -Shuffle, RandomPlanckianJitter, CenterCrop, Resize, PadTo, Normalize;
+The rest of `kornia.augmentation` is not here. Where it runs on one image, each parameter that it samples was given a
+gradient, compared with a finite difference (float64, kornia 0.9); for RandomRain, RandomRotation90, RandomMotionBlur
+and RandomFisheye (which takes tensors only) the reason is what they do:
+- no range to learn: flips, RandomFisheye, RandomRotation90, RandomGrayscale, RandomInvert, RandomEqualize,
+  RandomAutoContrast, the box and median blurs, RandomChannelDropout and -Shuffle, RandomPlanckianJitter, CenterCrop,
+  Resize, PadTo, Normalize;
 - the image is a step function of the sample (no gradient, or zero): RandomCrop, RandomResizedCrop, the box of
   RandomErasing, RandomPosterize, the threshold of RandomSolarize, RandomClahe, RandomSaltAndPepperNoise, RandomRain,
   the amount of RandomSnow, the kernel of RandomMotionBlur;
