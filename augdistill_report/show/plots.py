@@ -248,7 +248,7 @@ def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full, rows: d
 
     `panels` hold accuracies by method and fraction. A line shows `full`, the accuracy with all the data.
     """
-    figure, axes = new_figure(5.6 * len(panels), 5.2, len(panels), sharey=True)
+    figure, axes = new_figure(5.6 * len(panels), 6.4, len(panels), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=True):
         for name, scores in series.items():
             x, its = [100 * f for f in scores], look(name, rows)
@@ -261,7 +261,7 @@ def by_fraction(panels: dict[str, dict[str, dict[float, object]]], full, rows: d
         ticks = sorted({100 * f for scores in series.values() for f in scores})
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8.5, loc="lower right")
+        axis.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     n = max(len(s.test) for series in panels.values() for scores in series.values() for s in scores.values())
     axes[0].set_ylabel(f"test accuracy (%, n = {n} students)")
     return figure

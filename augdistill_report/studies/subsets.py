@@ -239,8 +239,9 @@ def verdict(scores: dict, settings: Settings) -> str:
         if near:
             unlike = "not significantly different from " + ", ".join(f"*{rows[id].label}*" for id in near)
         said.append(
-            f"**{percent(f)}**: *{rows[best].label}* is best ({100 * means[best]:.1f} %; "
-            f"{rows[NONE].label} {100 * means[NONE]:.1f} %), {unlike}."
+            f"**{percent(f)}**: *{rows[best].label}* is best ({100 * means[best]:.1f} %"
+            + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
+            + f"), {unlike}."
         )
         learned = [id for id in means if rows[id].group not in (CONTROL, HAND)]
         designed = [id for id in means if rows[id].group == HAND]

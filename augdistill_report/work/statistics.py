@@ -68,7 +68,8 @@ def mean_and_std(values: list[float], form: str = ".1f", std_form: str = "") -> 
     """ "mean ± standard deviation", each in its number format; "mean (n = 1)" for one value."""
     found = summary(values)
     deviation = f"± {found['std']:{std_form or form.lstrip('+')}}" if len(values) > 1 else "(n = 1)"
-    return f"{found['mean']:{form}} {deviation}"
+    mean = format(found["mean"], form)
+    return f"{mean if float(mean) else format(0.0, form)} {deviation}"  # not -0.0
 
 
 def shown(value) -> str:
