@@ -30,6 +30,9 @@ class NotebookFailed(Exception):
         return self.args[0]
 
 
+QUIET_ASYNCIO = "__import__('logging').getLogger('asyncio').setLevel('CRITICAL')"  # else a stopped kernel lists tasks
+
+
 class KernelManager(AsyncKernelManager):
     """Kernels that can be ended from outside, over Unix sockets where there are any: two kernels may get one TCP port.
 
@@ -46,7 +49,8 @@ class KernelManager(AsyncKernelManager):
 
     def format_kernel_cmd(self, extra_arguments=None):
         """Silence the kernel's log: it reports an interrupt whenever a notebook fails; papermill's error is better."""
-        return super().format_kernel_cmd([*(extra_arguments or []), "--IPKernelApp.log_level=CRITICAL"])
+        quiet = ["--IPKernelApp.log_level=CRITICAL", f"--IPKernelApp.exec_lines={QUIET_ASYNCIO}"]
+        return super().format_kernel_cmd([*(extra_arguments or []), *quiet])
 
     async def post_start_kernel(self, **options):
         await super().post_start_kernel(**options)

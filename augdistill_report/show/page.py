@@ -55,7 +55,8 @@ def readable(path: Path, result: dict, figures: Path) -> nbformat.NotebookNode:
         output.get("data", {}).pop(WIDGETS, None)  # without a kernel the line beside it says more
     notebook.metadata.pop("widgets", None)
     if result["headline"]:
-        first = f"**{html.escape(result['headline'])}**\n\n{inline(figures, result['figure'])}"
+        headline = html.escape(result["headline"], quote=False)
+        first = f"<p><b>{headline}</b></p>\n\n{inline(figures, result['figure'])}"
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(first))
     return notebook
 
@@ -73,7 +74,9 @@ def front(folder: Path, results: dict[str, dict], titles: dict[str, str]) -> str
     """The answer, a line a notebook; the key figure; and a card for each notebook: headline, figure, time, links."""
     timings = folder / "timings.json"
     seconds = read_json(timings, "timings")["seconds"] if timings.is_file() else {}
-    said = {name: html.escape(result["headline"]) for name, result in results.items() if result["headline"]}
+    said = {
+        name: html.escape(result["headline"], quote=False) for name, result in results.items() if result["headline"]
+    }
     answer = "".join(f'<li>{line} <a href="#{name}">{name[:2]}</a></li>' for name, line in said.items())
     key = next((name for name in (KEY_NOTEBOOK, *results) if name in results and results[name]["figure"]), "")
     cards = []

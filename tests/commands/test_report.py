@@ -1,5 +1,6 @@
 """A finished report is complete, and wrong arguments are refused before anything runs."""
 
+import html
 import json
 import re
 
@@ -58,7 +59,13 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
     for name in NAMES:
         assert f'<section id="{name}">' in page
     assert not re.search(r'(src|href)="(https?:)?//', page)
-    assert page.count('src="data:image/png;base64,') == sum(len(r["figures"]) for r in results(smoke).values())
+    found = results(smoke)
+    # every figure, and each notebook's key figure on its card and at its head, and one on the front page
+    shown = sum(len(result["figures"]) for result in found.values()) + 2 * len(NAMES) + 1
+    assert page.count('src="data:image/png;base64,') == shown
+    for name, result in found.items():
+        assert result["headline"] and page.count(html.escape(result["headline"], quote=False)) >= 3, name
+        assert f'href="results/{name}.json"' in page
     assert page.count('<details class="code">') > 20
     # in the place of the explorer's widgets, which only a kernel brings to life, a line that says how
     assert "widget-view+json" not in page and "Here stands the explorer's page" in page

@@ -124,7 +124,7 @@ def test_a_film_plays_its_frames_in_order():
         played.seek(k)
         assert np.abs(np.array(played.convert("RGB"), int) - np.array(frame, int)).max() < 8
         assert played.info["duration"] == (100 if k < 2 else 600)
-    with pytest.raises(ValueError, match="snapshots of one size"):
+    with pytest.raises(ValueError, match="all of one size"):
         film([shades[0], Image.new("RGB", (31, 20))])
     with pytest.raises(ValueError, match="needs frames"):
         film([])

@@ -730,7 +730,7 @@ def test_a_folder_of_experts_that_do_not_fit_is_refused_by_name(folder, tmp_path
             load_trajectories(given(folder, **changes), Store(tmp_path))
     with pytest.raises(ValueError, match=r"has 2 files .* but experts=3"):
         load_trajectories(given(folder, experts=3), Store(tmp_path))
-    with pytest.raises(ValueError, match="holds 0 files"):
+    with pytest.raises(ValueError, match="has 0 files"):
         load_trajectories(given(tmp_path), Store(tmp_path))
     break_file(folder / some, "truncated")
     with pytest.raises(ValueError, match=some):

@@ -144,7 +144,7 @@ def test_a_control_is_another_evaluation(world, tmp_path):
         assert isinstance(alone, Evaluation) and whole.spec() != alone.spec()
         assert alone.stored(store)[1] != whole.stored(store)[1]
     for distilled, kind in ((jobs["conditioned U-Net"], "bias"), (None, "stored"), (None, "added")):
-        with pytest.raises(ValueError, match=f"only='{kind}': must be empty, or 'stored' or 'added' beside"):
+        with pytest.raises(ValueError, match=f"only='{kind}': must be empty, or 'stored' or 'added' with"):
             world.evaluation(world.few, distilled, only=kind)
 
 
