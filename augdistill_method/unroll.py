@@ -2,8 +2,7 @@
 
 The gradients in every batch, in alpha and in the start are exact in each memory mode. "graph" keeps autograd's whole
 graph, which grows with N. "replay" keeps about twenty parameter vectors and the graph of one step, for any N.
-"compiled" is replay with its two step functions under torch.compile. `make bench` compares them with the official code,
-which uses the graph; see README's "Speed and memory".
+`make bench` compares them with the official code, which uses the graph; see README's "Speed and memory".
 
 Replay uses the student only through two functions, a pair of `Steps`: replace them to make it faster on other hardware.
 """
@@ -11,8 +10,6 @@ Replay uses the student only through two functions, a pair of `Steps`: replace t
 import dataclasses
 import functools
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +18,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from augdistill_method.student import check_student, flatten, logits_of, parameter_positions, unflatten
+from augdistill_method.student import check_student, flatten, logits_of, unflatten
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The unroll
@@ -47,9 +43,8 @@ def unroll(
     Args:
         batches, labels: N tensors `[B, C, H, W]` and `[B]`; step n is taken on batch n (Algorithm 1, line 12).
         memory: "graph" keeps the whole graph, which grows with N. "replay" goes backward with one Hessian-vector
-            product per step, and cannot be differentiated twice. "compiled" is replay under torch.compile: the first
-            steps of each shape take a minute, and it needs a C++ compiler. "auto" is the graph if it fits into memory,
-            else replay (`choose_memory`, which costs one step). If a phi makes the batches, call that before phi.
+            product per step, and cannot be differentiated twice. "auto" is the graph if it fits into memory, else
+            replay (`choose_memory`, which costs one step). If a phi makes the batches, call that before phi.
         keep: how many of theta_0 .. theta_N replay may keep at once. If that is less than N, it keeps every k-th and
             repeats the steps between them in the backward pass: the same bits, for at most one more gradient per step.
             0 keeps all.
@@ -208,45 +203,7 @@ def _prepare_forward_mode() -> None:
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
-def compiled(student: nn.Module) -> Steps:
-    """Both step functions under torch.compile: for long runs, since each batch shape must be compiled first.
-
-    On a CUDA device each is captured as a CUDA graph (mode "reduce-overhead"), so that its kernels are launched at
-    once; this has not been run yet on such a device. A `ValueError` on a CPU without a C++ compiler.
-    """
-    cuda = next(student.parameters()).is_cuda
-    if not cuda and not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++")):
-        raise ValueError("memory='compiled': needs a C++ compiler (g++ or clang++) on the PATH; or use memory='replay'")
-    # names, not the parameters themselves, so that another student of the same structure reuses the compiled code
-    static = student, tuple(parameter_positions(student).items()), tuple(p.shape for p in student.parameters())
-    return Steps(*(functools.partial(function, *static) for function in _compiled(cuda)))
-
-
-@functools.cache
-def _compiled(cuda: bool) -> tuple[Callable, Callable]:
-    """The compiled gradient and product, functions of (student, names and positions, shapes, theta, ...)."""
-
-    def loss(student, names, shapes, theta, images, labels):
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)  # the layout that the compiler fuses best
-        pieces = [p.view(shape) for p, shape in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
-        logits = functional_call(student, {name: pieces[i] for name, i in names}, (images,), tie_weights=False)
-        return F.cross_entropy(logits, labels)
-
-    gradient = torch.func.grad(loss, 3)
-
-    def product(student, names, shapes, theta, images, labels, v):
-        def along(theta, images):
-            return (gradient(student, names, shapes, theta, images, labels) * v).sum()
-
-        (hv, dx), gv = torch.func.grad_and_value(along, (0, 1))(theta, images)
-        return gv, dx, hv
-
-    options = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
-    return torch.compile(gradient, **options), torch.compile(product, **options)
-
-
-STEPS = {"replay": eager, "compiled": compiled}
+STEPS = {"replay": eager}
 
 MEMORY = ("graph", *STEPS)
 

@@ -3,9 +3,6 @@
 The reference is autograd through the whole graph in double precision, over the table of awkward students.
 """
 
-import shutil
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,28 +102,6 @@ def test_a_negative_number_to_keep_is_refused():
     student = built(STUDENTS["mlp"])
     with pytest.raises(ValueError, match="keep=-1: must be at least 1, or 0"):
         unroll(student, *inputs(student, 1), memory="replay", keep=-1)
-
-
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
-def test_compiled_replay_is_exact_and_compiled_once_for_students_of_one_structure():
-    for seed, stance in ((0, "default"), (1, "fail_on_recompile")):
-        student, found = built(STUDENTS["mlp"], seed), {}
-        for memory in ("graph", "compiled"):
-            start, batches, labels, alpha = inputs(student, 3, seed)
-            with warnings.catch_warnings(), torch.compiler.set_stance(stance):
-                warnings.simplefilter("ignore")  # the compiler's own
-                end = unroll(student, start, batches, labels, alpha, memory=memory)
-                found[memory] = end, *torch.autograd.grad(end.square().sum(), [start, alpha, *batches])
-        for whole, replayed in zip(*found.values(), strict=True):
-            assert (whole - replayed).norm() <= 1e-12 * whole.norm() and whole.norm() > 0
-
-
-def test_without_a_compiler_the_error_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    student = built(STUDENTS["mlp"])
-    with pytest.raises(ValueError, match=r"memory='compiled': needs a C\+\+ compiler.*memory='replay'"):
-        unroll(student, *inputs(student, 1), memory="compiled")
 
 
 def test_only_what_is_asked_for_is_needed():
