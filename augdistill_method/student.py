@@ -49,6 +49,8 @@ class ConvNet(nn.Module):
         if images.shape[1:] != self.shape:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}: this student takes {self.shape} (C, H, W)")
         x = images.bfloat16() if self.precision == "bf16" else images
+        if images.is_cuda and not torch._C._are_functorch_transforms_active():  # `vmap` does not know this layout
+            x = x.contiguous(memory_format=torch.channels_last)  # the layout of a GPU's convolutions
         for convolution, norm in zip(self.features[::4], self.features[1::4], strict=True):
             z = F.conv2d(x, convolution.weight.to(x.dtype), convolution.bias.to(x.dtype), padding=1)
             x = norm_relu_pool(z, norm.weight, norm.bias, norm.eps)
