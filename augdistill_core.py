@@ -280,7 +280,8 @@ def distill(
             stopped = Stop("minutes", f"the time limit minutes={config.minutes:g} was reached {done}")
             break
         start_epoch, start, target = draw_segment(experts, config, run.generator)
-        start, target, alpha = start.to(images), target.to(images), run.step_size()
+        start, target = (to_device(t, images.device).to(images) for t in (start, target))
+        alpha = run.step_size()
         base = draw_base(classes, config.episode, run.generator)
         ends, sizes = [], []
         for _ in range(config.draws):

@@ -37,8 +37,10 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values`, drawn on the CPU, on a device; the program does not wait for it (it would, for ordinary memory)."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """`values` on a device; from the CPU through pinned memory, since the program would wait for any other copy."""
+    if device.type == "cuda" and not values.is_cuda:
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
