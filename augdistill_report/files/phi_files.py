@@ -51,7 +51,13 @@ ABOUT = {
     "base_images": a_count,
     "classes": [str],
     "data": {"name": str, "fingerprint": str, "mean": [a_finite_number], "std": [a_deviation]},
-    "subset": {"seed": a_count, "per_class": (None, a_count), "fraction": (None, a_fraction), "skip": a_fraction},
+    "subset": {
+        "seed": a_count,
+        "per_class": (None, a_count),
+        "fraction": (None, a_fraction),
+        "skip": a_fraction,
+        "window": (None, a_fraction),
+    },
     "setup": {"zca": bool, "size": a_side},
     "config": dict,
     "stopped": (str, dict),
@@ -66,7 +72,7 @@ def save_phi(
     path: Path | str, job: Distillation, store: Store, strength: float = 1.0, probability: float = 1.0
 ) -> Path:
     """Write the phi of `job` (trained now if needed), and how to use it; a `ValueError` if it cannot be restored."""
-    use, data, index = Use(strength, probability), job.data, job.subset.index(job.data)
+    use, data, index = Use(strength, probability), job.data, job.index(store)
     distilled = job.stored_phi(store)
     phi = distilled.phi.cpu()
     tensors = separate(phi.state_dict())

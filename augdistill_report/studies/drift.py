@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from augdistill_core import augmented, flatten, minibatches, seeded, sgd, snapshots_every
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import Split
+from augdistill_report.work.difficulty import subset_index
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job
 from augdistill_report.work.scoring import Evaluation
@@ -94,7 +95,7 @@ class Drift(Job):
         experts, seed = load_trajectories(setup, store), (setup.seed, "drift", self.start)
         taught = augmentation(setup.expert_augment, data)
         through = {
-            name: (data.train.take(job.subset.index(data)), [job.phi(store), job.augment()])
+            name: (data.train.take(subset_index(job.subset, job.setup, store)), [job.phi(store), job.augment()])
             for name, job in self.methods
         }
         found = {"length": [], "noise": [], "remaining": {name: [] for name in through}}

@@ -27,6 +27,7 @@ from augdistill_report.studies.subset_methods import (
     shown_rows,
 )
 from augdistill_report.studies.unseen import Repetition
+from augdistill_report.work.difficulty import subset_index
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
@@ -176,7 +177,7 @@ def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[f
     """CPU seconds to learn each method at each fraction, and of one student epoch; means over trials."""
     found: dict[tuple[str, float], list] = {}
     for (id, f, _), job in jobs.items():
-        images, c = len(job.subset.index(job.data)), job.config
+        images, c = len(subset_index(job.subset, job.setup, run.store)), job.config
         learning = run.seconds(job.distilled) if job.distilled else 0.0
         epoch = run.seconds(job) / c.eval_students / c.steps(images) * -(-images // c.eval_batch)
         found.setdefault((id, f), []).append((learning, epoch))

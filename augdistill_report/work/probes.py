@@ -49,7 +49,7 @@ class Probe(Job):
 
     def work(self, store, tick):
         distilled = self.distilled
-        base, alpha = self.data.train.take(distilled.subset.index(self.data)), self.alpha
+        base, alpha = self.data.train.take(distilled.index(store)), self.alpha
         if alpha is None:
             meta = distilled.stored(store)[1]
             alpha = meta["alpha"] if self.moment == "last" else meta["history"][int(self.moment)]["alpha"]

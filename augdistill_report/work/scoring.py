@@ -28,6 +28,7 @@ from augdistill_report.data.augmentations import AUGMENTATIONS, Choices, augment
 from augdistill_report.data.datasets import Split
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.files.store import Store, a_fraction
+from augdistill_report.work.difficulty import ranking, subset_index
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.setup import Setup, public_name
@@ -131,7 +132,7 @@ class Evaluation(Job):
 
     def needs(self):
         teachers = own_experts(self.setup) if self.config.eval_labels == "soft" else []
-        return [self.distilled, *teachers] if self.distilled else teachers
+        return [*([self.distilled] if self.distilled else []), *teachers, *ranking(self.subset, self.setup)]
 
     def student(self):
         build = STUDENTS.get(self.config.eval_student)
@@ -163,7 +164,7 @@ class Evaluation(Job):
         data, config = self.data, self.config
         if not config.eval_lr:
             config = dataclasses.replace(config, eval_lr=learned_step_size(self.distilled, store))
-        train, validation = data.train.take(self.subset.index(data)), data.validation.made()
+        train, validation = data.train.take(subset_index(self.subset, self.setup, store)), data.validation.made()
         arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(load_trajectories(self.setup, store)) if soft else None
