@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from augdistill_core import PHIS, Phi, augmented, builders, is_ours, make_phi, seeded
+from augdistill_core import PHIS, Phi, augmented, builders, is_ours, labels_under, make_phi, seeded
 from augdistill_report.data.augmentations import without_flips
 from augdistill_report.files.store import (
     SealedFile,
@@ -102,10 +102,12 @@ def save_phi(
     few = data.train.take(index[:8]).to("cpu")
     given = few.images, few.labels, torch.arange(len(few))
     with torch.no_grad():
-        before, after = (augmented(p, *given, seeded(0)) for p in (phi, rebuilt(about, tensors)))
+        both = phi, rebuilt(about, tensors)
+        before, after = (augmented(p, *given, seeded(0)) for p in both)
+        labels = [labels_under(p, *given[1:]) for p in both]
     if not before.isfinite().all():
         raise ValueError(f"phi {job.phi!r} returns images that are not finite, so it is not saved")
-    if not torch.equal(before, after):
+    if not (torch.equal(before, after) and torch.equal(*labels)):
         raise ValueError(
             f"phi {job.phi!r} differs after it is rebuilt from its shape, parameters and buffers: "
             "keep all that it needs in its parameters and buffers"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from augdistill_core import augmented, flatten, minibatches, seeded, sgd, snapshots_every
+from augdistill_core import augmented, flatten, labels_under, minibatches, seeded, sgd, snapshots_every
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.work.difficulty import subset_index
@@ -44,9 +44,10 @@ def branches(
         noise = seeded(*seed, k, "noise")  # separate, so that all methods get the same batches of a subset
         for i in minibatches(len(split), setup.expert_batch, seeded(*seed, k)):
             images, labels = split.images[i], split.labels[i]
-            for method in through:
-                with torch.no_grad():
+            with torch.no_grad():
+                for method in through:
                     images = augmented(method, images, labels, i, noise)
+                labels = labels_under(through[0], labels, i)
             yield images, labels
 
     steps = snapshots_every(len(setup.load().train), setup)[0]

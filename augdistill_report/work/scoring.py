@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,15 +13,14 @@ from augdistill_core import (
     Applied,
     Config,
     Stored,
-    Trajectories,
     augmented,
     initial_parameters,
     knob,
-    logits_of,
+    labels_under,
     minibatches,
     seeded,
     sgd,
-    unflatten,
+    teacher_of,
 )
 from augdistill_report.data.augmentations import AUGMENTATIONS, Choices, augmentation
 from augdistill_report.data.datasets import Split
@@ -227,13 +225,6 @@ class Score(Job):
         return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
 
 
-def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
-    """The mean class probabilities `[B, classes]` of the trained experts for images `[B, C, H, W]`."""
-    student, last = experts.student, experts.snapshots - 1
-    ends = [unflatten(student, trajectory[last]) for trajectory in experts.trajectories]
-    return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
-
-
 MAX_LOOKS = 20  # rounds of eval_steps, at most, of a student with patience
 
 
@@ -292,7 +283,7 @@ def train_student(
                 fed = through(phi, images[i], i, noise)
             with torch.set_grad_enabled(learns):
                 fed = through(augment, fed, i, shaking)
-            yield fed, teacher(fed.detach()) if teacher else labels[i]
+            yield fed, teacher(fed.detach()) if teacher else labels_under(phi, labels[i], i).detach()
             if learns:
                 augment.learn()
 
