@@ -22,7 +22,7 @@ from augdistill_core import (
     sgd,
     teacher_of,
 )
-from augdistill_report.data.augmentations import AUGMENTATIONS, Choices, augmentation
+from augdistill_report.data.augmentations import AUGMENTATIONS, RANDOM_POLICY, Choices, augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.files.store import Store, a_fraction
@@ -65,9 +65,10 @@ class EvalConfig(Config):
     eval_augment: str = knob(
         "none",
         "augmentation after phi, redrawn each step, or kornia:NAME(key=value)",
-        choices=Choices("eval_augment", (*AUGMENTATIONS, "instaaug")),
+        choices=Choices("eval_augment", (*AUGMENTATIONS, RANDOM_POLICY, "instaaug")),
     )
     eval_magnitude: int = knob(9, "RandAugment's magnitude, if eval_augment is randaugment", low=0, high=30)
+    eval_candidate: int = knob(0, "which random ranges, if eval_augment is random_policy", low=0)
     eval_augment_probability: float = knob(
         1.0,
         "fraction of the images that it is applied to, redrawn each step; not for instaaug",
@@ -75,8 +76,13 @@ class EvalConfig(Config):
         high=1,
     )
     eval_reward: float = knob(1.0, "factor of InstaAug's reward for wide ranges, if eval_augment is instaaug", low=0)
+    eval_copies: int = knob(
+        0, "fixed copies of each image, augmented before training; 0 = augmented anew in each step", low=0, high=1000
+    )
     eval_labels: str = knob(
-        "hard", "hard = the images' own labels, soft = the experts' mean probabilities", choices=("hard", "soft")
+        "hard",
+        "hard = the images' own labels, or those of phi; soft = the experts' mean probabilities",
+        choices=("hard", "soft"),
     )
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(
@@ -119,6 +125,10 @@ class Evaluation(Job):
         if self.only not in (("", *CONTROLS) if self.distilled else ("",)):
             controls = " or ".join(map(repr, CONTROLS))
             raise ValueError(f"only={self.only!r}: must be empty, or {controls} with a distilled phi")
+        if self.config.eval_copies and self.config.eval_augment == "instaaug":
+            raise ValueError(
+                f"eval_copies={self.config.eval_copies}: must be 0 for instaaug, which learns all the time"
+            )
         if not (self.config.eval_lr or self.distilled):
             raise ValueError("eval_lr=0.0: must be above 0 without a phi, since no step size was learned")
         if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
@@ -149,7 +159,9 @@ class Evaluation(Job):
     def augment(self) -> Applied | None:
         """The augmentation after phi, with its probability; None if there is none, or if it learns with students."""
         c = self.config
-        known = None if c.eval_augment == "instaaug" else augmentation(c.eval_augment, self.data, c.eval_magnitude)
+        if c.eval_augment == "instaaug":
+            return None
+        known = augmentation(c.eval_augment, self.data, c.eval_magnitude, c.eval_candidate)
         return known and Applied(known, probability=c.eval_augment_probability)
 
     def work(self, store, tick):
@@ -277,12 +289,19 @@ def train_student(
             raise ValueError(f"{name_of(method)} returns values that are not finite")
         return x
 
+    def drawn(i: Tensor) -> Tensor:
+        with torch.no_grad():
+            fed = through(phi, images[i], i, noise)
+        with torch.set_grad_enabled(learns):
+            return through(augment, fed, i, shaking)
+
+    copies = [drawn(i) for _ in range(config.eval_copies) for i in torch.arange(len(images)).split(512)]
+    fixed = torch.cat(copies) if copies else None
+
     def batches():
-        for i in minibatches(len(images), config.eval_batch, generator):
-            with torch.no_grad():
-                fed = through(phi, images[i], i, noise)
-            with torch.set_grad_enabled(learns):
-                fed = through(augment, fed, i, shaking)
+        for k in minibatches(max(config.eval_copies, 1) * len(images), config.eval_batch, generator):
+            i = k % len(images)
+            fed = drawn(i) if fixed is None else fixed[k]
             yield fed, teacher(fed.detach()) if teacher else labels_under(phi, labels[i], i).detach()
             if learns:
                 augment.learn()
