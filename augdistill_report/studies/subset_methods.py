@@ -205,7 +205,7 @@ def every_method(settings: Settings) -> list[Method]:
         ),
         Method(
             *(MIXED, f"mixed labels + {EXPERTS}", CONTROL, "#117733", "s", "--", "labels_mixed", one_iteration, taught),
-            **labels,
+            **labels | dict(follows="experts_augmentation"),
         ),
         Method(
             *(LEARNED_LABELS, f"learned labels + {EXPERTS}", LEARNED, "#44aa99", "o", "-", "labels"),
@@ -226,7 +226,7 @@ def every_method(settings: Settings) -> list[Method]:
         Method("window", "best window", SELECTED, "#882255", "v", choices=(WINDOWS,), asked=True),
         Method(
             *("window_augmented", f"best window + {EXPERTS}", SELECTED, "#332288", "s", "--"),
-            **dict(augment=taught, choices=(WINDOWS, *of_taught), asked=True),
+            **dict(augment=taught, choices=(WINDOWS, *of_taught), follows="window", asked=True),
         ),
         Method(
             *("window_mixed", f"best window, mixed labels + {EXPERTS}", SELECTED, "#666699", "o", "-"),
