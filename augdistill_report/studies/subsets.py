@@ -357,10 +357,14 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
 
 
 def label_bars(labels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Soft labels `[n, K]` as pictures `[n, 1, H, W]` of bars, one a class from left to right, as large as images."""
-    height = like.shape[-2]
+    """Soft labels `[n, K]` as pictures `[n, 1, H, W]` of dark bars, one a class from left to right, as large as `like`.
+
+    A bar is as high as the probability. If the pictures are narrower than K pixels, neighbours share a pixel.
+    """
+    height, width = like.shape[-2:]
     levels = (torch.arange(height, 0, -1) - 0.5) / height
-    return F.interpolate(1.0 - (labels[:, None, None] > levels[:, None]).float(), like.shape[-2:], mode="area")
+    bars = 0.9 - 0.8 * (labels[:, None, None] > levels[:, None]).float()
+    return F.interpolate(bars, (height, width), mode="nearest-exact" if width >= labels.shape[1] else "area")
 
 
 @torch.enable_grad()
