@@ -1,5 +1,6 @@
 """Publishing gives the same bytes, refuses uncommitted code, and fills in the page of results."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from helpers import NAMES, results
 from augdistill_report.commands import publish as gallery
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.places import ROOT
+from augdistill_report.settings import resolve
 
 
 def pretend(folder: Path, **environment) -> None:
@@ -25,29 +27,33 @@ def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp
     shutil.copytree(smoke, run)
     pretend(run, commit="0" * 40, uncommitted=True)
     with pytest.raises(ValueError, match="uncommitted"):
-        gallery.publish("smoke", str(run), tmp_path / "gallery")
+        gallery.publish("smoke", str(run), gallery=tmp_path / "gallery")
     assert not (tmp_path / "gallery").exists()
     pretend(run, uncommitted=False)
-    target = gallery.publish("smoke", str(run), tmp_path / "gallery")
+    target = gallery.publish("smoke", str(run), gallery=tmp_path / "gallery")
     first = {p.name: p.read_bytes() for p in target.iterdir()}
     assert {f"{name}.json" for name in NAMES} | {"learning.gif"} < set(first)
     assert len([name for name in first if name.endswith(".png")]) == sum(
         len(r["figures"]) for r in results(run).values()
     )
-    gallery.publish("smoke", str(run), tmp_path / "gallery")
+    gallery.publish("smoke", str(run), gallery=tmp_path / "gallery")
     assert {p.name: p.read_bytes() for p in target.iterdir()} == first
     figures = [f"{name}.png" for notebook in NAMES[:2] for name in results(run)[notebook]["figures"]]
     for path in run.glob("results/0[3-7]*.json"):
         path.unlink()
     with pytest.raises(ValueError, match=r"03_phi_distillation, .* not finished"):
-        gallery.publish("smoke", str(run), tmp_path / "some")
-    some = gallery.publish("smoke", str(run), tmp_path / "some", only="1,02")
+        gallery.publish("smoke", str(run), gallery=tmp_path / "some")
+    some = gallery.publish("smoke", str(run), only="1,02", gallery=tmp_path / "some")
     assert {p.name for p in some.iterdir()} == {f"{name}.json" for name in NAMES[:2]} | set(figures)
     assert all(p.read_bytes() == first[p.name] for p in some.iterdir())
     with pytest.raises(ValueError, match="only='77': there is no notebook 77"):
-        gallery.publish("smoke", str(run), tmp_path / "some", only="77")
+        gallery.publish("smoke", str(run), only="77", gallery=tmp_path / "some")
+    other = gallery.publish("smoke", str(run), only="01", name="other", gallery=tmp_path / "some")
+    assert other == tmp_path / "some" / "other" and (other / f"{NAMES[0]}.json").exists()
+    with pytest.raises(ValueError, match=r"as='\.\./other': must be the name of a folder"):
+        gallery.publish("smoke", str(run), only="01", name="../other", gallery=tmp_path / "some")
     with pytest.raises(ValueError, match="holds no run"):
-        gallery.publish("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
+        gallery.publish("smoke", str(tmp_path / "nowhere"), gallery=tmp_path / "gallery")
 
 
 def test_the_tables_of_the_results_page_are_those_of_the_published_files():
@@ -55,6 +61,19 @@ def test_the_tables_of_the_results_page_are_those_of_the_published_files():
     assert gallery.fill(page) == page
     assert len(re.findall("<!-- table: ", page)) == len(re.findall("<!-- /table -->", page)) >= 6
     assert sum(line.startswith("|") and "±" in line for line in page.splitlines()) > 60
+
+
+def test_every_published_file_has_a_command():
+    """figures/README.md is written by code; each file's preset (or grid) exists, so that its command can be given."""
+    assert (gallery.FIGURES / "README.md").read_text() == gallery.gallery_page()
+    for path in gallery.FIGURES.glob("*/*.json"):
+        content = json.loads(path.read_text())
+        if path.parent.name != gallery.BENCHMARKS:
+            resolve(content["preset"], content.get("changes"))
+            assert "grid" not in content or (ROOT / "notebooks" / "sweeps" / content["grid"]).exists()
+        assert len(content["environment"]["commit"]) == 40, path
+    line = gallery.origin_row(gallery.FIGURES / "digits" / "05_subset_evaluation.json")
+    assert line["command"].startswith("`augdistill report --preset digits-full --only 05")
 
 
 def test_what_is_published_now_comes_before_what_lies_there():
