@@ -1,8 +1,8 @@
 """`augdistill publish`: copies the pictures and numbers of a finished run, and of its sweeps, to figures/<preset>.
 
-It also writes the tables of docs/results.md, and figures/README.md, which shows every picture with the command, commit
-and versions that made it. The same run gives the same bytes. Results of uncommitted code are refused, since nobody
-could reproduce them. Everything is read and checked before anything is written.
+It also writes the tables of README and docs/results.md, and figures/README.md, which shows every picture with the
+command, commit and versions that made it. The same run gives the same bytes. Results of uncommitted code are refused,
+since nobody could reproduce them. Everything is read and checked before anything is written.
 """
 
 import json
@@ -18,10 +18,11 @@ from augdistill_report.run import configuration, folder_config, run_folder
 from augdistill_report.settings import Settings, preset_path
 from augdistill_report.show.page import finished
 from augdistill_report.studies.grid import read_grid
+from augdistill_report.studies.subset_methods import FULL, NONE
 from augdistill_report.studies.why import gain_points, values
-from augdistill_report.work.statistics import markdown_table, over_seeds, row_label, shown
+from augdistill_report.work.statistics import markdown_table, mean_and_std, over_seeds, row_label, shown
 
-FIGURES, RESULTS = ROOT / "figures", ROOT / "docs" / "results.md"
+FIGURES, PAGES = ROOT / "figures", (ROOT / "docs" / "results.md", ROOT / "README.md")
 
 
 def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery: Path = FIGURES) -> Path:
@@ -45,7 +46,7 @@ def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery:
     files |= {target / file.name: file for path in swept for file in (path, path.with_suffix(".png"))}
     now = {f"{target.name}/{title}": result for title, result in ours.items()}
     now |= {f"{target.name}/{path.stem}": result for path, result in swept.items()}
-    tables = fill(RESULTS.read_text(encoding="utf-8"), now) if gallery == FIGURES else ""
+    pages = {page: fill(page.read_text(encoding="utf-8"), now) for page in PAGES if gallery == FIGURES}
     contents = {}
     for copy, source in files.items():
         if not source.is_file():
@@ -53,8 +54,9 @@ def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery:
         contents[copy] = source.read_bytes()
     for copy, content in contents.items():
         write(copy, content)
-    if tables:
-        write(RESULTS, tables)
+    for page, text in pages.items():
+        write(page, text)
+    if pages:
         write(FIGURES / "README.md", gallery_page())
     return target
 
@@ -109,7 +111,7 @@ def is_committed(result: dict) -> bool:
     return bool(result["environment"]["commit"]) and not result["environment"]["uncommitted"]
 
 
-# --- the tables of docs/results.md ------------------------------------------------------------------------------------
+# --- the tables of README and docs/results.md -------------------------------------------------------------------------
 
 STUDY = "why_phi_failed"
 
@@ -162,6 +164,30 @@ def subsets_table(found: dict[str, dict]) -> list[dict]:
     ]
 
 
+FRONT_ROWS = {  # of README's table: how it names a row, and the row's id
+    "no augmentation": "none",
+    "RandAugment": "randaugment",
+    "distilled pixels (MTT)": "pixels_mtt",
+    "phi: U-Net with noise": "phi",
+    "phi: free images + policy": "pixels_policy",
+    "phi: free images + the experts' augmentation": "pixels_augmented",
+}
+
+
+def front_table(found: dict[str, dict]) -> list[dict]:
+    """README's table: test accuracy by method, a column for each subset of each data set (notebook 05)."""
+    rows = {label: {"test accuracy in % (mean ± standard deviation)": label} for label in [*FRONT_ROWS, FULL.label]}
+    for result in found.values():
+        scores = result["numbers"]["test accuracy"]["equal updates"]
+        for fraction in sorted(set(scores[NONE]), key=float):
+            size = result["settings"]["size"]
+            column = f"{result['settings']['dataset']} {size}x{size}, {100 * float(fraction):g} %"
+            for label, id in [*FRONT_ROWS.items(), (FULL.label, FULL.id)]:
+                score = scores.get(id, {}).get("1" if id == FULL.id else fraction)
+                rows[label][column] = "" if score is None else mean_and_std([100 * v for v in score["values"]])
+    return list(rows.values())
+
+
 def unseen_table(found: dict[str, dict]) -> list[dict]:
     """Test accuracy on a few images that no phi has seen (notebook 07)."""
     (result,) = found.values()
@@ -185,7 +211,13 @@ def study_table(found: dict[str, dict]) -> list[dict]:
     ]
 
 
-TABLES = {"images": images_table, "subsets": subsets_table, "unseen": unseen_table, "study": study_table}
+TABLES = {
+    "front": front_table,
+    "images": images_table,
+    "subsets": subsets_table,
+    "unseen": unseen_table,
+    "study": study_table,
+}
 
 
 # --- figures/README.md ------------------------------------------------------------------------------------------------
