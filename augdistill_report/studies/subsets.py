@@ -7,6 +7,8 @@ students' seeds are the same in all of them.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import torch
 
@@ -14,13 +16,14 @@ from augdistill_core import augmented, seeded, snapshots_every
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.settings import Settings
-from augdistill_report.studies.drift import Drift, shares
+from augdistill_report.show.image_grids import readable_choice
+from augdistill_report.studies.drift import NOISE, Drift, shares
 from augdistill_report.studies.subset_methods import (
     CONTROL,
     FULL,
+    GROUPS,
     HAND,
     NONE,
-    PANELS,
     PHI,
     Method,
     methods,
@@ -134,6 +137,14 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
+def sized(settings: Settings, fraction: float) -> str:
+    """A fraction with what it is: "1 % (4 images a class)", or "(4 to 5 images a class)" where classes differ."""
+    data = settings.load()
+    sizes = torch.bincount(data.train.labels[Subset(settings.seed, fraction=fraction).index(data)]).tolist()
+    count = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
+    return f"{percent(fraction)} ({count} image{'s' * (max(sizes) > 1)} a class)"
+
+
 def at(scores: dict[Key, Accuracy], fraction: float) -> dict[tuple[str, int], Accuracy]:
     """The scores at one fraction, by method and trial."""
     return {(id, k): score for (id, f, k), score in scores.items() if f == fraction}
@@ -162,14 +173,64 @@ def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
     return found
 
 
+MOST = 6  # lines in one panel of a picture that one can still follow, with no augmentation and all the data
+
+
+def by_group(settings: Settings, ids: Iterable[str]) -> dict[str, list[str]]:
+    """The methods of each panel of a picture, by its title, the group: no augmentation is in each."""
+    rows, found = shown_rows(settings), {}
+    for group in GROUPS:
+        members = [id for id in ids if id in rows and id not in (NONE, FULL.id) and rows[id].group == group]
+        found |= {title: [NONE, *part] for title, part in titled(group, members, MOST - 2).items()}
+    return found or {CONTROL: [NONE]}
+
+
+def titled(title: str, names: list, most: int) -> dict[str, list]:
+    """The names in order, in as few and as equal panels as possible, each of at most `most`, by the panel's title."""
+    count = -(-len(names) // most)
+    ends = [round(len(names) * k / count) for k in range(count + 1)] if count else []
+    parts = [names[start:end] for start, end in itertools.pairwise(ends)]
+    return {title if count == 1 else f"{title} ({k} of {count})": part for k, part in enumerate(parts, 1)}
+
+
 def panels(settings: Settings, series: dict) -> dict[str, dict[str, dict[float, Accuracy]]]:
-    """The curves of the two panels of the accuracy figure; no augmentation is in both."""
-    rows = shown_rows(settings)
-    found = {
-        title: {id: scores for id, scores in series.items() if id == NONE or rows[id].panel == title}
-        for title in PANELS
+    """The curves of each panel of the accuracy figure (`by_group`)."""
+    return {title: {id: series[id] for id in ids} for title, ids in by_group(settings, series).items()}
+
+
+def drift_groups(settings: Settings, found: dict[int, dict[str, tuple]]) -> dict[str, dict[int, dict[str, tuple]]]:
+    """What `drifts` found, for each panel of its figure (`by_group`)."""
+    ids = list(dict.fromkeys(id for by_name in found.values() for id in by_name))
+    return {
+        title: {step: {id: by_name[id] for id in [NOISE, *members]} for step, by_name in found.items()}
+        for title, members in by_group(settings, ids).items()
     }
-    return {title: curves for title, curves in found.items() if curves.keys() - {NONE}} or {PANELS[0]: series}
+
+
+def loss_curves(settings: Settings, learned: dict[Key, Distillation], results: dict, draws: int) -> dict[str, dict]:
+    """Histories of the phis that match trajectories with so many draws, in the first trial, by panel and (id, size).
+
+    A panel is a subset, with at most `MOST` lines.
+    """
+    rows, found = shown_rows(settings), {}
+    for (id, f, k), job in learned.items():
+        how = (job.config.objective, job.config.draws)
+        if k == 0 and rows[id].group != CONTROL and how == ("trajectory", draws):
+            found.setdefault(f, []).append(id)
+    return {
+        title: {id: results[id, f, 0].history for id in part}
+        for f, ids in found.items()
+        for title, part in titled(sized(settings, f), ids, MOST).items()
+    }
+
+
+def grouped(settings: Settings, rows: dict[str, dict]) -> list[dict]:
+    """Rows of a table by method id, group by group: a line with its name comes before each group."""
+    table, known = [], shown_rows(settings)
+    for group in GROUPS:
+        members = [row for id, row in rows.items() if id in known and known[id].group == group]
+        table += [{next(iter(members[0])): f"**{group}**"}, *members] if members else []
+    return table
 
 
 def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[float, float]]:
@@ -195,32 +256,32 @@ CHOSEN = {  # the keys of an option, as a table names them
 
 def subset_table(settings: Settings, scores: dict, chosen: dict, cost: dict, fraction: float) -> list[dict]:
     """The table rows at one fraction: accuracy, gain over no augmentation, CPU seconds, and the selected option."""
-    here, rows = at(scores, fraction), []
+    here, rows = at(scores, fraction), {}
     for id, score in pooled(here).items():
         learning, epoch = cost[id, fraction]
         options = chosen[id, fraction]
-        rows.append(
-            {
-                f"{percent(fraction)} subset": shown_rows(settings)[id].label,
-                f"test accuracy (n = {len(score.test)} students)": str(score),
-                GAIN: gain(here, id, NONE),
-                "CPU seconds to learn": f"{learning:.0f}" if learning else "",
-                "CPU seconds per student epoch": f"{epoch:.2f}",
-                "selected on validation": ", ".join(
-                    f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options
-                ),
-            }
-        )
-    return rows
+        rows[id] = {
+            sized(settings, fraction): shown_rows(settings)[id].label,
+            f"test accuracy (n = {len(score.test)} students)": str(score),
+            GAIN: gain(here, id, NONE),
+            "CPU seconds to learn": f"{learning:.0f}" if learning else "",
+            "CPU seconds per student epoch": f"{epoch:.2f}",
+            "selected on validation": ", ".join(
+                f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options
+            ),
+        }
+    return grouped(settings, rows)
 
 
 def side_by_side(settings: Settings, scores: dict, others: dict, budget: str) -> list[dict]:
     """Accuracy with equal updates and with another budget, by method and fraction."""
     first, rows = by_method(scores), shown_rows(settings)
-    return [
-        {f"{EQUAL}; {budget}": rows[id].label} | {percent(f): f"{first[id][f]}; {score}" for f, score in series.items()}
+    table = {
+        id: {f"{EQUAL}; {budget}": rows[id].label}
+        | {percent(f): f"{first[id][f]}; {score}" for f, score in series.items()}
         for id, series in by_method(others).items()
-    ]
+    }
+    return grouped(settings, table)
 
 
 def verdict(scores: dict, settings: Settings) -> str:
@@ -288,26 +349,24 @@ def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[
 
 
 def carried_over(settings: Settings, carried: dict[tuple[str, str, int], Accuracy]) -> list[dict]:
-    """One row per student: the accuracy of each method, with its gain over no augmentation (points) in brackets."""
-    rows, table = shown_rows(settings), []
+    """One column per student: the accuracy of each method, with its gain over no augmentation (points) in brackets."""
+    rows, table = shown_rows(settings), {}
     for student, here in by_student(carried).items():
-        cells = {
-            rows[id].label: f"{score}" if id == NONE else f"{score} ({gain(here, id, NONE)})"
-            for id, score in pooled(here).items()
-        }
-        table.append({"student": student} | cells)
-    return table
+        for id, score in pooled(here).items():
+            row = table.setdefault(id, {"test accuracy (gain in points, 95 % CI)": rows[id].label})
+            row[student] = f"{score}" if id == NONE else f"{score} ({gain(here, id, NONE)})"
+    return grouped(settings, table)
 
 
 @torch.no_grad()
-def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The same images augmented by each method: pixels in [0, 1] by label, and class names.
+def pictures(run, fraction: float, chosen: dict) -> tuple[dict[str, torch.Tensor], list[str], str]:
+    """The same images augmented by each method: pixels in [0, 1] by label, class names, and what is left out.
 
-    One image of each of the first `count` classes of the subset; without controls, which do not change images.
+    One image of a class (`readable_choice`); without controls, which do not change images.
     """
     settings, data, first = run.settings, run.data, trials(run.settings)[0]
     train = data.train.take(first.subset(fraction).index(data))
-    index = torch.tensor([int((train.labels == c).nonzero()[0]) for c in range(min(count, len(data.classes)))])
+    index, note = readable_choice(train.labels, each=1)
     x, labels = train.images[index], train.labels[index]
     rows = {"x": x}
     for id, method in methods(settings, fraction).items():
@@ -320,7 +379,7 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
             else:
                 augment = augmentation(method.augment, data, option.get("eval_magnitude", 9))
             rows[method.label] = augmented(augment, images, labels, index, own)
-    return {label: data.pixels(images) for label, images in rows.items()}, run.titles(train.take(index))
+    return {label: data.pixels(images) for label, images in rows.items()}, run.titles(train.take(index)), note
 
 
 @torch.enable_grad()
@@ -352,6 +411,6 @@ def drift_table(settings: Settings, found: dict[int, dict[str, tuple]], fraction
     rows, table = shown_rows(settings), {}
     for step, by_name in found.items():
         for id, (value, error) in by_name.items():
-            row = table.setdefault(id, {f"{percent(fraction)} subset": rows[id].label if id in rows else id})
+            row = table.setdefault(id, {sized(settings, fraction): rows[id].label if id in rows else id})
             row[f"from step {step}"] = f"{value:.2f}" + (f" ± {error:.2f}" if error is not None else "")
-    return list(table.values())
+    return [table.pop(NOISE), *grouped(settings, table)]

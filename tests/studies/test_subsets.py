@@ -12,7 +12,7 @@ from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.preflight import preflight
 from augdistill_report.data.datasets import Sealed, load
 from augdistill_report.settings import Settings, resolve
-from augdistill_report.show import plots
+from augdistill_report.show import plots, subset_plots
 from augdistill_report.studies import drift, subset_methods, subsets
 from augdistill_report.studies.subset_methods import FULL, HAND, LEARNED, Method, every_method, methods
 from augdistill_report.work import scoring, students
@@ -321,7 +321,11 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     cost, methods_here = subsets.seconds(run, world["jobs"]), methods(run.settings, 0.1)
     table = subsets.subset_table(run.settings, scores, world["chosen"], cost, 0.1)
     pooled, stored, gains = subsets.by_method(scores), subsets.as_results(scores), subsets.gains_by_method(scores)
-    assert [row["10 % subset"] for row in table] == [method.label for method in methods_here.values()]
+    first = "10 % (12 to 13 images a class)"
+    groups = [f"**{group}**" for group in subset_methods.GROUPS]
+    assert [row[first] for row in table if len(row) == 1] == groups
+    table = [row for row in table if len(row) > 1]
+    assert [row[first] for row in table] == [method.label for method in methods_here.values()]
     for row, (id, method) in zip(table, methods_here.items(), strict=True):
         assert row["test accuracy (n = 4 students)"] == str(pooled[id][0.1])
         assert stored[id]["0.1"]["values"] == pooled[id][0.1].test
@@ -341,7 +345,7 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     words = subsets.verdict(scores | perfect, run.settings)
     assert "*identity* is best" in words and "*identity* compared" not in words  # it has learned nothing
     both = subsets.side_by_side(run.settings, scores, scores, "until it stops")
-    assert both[0]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[-1]["100 %"]
+    assert both[1]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[4]["100 %"]
 
 
 def test_the_published_table_is_of_equal_updates():
@@ -387,17 +391,20 @@ def test_a_method_is_added_in_one_place(world, monkeypatch):
     scores = world["scores"] | {(id, 0.1, k): Accuracy([0.9, 0.9], [0.9, 0.9]) for id in ids for k in (0, 1)}
     cost = {(id, f): (1.0, 1.0) for id, f, _ in scores}
     table = subsets.subset_table(settings, scores, chosen, cost, 0.1)
-    assert [row["10 % subset"] for row in table][-2:] == ["my method", "quiet"]
+    here = [row["10 % (12 to 13 images a class)"] for row in table]
+    assert here.index("**learned on the subset**") < here.index("my method") == here.index("quiet") - 1
     assert "*my method* is best" in subsets.verdict(scores, settings)
     series, rows = subsets.by_method(scores), subsets.shown_rows(settings)
     full = series.pop(FULL.id)[1.0]
     panels = subsets.panels(settings, series)
-    assert "mine" in panels["phi, distilled images and soft labels"] and "quiet" in panels["augmentations"]
+    assert {"mine", "quiet"} < {id for title, ids in panels.items() if title.startswith(LEARNED) for id in ids}
+    assert all("none" in ids and len(ids) <= 5 for ids in panels.values())  # and all the data: six lines
     history = [{"iteration": 0, "loss": 0.5, "alpha": 0.1}]
+    moved = {0: {drift.NOISE: (0.1, None), "mine": (0.2, 0.1)}}
     for figure, label in (
-        (plots.by_fraction(panels, full, rows), "my method"),
+        (subset_plots.by_fraction(panels, full, {0.1: "10 %"}, rows), "my method"),
         (plots.curves({("mine", "10 %"): history}, rows=rows), "my method, 10 %"),
-        (plots.drift_panels({"": {0: {drift.NOISE: (0.1, None), "mine": (0.2, 0.1)}}}, drift.NOISE, rows), "my method"),
+        (subset_plots.drift_panels({"": {"": moved}}, drift.NOISE, rows), "my method"),
     ):
         lines = [
             h for axis in figure.axes for h, its in zip(*axis.get_legend_handles_labels(), strict=True) if its == label
@@ -421,8 +428,9 @@ def test_methods_are_told_apart_in_every_picture(dataset):
     rows = every_method(settings)
     for key in ("id", "label"):
         assert len({getattr(row, key) for row in rows}) == len(rows)
-    for panel in subset_methods.PANELS:
-        assert len({row.colour for row in rows if row.panel == panel}) == sum(row.panel == panel for row in rows)
+    for group in subset_methods.GROUPS:
+        its = [row for row in rows if row.group == group or row.id == "none"]
+        assert len({row.colour for row in its}) == len(its)
     assert len({row.colour for row in rows if row.drift}) == sum(row.drift for row in rows)
     assert all(row.colour == plots.COLOURS[row.label] for row in rows if row.label in plots.COLOURS)
     assert {row.id for row in rows if row.group == LEARNED and not row.phi} == {"instaaug"}
@@ -432,10 +440,11 @@ def test_methods_are_told_apart_in_every_picture(dataset):
 
 def test_pictures_show_each_method_on_the_same_images(world):
     run = world["run"]
-    images, titles = subsets.pictures(run, 0.1, world["chosen"])
+    images, titles, note = subsets.pictures(run, 0.1, world["chosen"])
     changed = {row.label for row in methods(run.settings, 0.1).values() if row.group != "control"}
-    assert titles == list("01234567") and set(images) == {"x", *changed} and len(changed) == 15
-    assert all(shown.shape == (8, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
+    assert titles == list("0123456789") and note == "shown: 1 of 12 to 13 images a class"
+    assert set(images) == {"x", *changed} and len(changed) == 15
+    assert all(shown.shape == (10, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
     assert not any(torch.equal(images[name], images["x"]) for name in images if name != "x")
     insta = subsets.trained_instaaug(world["jobs"]["instaaug", 0.1, 0])
     assert not torch.equal(
@@ -509,14 +518,14 @@ def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
         assert all(error is not None for _, error in by_name.values())
     table = subsets.drift_table(run.settings, found, 0.1)
     labels = [methods(run.settings, 0.1)[id].label for id in rows]
-    assert [row["10 % subset"] for row in table] == [drift.NOISE, *labels]
+    assert [row["10 % (12 to 13 images a class)"] for row in table if len(row) > 1] == [drift.NOISE, *labels]
     value, error = found[0]["none"]
-    assert table[1]["from step 0"] == f"{value:.2f} ± {error:.2f}"
+    assert table[2]["from step 0"] == f"{value:.2f} ± {error:.2f}"
 
 
 def test_one_size_is_a_picture_of_its_own():
     scores = {name: Accuracy([0.5, 0.52, 0.54], [0.5] * 3) for name in ("no augmentation", "policy")}
-    (axis,) = plots.accuracy_dots(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
+    (axis,) = subset_plots.accuracy_dots(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
     assert [t.get_text() for t in axis.get_yticklabels()] == [f"{name}   52.0 ± 2.0 %" for name in scores]
     assert 0.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 20 and axis.get_xlim()[0] > 40  # near to one another
 
