@@ -193,11 +193,11 @@ class Run:
         path = self.folder / "phis" / f"{file_name(name)}.safetensors"
         return save_phi(path, job, self.store, strength, probability)
 
-    def table(self, markdown: str) -> None:
-        """Display a Markdown table."""
+    def table(self, markdown: str, folded: str = "") -> None:
+        """Display a Markdown table; with a text `folded`, the reader sees only that until he opens it."""
         from IPython.display import Markdown, display
 
-        display(Markdown(markdown))
+        display(Markdown(fold(markdown, folded) if folded else markdown))
 
     def figure(self, figure, name: str) -> None:
         """Display a figure, and save it as figures/<name>.png (the same bytes for the same picture)."""
@@ -253,7 +253,12 @@ class Run:
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
         rows = [{"name": name, "value": brief(value)} for name, value in self.numbers.items()]
         summary = f"All numbers of this notebook (results/{self.notebook}.json)"
-        return Markdown(f"<details><summary>{summary}</summary>\n\n{markdown_table(rows)}\n</details>")
+        return Markdown(fold(markdown_table(rows), summary))
+
+
+def fold(markdown: str, summary: str) -> str:
+    """Markdown that a reader opens by a click on its summary."""
+    return f"<details><summary>{summary}</summary>\n\n{markdown}\n</details>"
 
 
 def picture(figure) -> bytes:

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from augdistill_core import diverged
@@ -218,6 +218,8 @@ def expert_curves(validation: list[list[float]], theta: Tensor, chance: float = 
     left.set_ylim(0, min(100, 108 * max(highest, chance)))
     right.set(xlabel="snapshot (0: initialisation)", ylabel="distance to the previous snapshot\n(norm of weights)")
     right.set_ylim(0, None)
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(left, columns=3)
     legend_above(right, columns=2)
     return figure

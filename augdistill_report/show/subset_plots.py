@@ -3,6 +3,7 @@
 The subset table has more methods than one picture can show, so they stand in panels by group.
 """
 
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -53,9 +54,9 @@ def by_fraction(
     `panels` hold accuracies by method and fraction, and `sizes` the names of fractions. Lines show `full`, the accuracy
     with all the data, and `chance` if the axes reach it (0 = no line).
     """
-    wide = min(3, len(panels))
+    wide = min(2, len(panels))
     high = -(-len(panels) // wide)
-    figure, axes = new_figure(4 * wide, 4.3 * high, wide, high, sharey=True)
+    figure, axes = new_figure(4.2 * wide, 3.9 * high, wide, high, sharey=True)
     every = [score for series in panels.values() for scores in series.values() for score in scores.values()]
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
         for name, scores in series.items():
@@ -104,7 +105,7 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
     `panels` hold histories by title, one per repetition. The ranges `truth` of the experts' augmentation are dashed;
     kinds that it does not have are grey (none, if `truth` is empty).
     """
-    figure, axes = new_figure(4.2 * len(panels) + 1.2, 3.8, len(panels), sharey=True)
+    figure, axes = new_figure(3.2 * len(panels) + 2.2, 3.8, len(panels), sharey=True)
     for axis, (title, histories) in zip(axes, panels.items(), strict=True):
         for kind in sorted(histories[0][0]["phi"], key=lambda kind: kind not in truth):
             known = kind in truth or not truth
@@ -115,7 +116,9 @@ def ranges(panels: dict[str, list[list[dict]]], truth: dict[str, float]) -> Figu
                 axis.plot([r["iteration"] for r in history], [r["phi"][kind] for r in history], label=label, **style)
             if kind in truth:
                 axis.axhline(truth[kind], color=look(kind).colour, linestyle="--", linewidth=0.9)
-        axis.set(xlabel="iteration", title=f"{title} (n = {len(histories)})")
+        axis.set_xlabel("iteration")
+        n = f"n = {len(histories)} repetition{'s' * (len(histories) > 1)}"
+        axis.set_title("\n".join([*textwrap.wrap(title, 30), n]), fontsize=9.5)
         log_scale(axis)
     axes[0].set_ylabel("learned range (dashed: the experts')" if truth else "learned range")
     axes[-1].legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -174,7 +177,7 @@ def drift_panels(panels: dict[str, dict[str, dict]], noise: str, rows: dict | No
         axis.set_title(title if row == 0 else "", fontsize=10.5, fontweight="bold")
         if row == len(groups) - 1:
             axis.set_xlabel("start (step of the expert trajectory)")
-        if column == len(panels) - 1:
+        if all(group not in by_group for by_group in list(panels.values())[column + 1 :]):  # the last of its row
             beside = dict(loc="center left", bbox_to_anchor=(1, 0.5), title=group or None, alignment="left")
             axis.legend(frameon=False, fontsize=8.5, **beside)
     figure.supylabel("remaining squared distance to the target (0: like all the data, 1: no movement)", fontsize=10)

@@ -13,7 +13,7 @@ from augdistill_report.commands.preflight import preflight
 from augdistill_report.data.datasets import Sealed, load
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.show import plots, subset_plots
-from augdistill_report.studies import drift, subset_methods, subsets
+from augdistill_report.studies import drift, subset_methods, subset_tables, subsets
 from augdistill_report.studies.subset_methods import FULL, HAND, LEARNED, Method, every_method, methods
 from augdistill_report.work import scoring, students
 from augdistill_report.work.experts import load_trajectories
@@ -199,7 +199,7 @@ def test_a_table_may_have_some_rows_only(world):
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
     assert set(subsets.trials(settings)[0].learned(0.1)) == {"policy", "identity"}
     few = {key: score for key, score in world["scores"].items() if key[0] in ("none", "policy", "all")}
-    assert "compared with" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
+    assert "compared with" not in subset_tables.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
 
 
 # --- until it stops improving -----------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def made_up():
 
 
 def test_differences_and_words_are_those_of_the_numbers():
-    here, rows = subsets.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
+    here, rows = subset_tables.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
     its = difference(here, "phi", "none")
     assert (its.mean, its.half, its.over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
     assert its.significant
@@ -309,27 +309,33 @@ def test_differences_and_words_are_those_of_the_numbers():
     its = difference(here, "randaugment", "none")
     assert its.mean == pytest.approx(0.04 / 3) and its.half == pytest.approx(12.706 * 0.02, rel=1e-3)
     assert not its.significant
-    assert subsets.compared(here, "randaugment", "none", rows) == (
+    assert subset_tables.compared(here, "randaugment", "none", rows) == (
         "*RandAugment* compared with *no augmentation*: +1.3 ± 25.4 points, not significantly different"
     )
-    assert subsets.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
-    assert subsets.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
+    assert subset_tables.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
+    assert subset_tables.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     run, scores = world["run"], world["scores"]
     cost, methods_here = subsets.seconds(run, world["jobs"]), methods(run.settings, 0.1)
-    table = subsets.subset_table(run.settings, scores, world["chosen"], cost, 0.1)
-    pooled, stored, gains = subsets.by_method(scores), subsets.as_results(scores), subsets.gains_by_method(scores)
+    table = subset_tables.subset_table(run.settings, scores, 0.1)
+    costs = subset_tables.cost_table(run.settings, world["chosen"], cost, 0.1)
+    pooled, stored, gains = (
+        subset_tables.by_method(scores),
+        subset_tables.as_results(scores),
+        subset_tables.gains_by_method(scores),
+    )
     first = "10 % (12 to 13 images a class)"
     groups = [f"**{group}**" for group in subset_methods.GROUPS]
     assert [row[first] for row in table if len(row) == 1] == groups
+    assert [row[first] for row in costs] == [row[first] for row in table]
     table = [row for row in table if len(row) > 1]
     assert [row[first] for row in table] == [method.label for method in methods_here.values()]
     for row, (id, method) in zip(table, methods_here.items(), strict=True):
         assert row["test accuracy (n = 4 students)"] == str(pooled[id][0.1])
         assert stored[id]["0.1"]["values"] == pooled[id][0.1].test
-        assert row[GAIN] == gain(subsets.at(scores, 0.1), id, "none")
+        assert row[GAIN] == gain(subset_tables.at(scores, 0.1), id, "none")
         if id != "none":
             found = gains[id]["0.1"]
             assert row[GAIN] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
@@ -337,14 +343,14 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
         learning, epoch = cost[id, 0.1]
         assert epoch > 0 and (learning > 0) == bool(method.phi)
     assert markdown_table(table).count("\n") == len(table) + 2
-    words = subsets.verdict(scores, run.settings)
+    words = subset_tables.verdict(scores, run.settings)
     best = max((id for id in pooled if id != FULL.id), key=lambda id: pooled[id][0.1].mean)
-    assert f"**10 %**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
-    assert f"{FULL.label}: {pooled[FULL.id][1.0]}." in words
+    assert f"**{first}**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    assert f"All the data, no augmentation: {pooled[FULL.id][1.0]}." in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
-    words = subsets.verdict(scores | perfect, run.settings)
+    words = subset_tables.verdict(scores | perfect, run.settings)
     assert "*identity* is best" in words and "*identity* compared" not in words  # it has learned nothing
-    both = subsets.side_by_side(run.settings, scores, scores, "until it stops")
+    both = subset_tables.side_by_side(run.settings, scores, scores, "until it stops")
     assert both[1]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[4]["100 %"]
 
 
@@ -389,14 +395,13 @@ def test_a_method_is_added_in_one_place(world, monkeypatch):
     # what tables and pictures say
     chosen, ids = world["chosen"] | {(id, 0.1): option for id in ("mine", "quiet")}, ("mine", "quiet")
     scores = world["scores"] | {(id, 0.1, k): Accuracy([0.9, 0.9], [0.9, 0.9]) for id in ids for k in (0, 1)}
-    cost = {(id, f): (1.0, 1.0) for id, f, _ in scores}
-    table = subsets.subset_table(settings, scores, chosen, cost, 0.1)
+    table = subset_tables.subset_table(settings, scores, 0.1)
     here = [row["10 % (12 to 13 images a class)"] for row in table]
     assert here.index("**learned on the subset**") < here.index("my method") == here.index("quiet") - 1
-    assert "*my method* is best" in subsets.verdict(scores, settings)
-    series, rows = subsets.by_method(scores), subsets.shown_rows(settings)
+    assert "*my method* is best" in subset_tables.verdict(scores, settings)
+    series, rows = subset_tables.by_method(scores), subset_tables.shown_rows(settings)
     full = series.pop(FULL.id)[1.0]
-    panels = subsets.panels(settings, series)
+    panels = subset_tables.panels(settings, series)
     assert {"mine", "quiet"} < {id for title, ids in panels.items() if title.startswith(LEARNED) for id in ids}
     assert all("none" in ids and len(ids) <= 5 for ids in panels.values())  # and all the data: six lines
     history = [{"iteration": 0, "loss": 0.5, "alpha": 0.1}]
@@ -516,7 +521,7 @@ def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
     for by_name in found.values():
         assert list(by_name) == [drift.NOISE, *rows]
         assert all(error is not None for _, error in by_name.values())
-    table = subsets.drift_table(run.settings, found, 0.1)
+    table = subset_tables.drift_table(run.settings, found, 0.1)
     labels = [methods(run.settings, 0.1)[id].label for id in rows]
     assert [row["10 % (12 to 13 images a class)"] for row in table if len(row) > 1] == [drift.NOISE, *labels]
     value, error = found[0]["none"]
