@@ -149,15 +149,15 @@ def drift_panels(panels: dict[str, dict[str, dict]], noise: str, rows: dict | No
     the fraction of an expert's squared movement that is batch noise: grey bars.
     """
     groups = list(dict.fromkeys(group for by_group in panels.values() for group in by_group))
-    size = 3.6 * len(panels) + 2.4, 2.8 * len(groups) + 0.4
-    figure, axes = new_figure(*size, len(panels), len(groups), sharey=True, squeeze=False)
-    lowest = min(
-        v for by in panels.values() for found in by.values() for one in found.values() for v, _ in one.values()
-    )
+    wide, high = len(panels) + 1, len(groups)  # the last column holds the legends
+    size = 3 * len(panels) + 2.6, 2.8 * high + 0.4
+    ratios = [3] * len(panels) + [2.2]
+    figure, axes = new_figure(*size, wide, high, sharey=True, squeeze=False, width_ratios=ratios)
+    every = [one for by_group in panels.values() for found in by_group.values() for one in found.values()]
+    lowest = min(value for one in every for value, _ in one.values())
     for place, axis in enumerate(axes):
-        row, column = divmod(place, len(panels))
-        title, group = list(panels)[column], groups[row]
-        found = panels[title].get(group)
+        row, column = divmod(place, wide)
+        found = dict(enumerate(panels.values())).get(column, {}).get(groups[row])
         if found is None:
             axis.set_axis_off()
             continue
@@ -168,17 +168,17 @@ def drift_panels(panels: dict[str, dict[str, dict]], noise: str, rows: dict | No
             style = dict(marker=its.marker, linestyle=its.line, color=its.colour, markersize=4.5, linewidth=1)
             axis.errorbar(x, values, [error or 0 for error in errors], label=its.label, **style)
         shares = [by_name[noise][0] for by_name in found.values()]
-        axis.bar(range(len(found)), shares, width=0.6, color="#e4e4e4", zorder=0, label=noise)
+        axis.bar(range(len(found)), shares, width=0.6, color="#e4e4e4", zorder=0, label=noise.replace(" (", "\n("))
         axis.axhline(1, color="black", linewidth=0.7, linestyle=":")
         axis.set_xticks(range(len(found)), [f"{step}" for step in found])
         axis.set_yscale("symlog", linthresh=0.2)
         axis.set_yticks([0, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0", ".1", ".2", ".5", "1", "2", "5", "10"], minor=False)
         axis.set_ylim(bottom=min(-0.02, lowest))
-        axis.set_title(title if row == 0 else "", fontsize=10.5, fontweight="bold")
-        if row == len(groups) - 1:
-            axis.set_xlabel("start (step of the expert trajectory)")
-        if all(group not in by_group for by_group in list(panels.values())[column + 1 :]):  # the last of its row
-            beside = dict(loc="center left", bbox_to_anchor=(1, 0.5), title=group or None, alignment="left")
-            axis.legend(frameon=False, fontsize=8.5, **beside)
+        axis.set(xlabel="start (step of the expert trajectory)", title=list(panels)[column].replace(" (", "\n("))
+        axis.tick_params(labelleft=True)
+        legend = axes[row * wide + len(panels)]
+        handles, labels = axis.get_legend_handles_labels()
+        style = dict(frameon=False, fontsize=8.5, loc="center left", title=groups[row] or None, alignment="left")
+        legend.legend(handles, labels, **style).get_title().set(fontsize=10.5, fontweight="bold")
     figure.supylabel("remaining squared distance to the target (0: like all the data, 1: no movement)", fontsize=10)
     return figure
