@@ -217,7 +217,7 @@ def expert_curves(validation: list[list[float]], theta: Tensor, chance: float = 
     left.set(xlabel="snapshot (0: initialisation)", ylabel="validation accuracy (%)")
     left.set_ylim(0, min(100, 108 * max(highest, chance)))
     right.set(xlabel="snapshot (0: initialisation)", ylabel="distance to the previous snapshot\n(norm of weights)")
-    right.set_ylim(0, None)
+    right.set_ylim(0, 1.08 * steps.max().item())
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(left, columns=3)

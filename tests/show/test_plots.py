@@ -64,10 +64,9 @@ def by_fraction(level, groups):
     return subset_plots.by_fraction(dict.fromkeys(groups, series), Accuracy([2 * level] * 2, []), SIZES, ROWS, 0.01)
 
 
-def drifts(error):
+def drifts(error, *groups):
     found = {step: {"noise": (0.4, error)} | dict.fromkeys(ROWS, (0.5, error)) for step in (0, 120, 2400)}
-    groups = dict.fromkeys(("hand-designed (1 of 2)", "distilled images"), found)
-    return subset_plots.drift_panels(dict.fromkeys(SIZES.values(), groups), "noise", ROWS)
+    return subset_plots.drift_panels(dict.fromkeys(SIZES.values(), dict.fromkeys(groups, found)), "noise", ROWS)
 
 
 def policy(kinds, truth):
@@ -97,8 +96,8 @@ PICTURES = {
     "subsets": lambda: by_fraction(0.03, ["control", "hand-designed (1 of 2)", "learned on the subset", "images"]),
     "one group": lambda: by_fraction(0.4, ["control"]),
     "dots": lambda: subset_plots.accuracy_dots(accuracies(0.03, ROWS), Accuracy([0.05, 0.06], []), ROWS, 0.01),
-    "drifts": lambda: drifts(0.1),
-    "drifts of one expert": lambda: drifts(None),
+    "drifts": lambda: drifts(0.1, "hand-designed (1 of 2)", "distilled images"),
+    "drifts of one expert": lambda: drifts(None, "control"),
     "ranges": lambda: policy(KINDS, {"rotation": 0.15, "shift_x": 0.1, "flip": 0.5}),
     "unknown ranges": lambda: policy(KINDS, {}),
     "losses of ranges": lambda: subset_plots.range_losses({k: {0.0: (0.1, 0.01), 1.0: (0.0, 0.0)} for k in KINDS}),
