@@ -50,7 +50,7 @@ COLOURS = {  # of names in notebooks 01 to 04 and 07; methods of 05 define their
     "two draws": "#0072b2",
     "ordinary loss": "#d55e00",
     # phis of notebook 07
-    "class-blind U-Net": "#8c6d31",
+    "class-blind U-Net": "#6a3d9a",
     "class-blind MLP": "#56b4e9",
     "conditioned U-Net": "#0072b2",
     "conditioned U-Net of a blank image": "#cc79a7",

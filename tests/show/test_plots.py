@@ -11,6 +11,7 @@ from matplotlib.transforms import Bbox
 
 from augdistill_core import seeded
 from augdistill_report.show import plots, subset_plots
+from augdistill_report.studies import unseen
 from augdistill_report.work.statistics import Accuracy
 
 
@@ -20,6 +21,24 @@ def test_a_name_has_one_look_and_a_row_brings_its_own():
     assert plots.look(("mine", "10 %"), rows) == plots.Style("my method, 10 %", "#123456", "^", ":")
     assert plots.look(("pixels (MTT)", "step size .01")).colour == plots.look("pixels (MTT)").colour == "#d55e00"
     assert plots.look("a phi on 10 %").colour != plots.look("a phi").colour  # names are not parsed
+
+
+REPORT = ["distnet2, SGD 1000", "distnet2, SGD .01", "distnet2, Adam"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["real images", "identity", "pixels (MTT)", *REPORT, "unet_noise"],
+        ["SGD .01", "SGD 10", "SGD 1000", "Adam for phi", "log alpha, Adam"],
+        ["x", "distnet2", "distnet3", "distnet5"],
+        ["two draws", "ordinary loss"],
+        ["no augmentation", "experts' augmentation", *unseen.OF_EPISODES, *unseen.ALONE, "soft labels"],
+        [*subset_plots.UNITS],
+    ],
+)
+def test_names_of_one_picture_have_different_colours(names):
+    assert set(names) <= set(plots.COLOURS) and len({plots.look(name).colour for name in names}) == len(names)
 
 
 # --- whatever the data: nothing overlaps, and axes cover what there is ------------------------------------------------
