@@ -15,7 +15,9 @@ from augdistill_report.show.plots import COLOURS, look
 from augdistill_report.studies.unseen import CONDITIONED, POLICY, Repetition
 from augdistill_report.work.statistics import BASELINE
 
-CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"  # groups
+CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"
+
+GROUPS = (CONTROL, HAND, LEARNED, IMAGES)  # in the order of every table and figure
 
 # alternatives that the validation split selects from, as changes of `EvalConfig`; the first wins a tie
 MAGNITUDES = ({"eval_magnitude": 2}, {"eval_magnitude": 9})  # of RandAugment
@@ -101,11 +103,6 @@ class Method:
     drift: bool = False
     carried: bool = False
 
-    @property
-    def panel(self) -> str:
-        """Its panel in the accuracy figure, one of two; the baseline is in both."""
-        return PANELS[bool(self.phi) or self.labels == "soft"]
-
     def options(self, settings: Settings) -> list[dict]:
         """All alternatives for the selection on the validation split, as changes of `EvalConfig`."""
         rates = [dict(eval_lr=rate) for rate in settings.lr_list]
@@ -116,8 +113,6 @@ class Method:
         ]
 
 
-PANELS = ("augmentations", "phi, distilled images and soft labels")
-
 NONE, PHI = "none", "phi"  # ids: of the baseline of every gain (no augmentation), and of the run's own phi
 
 EXPERTS = "experts' augmentation"
@@ -126,7 +121,7 @@ FULL = Method("all", "all the data, no augmentation", CONTROL, "#222222")
 
 
 def every_method(settings: Settings) -> list[Method]:
-    """Every row that the table can have, in order."""
+    """Every row that the table can have, group by group."""
     given, taught = settings.expert_augment, settings.taught_augment
     crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
     of_taught = {"none": (), "randaugment": (MAGNITUDES, APPLIED)}.get(taught, (APPLIED,))
@@ -149,7 +144,7 @@ def every_method(settings: Settings) -> list[Method]:
         Method("randaugment", "RandAugment", HAND, orange, "P", **randaugment, drift=True, carried=True),
         Method("trivialaugment", "TrivialAugment", HAND, brown, "X", augment="trivialaugment", choices=(APPLIED,)),
         # it learns together with the student, also how often it applies each transformation
-        Method("instaaug", "InstaAug", LEARNED, blue, "*", augment="instaaug", choices=(REWARDS,)),
+        Method("instaaug", "InstaAug", LEARNED, brown, "*", augment="instaaug", choices=(REWARDS,)),
         Method(
             "pixels_mtt", "pixels (MTT)", IMAGES, known["pixels (MTT)"], "^", "-", "pixels", by_mtt, given, carried=True
         ),
@@ -167,7 +162,8 @@ def every_method(settings: Settings) -> list[Method]:
             **own,
         ),
     ]
-    return [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+    known_rows = [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+    return sorted(known_rows, key=lambda row: GROUPS.index(row.group))
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:
