@@ -26,7 +26,7 @@ from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store, digest, write
 from augdistill_report.places import RUNS
 from augdistill_report.settings import Settings, given_settings, preset_path, resolve
-from augdistill_report.show.image_grids import film, png
+from augdistill_report.show.image_grids import film, image_grid, png, readable_choice
 from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories, missing_experts
@@ -193,11 +193,11 @@ class Run:
         path = self.folder / "phis" / f"{file_name(name)}.safetensors"
         return save_phi(path, job, self.store, strength, probability)
 
-    def table(self, markdown: str) -> None:
-        """Display a Markdown table."""
+    def table(self, markdown: str, folded: str = "") -> None:
+        """Display a Markdown table; with a text `folded`, the reader sees only that until he opens it."""
         from IPython.display import Markdown, display
 
-        display(Markdown(markdown))
+        display(Markdown(fold(markdown, folded) if folded else markdown))
 
     def figure(self, figure, name: str) -> None:
         """Display a figure, and save it as figures/<name>.png (the same bytes for the same picture)."""
@@ -206,6 +206,15 @@ class Run:
         write(self.folder / "figures" / f"{name}.png", picture(figure))
         self.figures.append(name)
         display.display(display.Image(picture(figure), alt=name.replace("_", " ")))
+
+    def grid(self, rows: dict[str, torch.Tensor], split: Split, name: str) -> None:
+        """Display and save rows of images `[n, C, H, W]`, standardised and in the order of `split`, by row name.
+
+        The picture shows a readable choice of them, under the names of their classes, and says what it leaves out.
+        """
+        index, note = readable_choice(split.labels)
+        shown = {label: self.data.pixels(images[index.to(images.device)]) for label, images in rows.items()}
+        self.figure(image_grid(shown, self.titles(split.take(index)), title=note), name)
 
     def film(self, frames: list[Image.Image], name: str) -> None:
         """Display pictures as a film, and save it as figures/<name>.gif."""
@@ -244,7 +253,12 @@ class Run:
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
         rows = [{"name": name, "value": brief(value)} for name, value in self.numbers.items()]
         summary = f"All numbers of this notebook (results/{self.notebook}.json)"
-        return Markdown(f"<details><summary>{summary}</summary>\n\n{markdown_table(rows)}\n</details>")
+        return Markdown(fold(markdown_table(rows), summary))
+
+
+def fold(markdown: str, summary: str) -> str:
+    """Markdown that a reader opens by a click on its summary."""
+    return f"<details><summary>{summary}</summary>\n\n{markdown}\n</details>"
 
 
 def picture(figure) -> bytes:

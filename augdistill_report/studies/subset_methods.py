@@ -15,9 +15,10 @@ from augdistill_report.show.plots import COLOURS, look
 from augdistill_report.studies.unseen import CONDITIONED, POLICY, Repetition
 from augdistill_report.work.statistics import BASELINE
 
-# groups
-CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"
-SELECTED = "selected images"
+CONTROL, HAND, SELECTED = "control", "hand-designed", "selected images"
+LEARNED, IMAGES = "learned on the subset", "distilled images"
+
+GROUPS = (CONTROL, HAND, SELECTED, LEARNED, IMAGES)  # in the order of every table and figure
 
 # alternatives that the validation split selects from, as changes of settings; the first wins a tie
 MAGNITUDES = ({"eval_magnitude": 2}, {"eval_magnitude": 9})  # of RandAugment
@@ -114,11 +115,6 @@ class Method:
     drift: bool = False
     carried: bool = False
 
-    @property
-    def panel(self) -> str:
-        """Its panel in the accuracy figure, one of two; the baseline is in both."""
-        return PANELS[bool(self.phi) or self.labels == "soft"]
-
     def options(self, settings: Settings) -> list[dict]:
         """All alternatives for the selection on the validation split, as changes of settings (and `window`)."""
         rates = [dict(eval_lr=rate) for rate in settings.lr_list]
@@ -128,8 +124,6 @@ class Method:
             for changes in itertools.product(rates, *self.choices)
         ]
 
-
-PANELS = ("augmentations", "phi, distilled images and soft labels")
 
 NONE, PHI = "none", "phi"  # ids: of the baseline of every gain (no augmentation), and of the run's own phi
 
@@ -152,7 +146,7 @@ def random_ranges(settings: Settings) -> tuple[dict, ...]:
 
 
 def every_method(settings: Settings) -> list[Method]:
-    """Every row that the table can have, in order."""
+    """Every row that the table can have, group by group."""
     given, taught = settings.expert_augment, settings.taught_augment
     crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
     of_taught = {"none": (), "randaugment": (MAGNITUDES, APPLIED)}.get(taught, (APPLIED,))
@@ -177,7 +171,7 @@ def every_method(settings: Settings) -> list[Method]:
         Method("randaugment", "RandAugment", HAND, orange, "P", **randaugment, drift=True, carried=True),
         Method("trivialaugment", "TrivialAugment", HAND, brown, "X", augment="trivialaugment", choices=(APPLIED,)),
         # it learns together with the student, also how often it applies each transformation
-        Method("instaaug", "InstaAug", LEARNED, blue, "*", augment="instaaug", choices=(REWARDS,)),
+        Method("instaaug", "InstaAug", LEARNED, brown, "*", augment="instaaug", choices=(REWARDS,)),
         Method(
             "pixels_mtt", "pixels (MTT)", IMAGES, known["pixels (MTT)"], "^", "-", "pixels", by_mtt, given, carried=True
         ),
@@ -239,8 +233,9 @@ def every_method(settings: Settings) -> list[Method]:
             **own,
         ),
     ]
-    rows = [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
-    return rows if settings.subset_by == "random" else [in_window(row) for row in rows]
+    known_rows = [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+    known_rows = known_rows if settings.subset_by == "random" else [in_window(row) for row in known_rows]
+    return sorted(known_rows, key=lambda row: GROUPS.index(row.group))
 
 
 def in_window(row: Method) -> Method:

@@ -139,10 +139,11 @@ def losses(cells: list[dict]) -> list[dict]:
     return rows
 
 
-def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list]]:
+def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[tuple[str, str], list]]:
     """The matching loss against alpha before training: for x after N steps, and for untrained phis.
 
-    `case` gives the setup; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels.
+    `case` gives the setup; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels; a
+    name is (what is drawn, with what).
     """
     n = case.settings.syn_steps
     images = [("identity", steps) for steps in (max(1, n // 3), n, 3 * n)]
@@ -159,9 +160,9 @@ def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list
         return [(alpha, float(np.mean(found[phi, steps, alpha]["loss"]))) for alpha in alphas]
 
     return {
-        "real images": {f"x, {steps} steps": curve(phi, steps) for phi, steps in images},
+        "real images": {("x", f"{steps} steps"): curve(phi, steps) for phi, steps in images},
         f"untrained phis, {n} steps": {
-            f"x, {n} steps" if phi == "identity" else f"{phi}, untrained": curve(phi, steps) for phi, steps in phis
+            ("x", f"{n} steps") if phi == "identity" else (phi, "untrained"): curve(phi, steps) for phi, steps in phis
         },
     }
 
