@@ -180,6 +180,7 @@ def test_a_grid_takes_a_recipe_as_it_is(tmp_path, capsys):
 BEFORE = {
     "cifar10-baseline": {None: "8f3fcb4a8321"},
     "cifar10-long": {None: "952f541608f7"},
+    "cifar10-labels": {None: "ad2a3839bf8c"},
     "cifar10-small": {None: "5405039b37de"},
     "cifar10-subsets": {None: "60eb5a9f9a49"},
     "cifar10": {1: "69de3fd62e5e", 10: "b6dd9aee306f", 50: "7dad17f65077"},
