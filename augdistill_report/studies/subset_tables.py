@@ -10,7 +10,18 @@ import torch
 
 from augdistill_report.settings import Settings
 from augdistill_report.studies.drift import NOISE
-from augdistill_report.studies.subset_methods import CONTROL, FULL, GROUPS, HAND, NONE, PHI, Method, shown_rows
+from augdistill_report.studies.subset_methods import (
+    CONTROL,
+    FULL,
+    GROUPS,
+    HAND,
+    IMAGES,
+    LEARNED,
+    NONE,
+    PHI,
+    Method,
+    shown_rows,
+)
 from augdistill_report.studies.subsets import EQUAL, Key
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
@@ -122,6 +133,10 @@ CHOSEN = {  # the keys of an option, as a table names them
     "eval_magnitude": "magnitude",
     "eval_reward": "reward",
     "eval_augment_probability": "augmentation probability",
+    "eval_candidate": "candidate",
+    "label_share": "experts' share of labels",
+    "label_temperature": "temperature of labels",
+    "window": "window of difficulty",
     "phi_strength": "phi strength",
     "phi_probability": "phi probability",
 }
@@ -193,7 +208,7 @@ def verdict(scores: dict, settings: Settings) -> str:
             + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
             + f"), {unlike}."
         )
-        learned = [id for id in means if rows[id].group not in (CONTROL, HAND)]
+        learned = [id for id in means if rows[id].group in (LEARNED, IMAGES)]
         designed = [id for id in means if rows[id].group == HAND]
         ours, hand = (max(group, key=means.get, default="") for group in (learned, designed))
         pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
