@@ -58,11 +58,12 @@ from augdistill_method.phi import (
     origin,
     register_phi,
 )
+from augdistill_method.precision import PRECISIONS, arithmetic
 from augdistill_method.random import draw_base, minibatches, randn, seeded
 from augdistill_method.state import DistillState
 from augdistill_method.student import ConvNet, check_images, flatten, initial_parameters, logits_of, sgd, unflatten
 from augdistill_method.transforms import affine, color, flip, turn_hue, warp
-from augdistill_method.unroll import MEMORY, choose_memory, unroll
+from augdistill_method.unroll import MEMORY, choose_memory, gradient_cosine, unroll
 from augdistill_method.zoo.policy import per_image
 
 

@@ -17,11 +17,12 @@ from torch.autograd.function import once_differentiable
 def norm_relu_pool(z: Tensor, gain: Tensor, shift: Tensor, eps: float = 1e-5) -> Tensor:
     """`avg_pool2d(relu(group_norm(z, C, gain, shift, eps)), 2)` of `[B, C, H, W]`, twice differentiable.
 
-    Forward mode works too.
+    Forward mode works too. z may be bfloat16, and the result then is, too. Norms and sums are computed in the type of
+    gain and shift.
     """
     # torch's layers: a compiler fuses them by itself, torch.func supports only them, and odd sizes are rare
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or any(n % 2 for n in z.shape[2:]):
-        return F.avg_pool2d(F.relu(F.group_norm(z, z.shape[1], gain, shift, eps)), 2)
+        return F.avg_pool2d(F.relu(F.group_norm(z.to(gain.dtype), z.shape[1], gain, shift, eps)), 2).to(z.dtype)
     return _Block.apply(z, gain, shift, eps)
 
 
@@ -65,6 +66,49 @@ def norm_backward(a: Tensor, z: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor
     return torch.ops.aten.native_group_norm_backward(a, z, mean, rstd, gain, *sizes, [True, True, True])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The operation and its derivatives: images in and out have z's type, all else has gain's
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def block(z: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p, and what the derivatives need: y (or where it is positive), mean and rstd."""
+    batch, channels, height, width = z.shape
+    sizes = batch, channels, height * width, channels
+    y, mean, rstd = torch.native_group_norm(z.to(gain.dtype), gain, shift, *sizes, eps)
+    y = y.relu_()
+    return average_pool(y).to(z.dtype), y.to(z.dtype), mean, rstd
+
+
+def block_backward(p: Tensor, z, gain, y, mean, rstd) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangent of p -> those of z, gain, shift."""
+    z_, p, y = (image.to(gain.dtype) for image in (z, p, y))
+    d_z, d_gain, d_shift = norm_backward(average_unpool(p, y), z_, gain, mean, rstd)
+    return d_z.to(z.dtype), d_gain, d_shift
+
+
+def block_tangent(u: Tensor, u_gain: Tensor, u_shift: Tensor, z, gain, y, mean, rstd) -> Tensor:
+    """The tangents of z, gain, shift -> that of p."""
+    u, z_, y = (image.to(gain.dtype) for image in (u, z, y))
+    return tangent(u, u_gain, u_shift, z_, gain, y, mean, rstd).to(z.dtype)
+
+
+def block_backward_twice(u: Tensor, u_gain, u_shift, p, z, gain, y, mean, rstd) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward through `block_backward`: cotangents of its results -> those of p, z, gain."""
+    u, p, z_, y = (image.to(gain.dtype) for image in (u, p, z, y))
+    d_z, d_gain = curvature(average_unpool(p, y), u, u_gain, z_, gain, mean, rstd)
+    return tangent(u, u_gain, u_shift, z_, gain, y, mean, rstd).to(z.dtype), d_z.to(z.dtype), d_gain
+
+
+def block_tangent_backward(p: Tensor, u: Tensor, u_gain: Tensor, z, gain, y, mean, rstd) -> tuple[Tensor, ...]:
+    """Backward through `block_tangent`: the cotangent of its result -> those of u, u_gain, u_shift, z, gain."""
+    p, u, z_, y = (image.to(gain.dtype) for image in (p, u, z, y))
+    a = average_unpool(p, y)
+    d_z, d_gain = curvature(a, u, u_gain, z_, gain, mean, rstd)
+    d_u, d_u_gain, d_u_shift = norm_backward(a, z_, gain, mean, rstd)
+    return d_u.to(z.dtype), d_u_gain, d_u_shift, d_z.to(z.dtype), d_gain
+
+
 def tangent(u: Tensor, u_gain: Tensor, u_shift: Tensor, z, gain, y, mean, rstd) -> Tensor:
     """The tangent of p for tangents u, u_gain, u_shift of z, gain, shift: pool(relu'(gain N(u) + u_gain x + u_shift)).
 
@@ -92,18 +136,22 @@ def curvature(a: Tensor, u: Tensor, u_gain: Tensor, z, gain, mean, rstd) -> tupl
     return combine(constant, (p * rstd, a), (q * rstd, u), (of_z, z)), a_n_u.sum(0)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The same for autograd
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class _Block(torch.autograd.Function):
     """z, gain, shift -> p."""
 
     @staticmethod
     def forward(ctx, z, gain, shift, eps):
         z = z.contiguous()
-        batch, channels, height, width = z.shape
-        y, mean, rstd = torch.native_group_norm(z, gain, shift, batch, channels, height * width, channels, eps)
-        kept = z, gain, y.relu_(), mean, rstd
+        p, *kept = block(z, gain, shift, eps)
+        kept = z, gain, *kept
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
-        return average_pool(y)
+        return p
 
     @staticmethod
     def backward(ctx, p):
@@ -115,35 +163,30 @@ class _Block(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The cotangent of p -> those of z, gain, shift."""
+    """`block_backward`, and backward through it."""
 
     @staticmethod
-    def forward(ctx, p, z, gain, y, mean, rstd):
-        ctx.save_for_backward(p, z, gain, y, mean, rstd)
-        return norm_backward(average_unpool(p, y), z, gain, mean, rstd)
+    def forward(ctx, p, *kept):
+        ctx.save_for_backward(p, *kept)
+        return block_backward(p, *kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, u, u_gain, u_shift):
-        p, z, gain, y, mean, rstd = ctx.saved_tensors
-        u = u.contiguous()
-        d_z, d_gain = curvature(average_unpool(p, y), u, u_gain, z, gain, mean, rstd)
-        return tangent(u, u_gain, u_shift, z, gain, y, mean, rstd), d_z, d_gain, None, None, None
+        d_p, d_z, d_gain = block_backward_twice(u.contiguous(), u_gain, u_shift, *ctx.saved_tensors)
+        return d_p, d_z, d_gain, None, None, None
 
 
 class _Tangent(torch.autograd.Function):
-    """The tangents of z, gain, shift -> that of p."""
+    """`block_tangent`, and backward through it."""
 
     @staticmethod
-    def forward(ctx, u, u_gain, u_shift, z, gain, y, mean, rstd):
+    def forward(ctx, u, u_gain, u_shift, *kept):
         u = u.contiguous()
-        ctx.save_for_backward(u, u_gain, z, gain, y, mean, rstd)
-        return tangent(u, u_gain, u_shift, z, gain, y, mean, rstd)
+        ctx.save_for_backward(u, u_gain, *kept)
+        return block_tangent(u, u_gain, u_shift, *kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, p):
-        u, u_gain, z, gain, y, mean, rstd = ctx.saved_tensors
-        a = average_unpool(p, y)
-        d_z, d_gain = curvature(a, u, u_gain, z, gain, mean, rstd)
-        return *norm_backward(a, z, gain, mean, rstd), d_z, d_gain, None, None, None
+        return *block_tangent_backward(p, *ctx.saved_tensors), None, None, None

@@ -12,23 +12,28 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from augdistill_method.fused import norm_relu_pool
+from augdistill_method.precision import PRECISIONS
 
 
 class ConvNet(nn.Module):
     """The ConvNet of MTT (Gidaris & Komodakis 2018): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
 
     Takes `[B, channels, size, size]`, returns logits `[B, classes]`. 320,010 parameters on CIFAR-10 at width 128.
+    `precision` is one of `PRECISIONS`. With "bf16" the images between the layers are bfloat16, and all that is summed
+    over them (norms, logits, loss, gradients) has the parameters' own type.
     """
 
     forward_mode = True  # all layers support differentiable forward mode, so the unroll can use its faster product
 
-    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
+    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3, precision="float32"):
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
         if depth < 1 or size >> depth < 1:
             raise ValueError(
                 f"depth={depth}: {depth} poolings of {size}x{size} images; must be at least 1, and leave a pixel"
             )
-        self.shape, self.classes = (channels, size, size), classes
+        self.shape, self.classes, self.precision = (channels, size, size), classes, precision
         blocks = []
         for i in range(depth):
             blocks += [
@@ -43,10 +48,11 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != self.shape:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}: this student takes {self.shape} (C, H, W)")
-        x = images
+        x = images.bfloat16() if self.precision == "bf16" else images
         for convolution, norm in zip(self.features[::4], self.features[1::4], strict=True):
-            x = norm_relu_pool(convolution(x), norm.weight, norm.bias, norm.eps)
-        return self.classifier(x.flatten(1))
+            z = F.conv2d(x, convolution.weight.to(x.dtype), convolution.bias.to(x.dtype), padding=1)
+            x = norm_relu_pool(z, norm.weight, norm.bias, norm.eps)
+        return self.classifier(x.flatten(1).to(images.dtype))
 
 
 def flatten(parameters: Iterable[Tensor]) -> Tensor:
