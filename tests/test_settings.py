@@ -179,7 +179,7 @@ def test_a_grid_takes_a_recipe_as_it_is(tmp_path, capsys):
 # where they are not the defaults (and subset_rows by the ids that rows have now).
 BEFORE = {
     "cifar10-baseline": {None: "8f3fcb4a8321"},
-    "cifar10-gpu": {1: "091071c4dbd1", 10: "b9c13be7724d", 50: "4969bf55fe32"},
+    "cifar10-gpu": {1: "f3dd1ea2365c", 10: "dcace70f8d2c", 50: "bf3361240c2f"},
     "cifar10-long": {None: "952f541608f7"},
     "cifar10-small": {None: "5405039b37de"},
     "cifar10-subsets": {None: "60eb5a9f9a49"},

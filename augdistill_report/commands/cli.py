@@ -143,13 +143,17 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else a stop tells of the kernel's pending tasks
     options = parse(arguments)
     # imported late, so that --help and wrong arguments answer at once
-    from augdistill_report.commands import apply, campaign, execute, experts, sweep
-    from augdistill_report.commands import publish as gallery
-    from augdistill_report.commands import report as runner
+    from augdistill_report.commands import apply, campaign, experts
+    from augdistill_report.commands.failures import NotebookFailed
     from augdistill_report.data import datasets as data
     from augdistill_report.data import downloads
     from augdistill_report.files import expert_files
     from augdistill_report.work.scratch import scratch
+
+    if options.command in ("report", "sweep", "figures"):  # these alone need the packages of the notebooks
+        from augdistill_report.commands import publish as gallery
+        from augdistill_report.commands import report as runner
+        from augdistill_report.commands import sweep
 
     own = contextlib.ExitStack()
     try:
@@ -212,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except (execute.NotebookFailed, OSError) as error:  # OSError: for example a full disk
+    except (NotebookFailed, OSError) as error:  # OSError: for example a full disk
         print(f"augdistill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
