@@ -98,9 +98,8 @@ def main() -> int:
             print(f"this bundle is for Python {manifest['python']}, this is {here}: GPU_PYTHON={here} make gpu-bundle")
             return 2
         if wrong := wrong_pieces(manifest):
-            print(
-                f"{len(manifest['pieces']) - len(wrong)} of {len(manifest['pieces'])} pieces are here; {'; '.join(wrong)}"
-            )
+            count = len(manifest["pieces"])
+            print(f"{count - len(wrong)} of {count} pieces are here; {'; '.join(wrong)}")
             return 1
         with tempfile.TemporaryDirectory(dir=HERE) as temporary:
             try:
@@ -112,9 +111,7 @@ def main() -> int:
                 shutil.rmtree(HERE / part, ignore_errors=True)
                 os.replace(Path(temporary) / part, HERE / part)
         ready.write_text(text)
-    print(
-        f"ready: code of commit {manifest['commit'][:12]}, CIFAR-10, and the packages that torch does not bring. To run:"
-    )
+    print(f"ready: commit {manifest['commit'][:12]}, CIFAR-10, and the packages that torch does not bring. To run:")
     start = f"AUGDISTILL_DATA={HERE / 'data'} PYTHONPATH={HERE / 'code'}:{HERE / 'site'} {sys.executable}"
     print(f"  {start} {HERE / 'code/benchmarks/gpu.py'} --minutes 7 --out {HERE / 'results'}")
     print(f"  {start} -m augdistill_report campaign cifar10-gpu --minutes 7 --out {HERE / 'results/campaign'}")

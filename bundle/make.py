@@ -1,6 +1,6 @@
 """Packs code, CIFAR-10 and packages for a machine with a GPU and no network, in pieces: `make gpu-bundle`.
 
-    python bundle/make.py [--python 3.12] [--megabytes 54] [--out runs/augdistill-bundle]
+    python bundle/make.py [--python 3.12] [--megabytes 60] [--out runs/augdistill-bundle]
 
 That machine needs Python, torch, torchvision, numpy, Pillow and safetensors. The bundle brings the code (git archive of
 HEAD, so commit first), the other packages that the benchmark and a campaign import, in the versions installed here, and
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument("--python", default=here, help="that machine's version of Python (this one's)")
-    parser.add_argument("--megabytes", default=54, type=int, help="of a piece, at most (54)")
+    parser.add_argument("--megabytes", default=60, type=int, help="of a piece, at most (60)")
     parser.add_argument("--out", default=ROOT / "runs" / "augdistill-bundle", type=Path, help="the folder")
     options = parser.parse_args()
     if options.out.exists() and any(options.out.iterdir()) and not (options.out / "manifest.json").is_file():
@@ -116,7 +116,8 @@ def main() -> None:
             for part in ("code", "wheels", "cifar"):
                 tar.add(folder / part, part)
         shutil.rmtree(options.out, ignore_errors=True)
-        pieces, size = {}, options.megabytes * 10**6
+        total, pieces = (folder / "bundle.tar").stat().st_size, {}
+        size = -(-total // -(-total // (options.megabytes * 10**6)))  # all of them alike
         with open(folder / "bundle.tar", "rb") as whole:
             while piece := whole.read(size):
                 name = f"piece-{len(pieces) + 1:02}"
@@ -125,11 +126,9 @@ def main() -> None:
         manifest = {"python": options.python or here, "commit": commit, "pieces": pieces, "cifar": cifar}
         write(options.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         write(options.out / "join.py", (Path(__file__).parent / "join.py").read_bytes())
-        total = (folder / "bundle.tar").stat().st_size
-    print(
-        f"{options.out}: {len(pieces)} pieces, {total / 1e6:.0f} MB. Copy join.py, manifest.json and the pieces into one"
-    )
-    print("folder there (each piece may come alone), then run: python3 join.py. It prints the commands to run.")
+    print(f"{options.out}: {len(pieces)} pieces, {total / 1e6:.0f} MB")
+    print("Copy join.py, manifest.json and the pieces into one folder there, the pieces also one at a time, and run")
+    print("python3 join.py: it says which pieces are missing, and at last which commands to run.")
 
 
 if __name__ == "__main__":
