@@ -110,3 +110,8 @@ class Captured:
             own.copy_(value)
         replay()
         return outputs
+
+
+def launched(function: Callable, device: torch.device) -> Callable:
+    """`function` of tensors as it is best called on this device: `Captured` on a CUDA device, elsewhere as it is."""
+    return Captured(function) if device.type == "cuda" else function

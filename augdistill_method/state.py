@@ -13,6 +13,21 @@ from augdistill_method.optimizers import load_optimizer_state, make_optimizer, o
 from augdistill_method.random import seeded
 
 
+class StepSize(nn.Module):
+    """alpha, the student's step size: learned as log(alpha) (so it stays positive), learned directly, or fixed."""
+
+    of_logarithm = ("log", "held")
+
+    def __init__(self, alpha: float, mode: str, like: Tensor):
+        super().__init__()
+        self.mode = mode
+        value = torch.tensor(alpha, dtype=like.dtype, device=like.device)
+        self.value = nn.Parameter(value.log() if mode in self.of_logarithm else value, requires_grad=mode != "fixed")
+
+    def forward(self) -> Tensor:
+        return self.value.exp() if self.mode in self.of_logarithm else self.value
+
+
 class DistillState:
     """phi, `step_size` (whose output is alpha), their optimisers from a `DistillConfig`, the generators, the history.
 
@@ -44,18 +59,17 @@ class DistillState:
         """Seconds of work so far, with those before a resume, at most the budget."""
         return min(time.monotonic() - self.begun, self.budget)
 
-    def backward(self, loss: Tensor) -> bool:
-        """Compute the gradients of the loss; return whether all are finite. A `ValueError` if phi gets none."""
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of the loss. A `ValueError` if phi gets none."""
         grads = gradients(loss, self.learned)
         if self.of_phi and all(g is None for g in grads[: len(self.of_phi)]):
             raise ValueError(f"no gradient reaches phi ({type(self.phi).__name__}): is its output detached?")
         for p, g in zip(self.learned, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
-        return all(bool(p.grad.isfinite().all()) for p in self.learned)
 
     def step(self, hold_alpha: bool) -> None:
-        """Line 15: one step of phi's and of alpha's optimiser, after an iteration with a finite loss."""
-        if self.step_size() > 0:
+        """Line 15: one step of phi's and of alpha's optimiser, after the record of an iteration with a finite loss."""
+        if self.history[-1]["alpha"] > 0:
             self.good = [p.detach().clone() for p in self.learned]
         for p in self.of_alpha if hold_alpha else []:
             p.grad = None  # its optimiser skips a parameter without gradient

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from augdistill_core import Config, Phi, affine, color, flip, knob, warp
+from augdistill_core import Config, Phi, affine, color, flip, knob, to_device, warp
 from augdistill_report.data.datasets import Dataset
 
 
@@ -30,9 +30,8 @@ class RandomAffine:
     flip: float = 0.0
 
     def __call__(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
-        angle, size, right, down = (
-            torch.randn(len(images), 4, generator=generator, device=generator.device).to(images).unbind(1)
-        )
+        drawn = torch.randn(len(images), 4, generator=generator, device=generator.device)
+        angle, size, right, down = to_device(drawn, images.device).to(images).unbind(1)
         images = affine(
             images,
             self.rotation * angle,
@@ -43,7 +42,7 @@ class RandomAffine:
         )
         if self.flip:
             flipped = torch.rand(len(images), generator=generator, device=generator.device) < self.flip
-            images = flip(images, flipped.to(images.device))
+            images = flip(images, to_device(flipped, images.device))
         return images
 
 
@@ -123,10 +122,10 @@ class DSA(Config):
         options = dict(size=(len(images),), generator=generator, device=generator.device)
 
         def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(**options).to(images)
+            return low + (high - low) * to_device(torch.rand(**options), images.device).to(images)
 
         def integer(low: int, high: int) -> Tensor:  # both included
-            return torch.randint(low, high + 1, **options).to(images.device)
+            return to_device(torch.randint(low, high + 1, **options), images.device)
 
         sides = images.shape[-2:]
         if name == "color":
@@ -164,8 +163,8 @@ class OnPixels:
     def __call__(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
         pixels = (self.data.pixels(images.float()) * 255).round() / 255
         pad, options = max(images.shape[-1] // 8, 1), dict(generator=generator, device=generator.device)
-        down, right = torch.randint(-pad, pad + 1, (2, len(images)), **options).to(images.device)
-        flipped = torch.rand(len(images), **options).to(images.device) < self.flip
+        down, right = to_device(torch.randint(-pad, pad + 1, (2, len(images)), **options), images.device)
+        flipped = to_device(torch.rand(len(images), **options), images.device) < self.flip
         pixels = flip(crop(pixels, down, right), flipped)
         if self.policy != "crop_flip":
             from augdistill_report.data.policies_by_kornia import PIXEL_POLICIES, Draws  # kornia is slow to import

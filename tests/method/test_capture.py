@@ -9,12 +9,14 @@ import warnings
 import pytest
 import torch
 from test_replay import inputs, soft_labels
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import STUDENTS, built, mlp, toy
 
 from augdistill_core import DistillConfig, ExpertConfig, distill, make_phi, train_experts, unroll
 from augdistill_method import unroll as unroll_module
 from augdistill_method.capture import CaptureCheck, Captured, NotCapturable, record_on_cuda, warn_once
 from augdistill_method.unroll import captured, eager
+from augdistill_report.data.augmentations import RandomAffine
 
 
 class StandIn:
@@ -173,3 +175,33 @@ def test_a_cpu_is_told_that_it_has_no_cuda_graphs():
     if not torch.cuda.is_available():
         with pytest.raises((RuntimeError, AssertionError)):
             record_on_cuda(lambda: None)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations whose result the program needs before it goes on: on a device it would wait for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += torch.Tag.data_dependent_output in function.tags
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", ["graph", "replay"])
+@pytest.mark.parametrize("noise", ["step", "once"])
+def test_nothing_is_read_in_a_student_s_step(memory, noise):
+    images, labels = toy(12)
+    experts = train_experts(built(STUDENTS["convnet"]), images, labels, ExpertConfig(experts=1, epochs=4), 0)
+
+    def reads(steps, iterations=1):
+        options = dict(syn_steps=steps, iterations=iterations, max_start_epoch=1, batch_syn=5, noise=noise)
+        phi = make_phi("unet_noise", images, 3, seed=0)
+        with Reads() as found:
+            config = DistillConfig(memory=memory, phi_optimizer="SGD", alpha_optimizer="SGD", **options)
+            distill(phi, images, labels, experts, config, seed=0, augment=RandomAffine(flip=0.5))
+        return found.count
+
+    assert reads(steps=2) == reads(steps=7)
+    assert reads(2, iterations=3) - reads(2, iterations=2) <= 3  # an expert, an epoch, and that its weights change
