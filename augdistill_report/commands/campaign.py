@@ -81,7 +81,6 @@ def campaign(
     folder = run_folder(given.preset, out)
     if not folder_config(folder):
         start_folder(folder, given.preset, base)
-    torch.set_num_threads(base.threads)
     store, rows = Store(folder / "artefacts", deadline), [Row(piece) for piece in given.pieces]
     target = folder / "campaigns" / f"{given.name}{'-tiny' if tiny else ''}"
     with Line() as line:
@@ -94,6 +93,7 @@ def campaign(
 def make(row: Row, folder: Path, store: Store, show) -> None:
     """Make a piece, as far as the store's deadline allows; sets the row's state, seconds and accuracy."""
     began = time.monotonic()
+    torch.set_num_threads(row.piece.settings.threads)
     try:
         jobs = row.piece.jobs(folder)
         for number, job in enumerate(jobs):
