@@ -52,7 +52,7 @@ from augdistill_core import (
     train_together,
     unroll,
 )
-from augdistill_report.commands.campaign import alarm
+from augdistill_report.commands.campaign import alarm, device_works
 from augdistill_report.data.augmentations import DSA
 from augdistill_report.data.datasets import Split
 from augdistill_report.files.store import OutOfTime, as_json, write
@@ -128,14 +128,6 @@ class Bench:
     def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
-
-    def works(self) -> bool:
-        """Whether the device still computes: an invalid kernel leaves a process with errors only."""
-        try:
-            self.wait()
-            return bool(self.labels(2).sum() == 1)
-        except RuntimeError:
-            return False
 
     # --- exactness ----------------------------------------------------------------------------------------------------
 
@@ -381,7 +373,7 @@ def measure_all(bench: Bench, seconds: float, out: Path, goes_on: bool) -> list[
         if drawn := iteration_rows(kept["rows"]):
             drawing = figure(drawn, kept["environment"]["device"], bench.sizes.steps)
             drawing.savefig(out / "gpu.png", dpi=110, metadata={"Software": None})
-        if "stopped" in row and not bench.works():
+        if "stopped" in row and not device_works(bench.device):
             start_again(deadline - time.monotonic())
     return kept["rows"]
 

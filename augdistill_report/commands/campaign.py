@@ -87,6 +87,8 @@ def campaign(
         for number, row in enumerate(rows):
             make(row, folder, store, lambda done, note, at=number: line.count("pieces", at + done, len(rows), note))
             write_rows(target, given, base.public(), tiny, rows)
+            if row.failed and not device_works(row.piece.settings.device):
+                break  # only a new process can use it again
     return target.with_suffix(".md"), rows
 
 
@@ -133,6 +135,14 @@ def run_until(job: Job, store: Store, show) -> str:
         spent = time.monotonic() - began
         whole = f", all of it takes about {spent / share / 60:.1f} minutes" if share else ""
         return f"stopped by the time limit in {job.kind} at {100 * share:.0f} %{whole}"
+
+
+def device_works(device: str) -> bool:
+    """Whether a device still computes: after an invalid kernel a process gets nothing but errors from it."""
+    try:
+        return int(torch.arange(3, device=device).sum()) == 3
+    except RuntimeError:
+        return False
 
 
 @contextlib.contextmanager
