@@ -54,16 +54,28 @@ from augdistill_method.phi import (
     builders,
     check_phi,
     is_ours,
+    labels_under,
     make_phi,
     origin,
     register_phi,
 )
 from augdistill_method.precision import PRECISIONS, arithmetic
 from augdistill_method.random import draw_base, minibatches, randn, seeded, to_device
-from augdistill_method.state import DistillState, StepSize
-from augdistill_method.student import ConvNet, check_images, flatten, initial_parameters, logits_of, sgd, unflatten
+from augdistill_method.state import STATES, DistillState, StepSize, record_of
+from augdistill_method.student import (
+    ConvNet,
+    check_images,
+    flatten,
+    initial_parameters,
+    logits_of,
+    sgd,
+    sgd_together,
+    unflatten,
+    with_parameters,
+)
 from augdistill_method.transforms import affine, color, flip, turn_hue, warp
 from augdistill_method.unroll import MEMORY, choose_memory, gradient_cosine, unroll
+from augdistill_method.zoo.labels import start_labels, teacher_of
 from augdistill_method.zoo.policy import per_image
 
 
@@ -119,6 +131,8 @@ class DistillConfig(Config):
     alpha_optimizer: str = knob("Adam", "optimizer of alpha: any of torch.optim")
     alpha_lr: float = knob(0.01, "step size of alpha's optimizer", low=0)
     alpha_momentum: float = knob(0.0, "momentum of alpha's optimizer, if it has one", low=0, high=1)
+    label_share: float = knob(0.5, "share of the experts in the initial labels of a phi", low=0, high=1)
+    label_temperature: float = knob(1.0, "temperature of the experts in these labels", low=0.01, high=100)
     memory: str = knob("auto", "memory mode of the unroll; auto = graph if it fits", choices=(*MEMORY, "auto"))
     real_batch: int = knob(256, "real images on which real_loss is computed", low=1)
     minutes: float = knob(0.0, "time limit in minutes: the run stops after it; 0 = no limit", low=0)
@@ -127,13 +141,6 @@ class DistillConfig(Config):
 EXPLODED = 100.0  # norm ratio phi(x) / x: such a phi(x) is no longer an image, so the run stops
 
 LOST = 1e6  # a loss this large stops it too: the student ends 1,000 times as far from the target as it started
-
-STATES = {  # of an iteration from which phi cannot learn, whatever the loss is
-    "exploded": "phi(x) is over 10 times as large as x, which instance norm hides in the loss; use a smaller phi_lr",
-    "alpha below zero": "the student ascends its loss; use alpha_mode log or fixed",
-    "alpha at zero": "the student hardly moves (less than 2 % of the distance to the target), so the loss is 1 for any "
-    "phi; use a larger alpha, alpha_mode fixed, or a smaller alpha_lr",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,19 +166,6 @@ class Distilled:
     alpha: float
     history: list[dict]
     stopped: Stop | None = None
-
-
-def dead_state(scale: float, alpha: float, moved: float | None) -> str:
-    """The entry of `STATES` that describes an iteration, "" if phi can learn from it.
-
-    `scale` is the norm ratio of phi(x) and x. `moved` is ||theta_N - theta_0|| / ||target - theta_0||: if it is below
-    .02, the loss is between .98^2 and 1.02^2.
-    """
-    if scale > 10:
-        return "exploded"
-    if alpha < 0:
-        return "alpha below zero"
-    return "alpha at zero" if moved is not None and moved < 0.02 else ""
 
 
 def alpha_is_held(config: DistillConfig, history: list[dict]) -> bool:
@@ -204,28 +198,6 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
         fewest = int(labels.unique(return_counts=True)[1].min())
         if config.episode > fewest:
             raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
-
-
-def record_of(run: DistillState, loss: Tensor, alpha: Tensor, start_epoch: int, sizes, moved) -> tuple[dict, bool]:
-    """Append an iteration's record to the history, once its gradient is known; warn at the first of each state.
-
-    `sizes` are those of `draw_batches`, `moved` a number or None. Returns the record, and whether every gradient is
-    finite. On a device the only wait of an iteration is here: for all of its numbers at once.
-    """
-    squares = [p.grad.square().sum() for p in run.of_phi]
-    checks = [p.grad.isfinite().all() for p in run.learned]
-    known = [loss, alpha] if moved is None else [loss, alpha, moved]
-    numbers, parts = iter(at_once(*known, *squares, *checks, *sizes)), (known, squares, checks)
-    known, squares, checks = (list(itertools.islice(numbers, len(part))) for part in parts)
-    record = dict(iteration=len(run.history), loss=known[0], alpha=known[1], start_epoch=start_epoch)
-    record |= {"phi": watched} if (watched := getattr(run.phi, "report", dict)()) else {}
-    record["grad_norm"] = sum(squares) ** 0.5
-    moved, scale = None if moved is None else known[2], largest_scale(list(numbers))
-    state = dead_state(scale, record["alpha"], moved)
-    if state and state not in {r["state"] for r in run.history}:
-        warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
-    run.history.append(record | dict(scale=scale, moved=moved, state=state))
-    return run.history[-1], all(checks)
 
 
 def distill(
@@ -273,6 +245,7 @@ def distill(
     run, stopped = DistillState(phi, step_size, config, seed, memory), None
     if resume:
         run.load_state_dict(resume)
+    start_labels(phi, experts, images, config.label_share, config.label_temperature)
 
     while len(run.history) < config.iterations and not stopped:
         if run.history and run.seconds >= run.budget:
@@ -288,7 +261,7 @@ def distill(
             batches = [to_device(b, images.device) for b in draw_steps(base, config, run.generator)]
             fed, found = draw_batches(phi, augment, images, labels, base, batches, config, run.memory, run.noise)
             sizes += found
-            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=run.memory))
+            ends.append(unroll(student, start, fed, batch_labels(phi, labels, batches), alpha, memory=run.memory))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
         else:
@@ -419,10 +392,16 @@ def draw_batches(
     return fed, sizes
 
 
+def batch_labels(phi, labels: Tensor, batches: list[Tensor]) -> list[Tensor]:
+    """The labels of phi(x) in every student step of one unroll: N tensors `[B]`, or `[B, K]` (soft labels)."""
+    return [labels_under(phi, labels[b], b) for b in batches]
+
+
 def real_loss(
     student: nn.Module, ends: list[Tensor], images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
 ) -> Tensor:
     """The mean loss of the students with parameters `ends` (each `[P]`), on `batch` random real images."""
-    pick = torch.randint(len(images), (batch,), generator=generator)
-    logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
+    pick = to_device(torch.randint(len(images), (batch,), generator=generator), images.device)
+    with arithmetic(student):
+        logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
     return torch.stack([F.cross_entropy(z, labels[pick]) for z in logits]).mean()

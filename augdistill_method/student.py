@@ -242,7 +242,7 @@ def sgd_together(
 
 def used(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     """`[P]`: 1 where the loss depends on the parameter, else 0: torch's SGD does not change (or decay) those."""
-    with torch.enable_grad():
+    with torch.enable_grad(), arithmetic(student):
         pieces = [p.detach().requires_grad_() for p in unflatten(student, theta)]
         loss = F.cross_entropy(logits_of(student, pieces, images), labels)
         found = torch.autograd.grad(loss, pieces, allow_unused=True)

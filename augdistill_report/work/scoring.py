@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,20 +14,23 @@ from augdistill_core import (
     Applied,
     Config,
     Stored,
-    Trajectories,
     augmented,
     initial_parameters,
     knob,
-    logits_of,
+    labels_under,
     minibatches,
     seeded,
     sgd,
-    unflatten,
+    sgd_together,
+    teacher_of,
+    to_device,
+    with_parameters,
 )
-from augdistill_report.data.augmentations import AUGMENTATIONS, Choices, augmentation
+from augdistill_report.data.augmentations import AUGMENTATIONS, RANDOM_POLICY, Choices, augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.files.store import Store, a_fraction
+from augdistill_report.work.difficulty import ranking, subset_index
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.setup import Setup, public_name
@@ -66,9 +69,10 @@ class EvalConfig(Config):
     eval_augment: str = knob(
         "none",
         "augmentation after phi, redrawn each step, or kornia:NAME(key=value)",
-        choices=Choices("eval_augment", (*AUGMENTATIONS, "instaaug")),
+        choices=Choices("eval_augment", (*AUGMENTATIONS, RANDOM_POLICY, "instaaug")),
     )
     eval_magnitude: int = knob(9, "RandAugment's magnitude, if eval_augment is randaugment", low=0, high=30)
+    eval_candidate: int = knob(0, "which random ranges, if eval_augment is random_policy", low=0)
     eval_augment_probability: float = knob(
         1.0,
         "fraction of the images that it is applied to, redrawn each step; not for instaaug",
@@ -76,8 +80,13 @@ class EvalConfig(Config):
         high=1,
     )
     eval_reward: float = knob(1.0, "factor of InstaAug's reward for wide ranges, if eval_augment is instaaug", low=0)
+    eval_copies: int = knob(
+        0, "fixed copies of each image, augmented before training; 0 = augmented anew in each step", low=0, high=1000
+    )
     eval_labels: str = knob(
-        "hard", "hard = the images' own labels, soft = the experts' mean probabilities", choices=("hard", "soft")
+        "hard",
+        "hard = the images' own labels, or those of phi; soft = the experts' mean probabilities",
+        choices=("hard", "soft"),
     )
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(
@@ -120,6 +129,10 @@ class Evaluation(Job):
         if self.only not in (("", *CONTROLS) if self.distilled else ("",)):
             controls = " or ".join(map(repr, CONTROLS))
             raise ValueError(f"only={self.only!r}: must be empty, or {controls} with a distilled phi")
+        if self.config.eval_copies and self.config.eval_augment == "instaaug":
+            raise ValueError(
+                f"eval_copies={self.config.eval_copies}: must be 0 for instaaug, which learns all the time"
+            )
         if not (self.config.eval_lr or self.distilled):
             raise ValueError("eval_lr=0.0: must be above 0 without a phi, since no step size was learned")
         if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
@@ -131,7 +144,7 @@ class Evaluation(Job):
 
     def needs(self):
         teachers = own_experts(self.setup) if self.config.eval_labels == "soft" else []
-        return [self.distilled, *teachers] if self.distilled else teachers
+        return [*([self.distilled] if self.distilled else []), *teachers, *ranking(self.subset, self.setup)]
 
     def student(self):
         build = STUDENTS.get(self.config.eval_student)
@@ -150,7 +163,9 @@ class Evaluation(Job):
     def augment(self) -> Applied | None:
         """The augmentation after phi, with its probability; None if there is none, or if it learns with students."""
         c = self.config
-        known = None if c.eval_augment == "instaaug" else augmentation(c.eval_augment, self.data, c.eval_magnitude)
+        if c.eval_augment == "instaaug":
+            return None
+        known = augmentation(c.eval_augment, self.data, c.eval_magnitude, c.eval_candidate)
         return known and Applied(known, probability=c.eval_augment_probability)
 
     def work(self, store, tick):
@@ -163,7 +178,7 @@ class Evaluation(Job):
         data, config = self.data, self.config
         if not config.eval_lr:
             config = dataclasses.replace(config, eval_lr=learned_step_size(self.distilled, store))
-        train, validation = data.train.take(self.subset.index(data)), data.validation.made()
+        train, validation = data.train.take(subset_index(self.subset, self.setup, store)), data.validation.made()
         arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(load_trajectories(self.setup, store)) if soft else None
@@ -226,13 +241,6 @@ class Score(Job):
         return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
 
 
-def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
-    """The mean class probabilities `[B, classes]` of the trained experts for images `[B, C, H, W]`."""
-    student, last = experts.student, experts.snapshots - 1
-    ends = [unflatten(student, trajectory[last]) for trajectory in experts.trajectories]
-    return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
-
-
 MAX_LOOKS = 20  # rounds of eval_steps, at most, of a student with patience
 
 
@@ -255,6 +263,57 @@ class Patience:
         return self.failed == self.patience or self.looks == MAX_LOOKS
 
 
+def batches_of_student(
+    student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed, augment=None, teacher=None
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]], Callable[[], None]]:
+    """One student's start `[P]`, its endless batches as described in `train_student`, and a check of all so far.
+
+    The check is the `ValueError` for images that are not finite. On a CPU it runs with each batch. On a CUDA device,
+    which the program must not wait for, the caller runs it at the end.
+    """
+    generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
+    start = initial_parameters(student, generator).to(images)
+    learns, broken = isinstance(augment, InstaAug), {}
+
+    def check() -> None:
+        for name, found in broken.items():
+            if found:
+                raise ValueError(f"{name} returns values that are not finite")
+
+    def through(method, x: Tensor, i: Tensor, own: torch.Generator) -> Tensor:
+        x, name = augmented(method, x, labels[i], i, own), name_of(method)
+        broken[name] = ~x.isfinite().all() | broken.get(name, False)
+        if not x.is_cuda:
+            check()
+        return x
+
+    def drawn(i: Tensor) -> Tensor:
+        with torch.no_grad():
+            fed = through(phi, images[i], i, noise)
+        with torch.set_grad_enabled(learns):
+            return through(augment, fed, i, shaking)
+
+    positions = to_device(torch.arange(len(images)), images.device).split(512)
+    copies = [drawn(i) for _ in range(config.eval_copies) for i in positions]
+    fixed = torch.cat(copies) if copies else None
+
+    def batches():
+        for picked in minibatches(max(config.eval_copies, 1) * len(images), config.eval_batch, generator):
+            k = to_device(picked, images.device)
+            i = k % len(images)
+            fed = drawn(i) if fixed is None else fixed[k]
+            yield fed, teacher(fed.detach()) if teacher else labels_under(phi, labels[i], i).detach()
+            if learns:
+                augment.learn()
+
+    return start, batches(), check
+
+
+def lr_of_step(config: EvalConfig, steps: int) -> Callable[[int], float]:
+    """The step size of a training of so many steps, by the number of the step: a tenth from the middle on."""
+    return lambda step: config.eval_lr * (0.1 if step >= steps // 2 else 1.0)
+
+
 def train_student(
     student: nn.Module,
     phi,
@@ -275,45 +334,55 @@ def train_student(
     (`InstaAug`) is trained with the student. A `ValueError` names a phi or an augmentation that changes the images'
     shape or returns values that are not finite.
     """
-    generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
-    start = initial_parameters(student, generator).to(images)
-    learns = isinstance(augment, InstaAug)
-
-    def through(method, x: Tensor, i: Tensor, own: torch.Generator) -> Tensor:
-        x = augmented(method, x, labels[i], i, own)
-        if not x.isfinite().all():
-            raise ValueError(f"{name_of(method)} returns values that are not finite")
-        return x
-
-    def batches():
-        for i in minibatches(len(images), config.eval_batch, generator):
-            with torch.no_grad():
-                fed = through(phi, images[i], i, noise)
-            with torch.set_grad_enabled(learns):
-                fed = through(augment, fed, i, shaking)
-            yield fed, teacher(fed.detach()) if teacher else labels[i]
-            if learns:
-                augment.learn()
-
+    options = dict(augment=augment, teacher=teacher)
+    start, batches, check = batches_of_student(student, phi, images, labels, config, *seed, **options)
     count, patience = config.steps(len(images)), Patience(config.eval_patience)
-
-    def rate(step: int) -> float:
-        if config.eval_patience:
-            return config.eval_lr * patience.factor
-        return config.eval_lr * (0.1 if step >= count // 2 else 1.0)
-
-    steps = sgd(student, start, batches(), rate, config.eval_momentum, config.eval_decay)
+    rate = (lambda step: config.eval_lr * patience.factor) if config.eval_patience else lr_of_step(config, count)
+    steps = sgd(student, start, batches, rate, config.eval_momentum, config.eval_decay)
     if not config.eval_patience:
         *_, (model, _) = itertools.islice(steps, count)
+        check()
         return model.eval()
     for step, (model, _) in enumerate(steps, 1):
         if step % count == 0:
+            check()
             over = patience.is_over(model, accuracy_of(model.eval(), validation))
             model.train()
             if over:
                 break
     model.load_state_dict(patience.state)
     return model.eval()
+
+
+def train_students(
+    student: nn.Module,
+    phi,
+    images: Tensor,
+    labels: Tensor,
+    config: EvalConfig,
+    seeds: Sequence[tuple],
+    *,
+    augment=None,
+    teacher=None,
+    on_student: Callable[[int], None] | None = None,
+) -> list[nn.Module]:
+    """One student for each of `seeds`, trained together (`sgd_together`): those of `train_student`, up to rounding.
+
+    For a CUDA device, without patience and an augmentation that learns. `on_student(k)` is called when k / n of the
+    training of the n students is done.
+    """
+    options, count = dict(augment=augment, teacher=teacher), config.steps(len(images))
+    each = [batches_of_student(student, phi, images, labels, config, *seed, **options) for seed in seeds]
+    starts, batches, checks = zip(*each, strict=True)
+    rate, given, theta = lr_of_step(config, count), zip(*batches, strict=True), torch.stack(starts)
+    steps = sgd_together(student, theta, given, rate, config.eval_momentum, config.eval_decay)
+    for step, (theta, _) in enumerate(itertools.islice(steps, count), 1):  # noqa: B007, the last one is used
+        done = step * len(seeds) // count
+        if on_student is not None and done > (step - 1) * len(seeds) // count:
+            on_student(done)
+    for check in checks:
+        check()
+    return [with_parameters(student, one).eval() for one in theta]
 
 
 def name_of(method) -> str:
@@ -338,13 +407,18 @@ def evaluate(
 
     `augment` is applied after phi. The caller builds it from `config.eval_augment`, and the `teacher` for
     `config.eval_labels`, since both may depend on the data. Instead of `augment`, `learner(images, seed)` builds an
-    augmentation that learns, one for each student. `on_student(count)` is called after each student.
+    augmentation that learns, one for each student. `on_student(count)` is called after each student. On a CUDA device
+    the students are trained together.
     """
-    images, labels, models = train.images, train.labels, []
-    for k in range(config.eval_students):
-        own = learner(images, k) if learner else augment
-        arguments = (student, phi, images, labels, config, seed, "student", k)
-        models.append(train_student(*arguments, augment=own, teacher=teacher, validation=validation))
-        if on_student is not None:
-            on_student(k + 1)
+    arguments, models = (student, phi, train.images, train.labels, config), []
+    seeds = [(seed, "student", k) for k in range(config.eval_students)]
+    if train.images.is_cuda and config.eval_student == "convnet" and not (learner or config.eval_patience):
+        models = train_students(*arguments, seeds, augment=augment, teacher=teacher, on_student=on_student)
+    else:
+        for k, own_seed in enumerate(seeds):
+            own = learner(train.images, k) if learner else augment
+            options = dict(augment=own, teacher=teacher, validation=validation)
+            models.append(train_student(*arguments, *own_seed, **options))
+            if on_student is not None:
+                on_student(k + 1)
     return models, [accuracy_of(model, validation) for model in models]
