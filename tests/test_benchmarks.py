@@ -34,7 +34,8 @@ def test_a_run_that_is_cut_short_keeps_its_rows_and_goes_on(tmp_path):
     assert len(rows) == len(found["rows"]) and first["rows left out"][-1] in rows
     assert not [row for row in rows.values() if "stopped" in row]
     assert rows["exact: gradient in float32"]["cosine"] > 0.99999 > rows["exact: gradient in bf16"]["cosine"] > 0.98
-    assert rows["exact: experts together"]["exact"] and rows["exact: resumed"]["same bits"]
+    assert all(rows[f"exact: {what} together"]["exact"] for what in ("experts", "students"))
+    assert rows["exact: gradients in float64"]["exact"] and rows["exact: resumed"]["same bits"]
     for batch in (10, 20):
         for variant in ("official", "graph, float32", "graph, bf16", "replay, float32"):
             row = rows[f"{batch} images a step, {variant}"]
