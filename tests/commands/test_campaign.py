@@ -122,7 +122,7 @@ LINES = (
     "{row: bad, images_per_class: 1, phi: identity, expert_lr: 1.0e+30}",
     CONTROL,
     "{row: no augmentation, fraction: 0.1, seed: 1}",
-    "{row: RandAugment, fraction: 0.1, eval_augment: randaugment}",
+    "{row: affine, fraction: 0.1, eval_augment: affine}",
     "{row: U-Net, fraction: 0.1, phi: unet_class_noise+policy, draws: 2, batch_syn: 10}",
     "{row: U-Net of a blank image, fraction: 0.1, phi: unet_class_noise+policy, draws: 2, batch_syn: 10, only: stored}",
 )
