@@ -3,8 +3,8 @@
 At ten images a batch a student's step on a GPU takes as long as Python needs to launch its hundreds of small kernels.
 A recorded step needs one launch, on buffers that always have the same addresses.
 
-`OnCuda` has **not been run yet**, for want of a CUDA device. The tests run all else here on the CPU, with a stand-in that
-calls the function again where a GPU would replay it.
+`OnCuda` has **not been run yet**, for want of a CUDA device. The tests run all else here on the CPU, with a stand-in
+that calls the function again where a GPU would replay it.
 """
 
 import functools
