@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     from augdistill_report.files import expert_files
     from augdistill_report.work.scratch import scratch
 
-    if options.command in ("report", "sweep", "figures"):  # these alone need the packages of the notebooks
+    if options.command != "campaign":  # which runs without the packages of the notebooks
         from augdistill_report.commands import publish as gallery
         from augdistill_report.commands import report as runner
         from augdistill_report.commands import sweep
