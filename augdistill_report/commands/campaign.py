@@ -83,9 +83,17 @@ def campaign(
         start_folder(folder, given.preset, base)
     store, rows = Store(folder / "artefacts", deadline), [Row(piece) for piece in given.pieces]
     target = folder / "campaigns" / f"{given.name}{'-tiny' if tiny else ''}"
+    for row in rows:  # what is there already (the first look at a data set may fit ZCA)
+        *_, score = row.piece.jobs(folder)
+        if store.has(score.kind, score.spec()):
+            row.state, row.accuracy = DONE, Accuracy(**score.stored(store)[1])
+    write_rows(target, given, base.public(), tiny, rows)
     with Line() as line:
-        for number, row in enumerate(rows):
-            make(row, folder, store, lambda done, note, at=number: line.count("pieces", at + done, len(rows), note))
+        for row in [row for row in rows if row.state != DONE]:
+            if time.monotonic() >= store.deadline:
+                break
+            before = sum(row.state == DONE for row in rows)
+            make(row, folder, store, lambda done, note, at=before: line.count("pieces", at + done, len(rows), note))
             write_rows(target, given, base.public(), tiny, rows)
             if row.failed and not device_works(row.piece.settings.device):
                 break  # only a new process can use it again
@@ -97,17 +105,20 @@ def make(row: Row, folder: Path, store: Store, show) -> None:
     began = time.monotonic()
     torch.set_num_threads(row.piece.settings.threads)
     try:
-        jobs = row.piece.jobs(folder)
-        for number, job in enumerate(jobs):
-            if store.has(job.kind, job.spec()):
-                continue
-            if time.monotonic() >= store.deadline:
-                row.state = WAITING if number == 0 else f"{number} of {len(jobs)} jobs done"
-                return
-            row.state = run_until(job, store, lambda done, at=number: show((at + done) / len(jobs), row.piece.row))
-            if row.state != DONE:
-                return
-        row.state, row.accuracy = DONE, Accuracy(**jobs[-1].stored(store)[1])
+        with alarm(store.deadline + RESERVE / 2):
+            jobs = row.piece.jobs(folder)
+            for number, job in enumerate(jobs):
+                if not store.has(job.kind, job.spec()):
+                    if time.monotonic() >= store.deadline:
+                        raise OutOfTime
+                    row.state = run_until(
+                        job, store, lambda done, at=number: show((at + done) / len(jobs), row.piece.row)
+                    )
+                    if row.state != DONE:
+                        return
+            row.state, row.accuracy = DONE, Accuracy(**jobs[-1].stored(store)[1])
+    except OutOfTime:  # between two jobs
+        row.state = "stopped by the time limit between two jobs"
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, for example without memory
         row.state = f"{FAILED}{' '.join(str(error).split())[:300]}"
     finally:
@@ -128,8 +139,7 @@ def run_until(job: Job, store: Store, show) -> str:
             raise OutOfTime
 
     try:
-        with alarm(store.deadline + RESERVE / 2):
-            job.run(store, tick)
+        job.run(store, tick)
         return DONE
     except OutOfTime:
         spent = time.monotonic() - began
