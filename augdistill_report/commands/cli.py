@@ -1,6 +1,6 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `publish` copies a run
-to figures/, `app` serves the explorer, `data` checks or downloads a data set, `experts` trains, checks or imports
-experts, `apply` augments images with a saved phi."""
+to figures/, `campaign` makes a list of results in order of value, within a time limit, `app` serves the explorer, `data`
+checks or downloads a data set, `experts` trains, checks or imports experts, `apply` augments images with a saved phi."""
 
 import argparse
 import contextlib
@@ -20,12 +20,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("grid", metavar="GRID.yaml", help="the grid: the notebook, and the settings that vary")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
     sweep.add_argument("--short", action="store_true", help="only the rows that the grid lists under `short`")
+    campaign = commands.add_parser("campaign", help="make a list of results in order of value, within a time limit")
+    campaign.add_argument("name", metavar="NAME", help="a list in notebooks/campaigns, or a .yaml file")
+    campaign.add_argument("--minutes", type=float, default=7.0, metavar="M", help="the time limit (7)")
+    campaign.add_argument("--device", default="", metavar="cpu|cuda", help="default: as in the preset")
+    campaign.add_argument("--tiny", action="store_true", help="a trial in a minute, with numbers that mean nothing")
+    campaign.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
     app = commands.add_parser("app", help="serve the explorer (notebook 06) to a browser on this machine")
     app.add_argument("--port", type=int, default=8866, metavar="N", help="or one near it, if it is in use (8866)")
     app.add_argument("--no-browser", action="store_true", help="only print the address, with its token")
     for command in (report, sweep):
         add_cluster(command)
-    for command in (report, sweep, app):
+    for command in (report, sweep, campaign, app):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     for command in (report, sweep):
         again = "repeat finished cells" if command is sweep else "repeat finished work"
@@ -137,13 +143,17 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else a stop tells of the kernel's pending tasks
     options = parse(arguments)
     # imported late, so that --help and wrong arguments answer at once
-    from augdistill_report.commands import apply, execute, experts, sweep
-    from augdistill_report.commands import publish as gallery
-    from augdistill_report.commands import report as runner
+    from augdistill_report.commands import apply, campaign, experts
+    from augdistill_report.commands.failures import NotebookFailed
     from augdistill_report.data import datasets as data
     from augdistill_report.data import downloads
     from augdistill_report.files import expert_files
     from augdistill_report.work.scratch import scratch
+
+    if options.command != "campaign":  # which runs without the packages of the notebooks
+        from augdistill_report.commands import publish as gallery
+        from augdistill_report.commands import report as runner
+        from augdistill_report.commands import sweep
 
     own = contextlib.ExitStack()
     try:
@@ -162,6 +172,14 @@ def main(arguments: list[str] | None = None) -> int:
             failed = sum("error" in cell for cell in cells)
             print(f"sweep: {folder} ({len(cells)} cells{f', {failed} failed' if failed else ''})")
             return 1 if failed == len(cells) else 0
+        elif options.command == "campaign":
+            changes = settings_changes(options.set) | given(options, "device")
+            table, rows = campaign.campaign(options.name, options.minutes, options.out, changes, options.tiny)
+            done = sum(row.state == campaign.DONE for row in rows)
+            print(table.read_text())
+            goes_on = "" if done == len(rows) else "; the same command goes on from there"
+            print(f"campaign: {table} ({done} of {len(rows)} pieces done{goes_on})")
+            return 1 if not done and any(row.failed for row in rows) else 0
         elif options.command == "data":
             if options.what == "fetch":
                 options.size, options.data = 0, str(downloads.fetch(options.name, options.mirror, options.data))
@@ -194,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except (execute.NotebookFailed, OSError) as error:  # OSError: for example a full disk
+    except (NotebookFailed, OSError) as error:  # OSError: for example a full disk
         print(f"augdistill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

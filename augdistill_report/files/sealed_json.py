@@ -55,6 +55,17 @@ JSON_KINDS = {
         },
         "delete it and run the sweep again: finished cells are kept (or publish it again, if it is in figures/)",
     ),
+    "campaign": JsonKind(
+        {
+            "campaign": str,
+            "preset": str,
+            "tiny": bool,
+            "settings": dict,
+            "environment": CODE_STATE,
+            "rows": [{"row": str, "images": str, "seed": int, "state": str, "settings": dict}],
+        },
+        "delete it and run the campaign again: finished pieces are kept",
+    ),
     "timings": JsonKind({"seconds": {str: float}}, "delete it and run the report again, which measures them again"),
     "tracked": JsonKind({"sent": {str: str}}, "delete it and run the notebooks again: everything is sent again"),
     "apply": JsonKind({"phi": str, "to": str, "of": str, "state": str}, "delete its folder, or choose an empty one"),
