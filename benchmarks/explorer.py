@@ -83,9 +83,9 @@ def main() -> None:
         turned(page, WARM)
         before = status_mb("VmRSS")
         rest = turned(page, options.changes) | {"growth_mb": status_mb("VmRSS") - before}
-        page.network.value, page.iterations.value = "unet_noise", 500
-        page.train.click()
-        while page.background.busy and not page.here()[0].history:
+        page.learning.network.value, page.learning.iterations.value = "unet_noise", 500
+        page.learning.train.click()
+        while page.background.busy and not page.learning.here()[0].history:
             time.sleep(0.1)
         page.phi.value = "untrained unet_noise"
         training = turned(page, options.changes // 10)
