@@ -199,6 +199,6 @@ def by_hand(run: Run, name: str) -> Choice:
     known = HandDesigned(augmentation(name, run.data)) if name not in HAND_DESIGNED else None
 
     def read():  # late: kornia is slow to import
-        return {"": known or HandDesigned(augmentation(name, run.data))}
+        return {"0": known or HandDesigned(augmentation(name, run.data))}
 
     return Choice(f"hand-designed {name}", job, read, lambda: job.config.alpha, trained=False)

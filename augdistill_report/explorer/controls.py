@@ -73,10 +73,10 @@ def one_line(text: str) -> str:
 
 
 def set_options(page, control, options: Iterable, value) -> None:
-    """Set a control's options and value, without a new picture for each change."""
+    """Set a control's options (if any are given) and value, without a new picture for each change."""
     filling, page.filling, options = page.filling, True, list(options)
     try:
-        if list(control.options) != options:
+        if options and list(control.options) != options:
             control.options = options
         control.value = value
     finally:

@@ -55,10 +55,10 @@ class Learning:
         settings = [self.network, self.optimizer, self.step, self.alpha, self.mode, self.steps, self.target]
         self.box = section(
             row(self.report, self.mended),
-            *settings,
-            self.others,
             self.iterations,
             row(self.train),
+            *settings,
+            self.others,
             self.name,
             row(self.save),
         )

@@ -76,7 +76,7 @@ class Page:
             self.share.restore(state)
 
     def open_visibly(self) -> None:
-        """Where nothing has been trained and phi changes nothing yet, begin with an augmentation whose effect is seen."""
+        """Where nothing is trained and phi changes nothing yet, begin with an augmentation whose effect is seen."""
         if self.explorer.nothing_trained and not self.explorer.look(self.view).change:
             self.explorer.choose(by_hand(self.run, "affine"))
 
@@ -142,14 +142,9 @@ class Page:
             "Share": self.share.box,
         }
         self.sections = styled(widgets.ToggleButtons(options=list(sections)), "augdistill-sections")
-
-        def show(*_):
-            for name, box in sections.items():
-                box.layout.display = "" if name == self.sections.value else "none"
-
-        self.sections.observe(show, "value")
-        show()
-        left = widgets.VBox([self.data, self.phi, self.sections, *sections.values()])
+        stack = widgets.Stack(list(sections.values()), selected_index=0)
+        widgets.jslink((self.sections, "index"), (stack, "selected_index"))  # also while the kernel works
+        left = widgets.VBox([self.data, self.phi, self.sections, stack])
         pictures = widgets.Box([self.grid, self.drawn, self.valley, self.paths, self.curves, self.scores])
         seen = [self.status, self.working, self.hint, self.caption, styled(pictures, "augdistill-pictures")]
         main = widgets.Box([styled(left, "augdistill-controls"), styled(widgets.VBox(seen), "augdistill-seen")])
@@ -272,13 +267,12 @@ class Page:
         name = self.other.value
         try:
             self.explorer.compare(None if name == NOTHING else self.choice_named(name))
-            self.paint()
+            self.refill()
+            self.draw()
         except Exception:
             self.explorer.compare(None)
-            raise
-        finally:
             self.refill()
-        self.draw()
+            raise
 
     @guarded
     def add_kornia(self) -> None:

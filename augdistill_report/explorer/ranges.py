@@ -31,7 +31,7 @@ OF_POLICY = {
     "shear": ("%", 100.0, 100.0),
     "shift_x": ("px", None, 0.5),
     "shift_y": ("px", None, 0.5),
-    "brightness": ("% of sd", 100.0, 200.0),
+    "brightness": ("% sd", 100.0, 200.0),
     "contrast": ("%", 100.0, 200.0),
     "saturation": ("%", 100.0, 200.0),
     "hue": ("°", DEGREE, 180.0),

@@ -20,7 +20,7 @@ class File(io.BytesIO):
         super().__init__(content)
         self.name = name
 
-    def __str__(self):
+    def __repr__(self):
         return self.name
 
 

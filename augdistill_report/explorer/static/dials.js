@@ -46,7 +46,7 @@ export default {
       model.save_changes();
     };
     const values = () => {
-      for (const row of model.get("rows")) shows[row.name](model.get("values")[row.name] ?? row.learned);
+      for (const row of model.get("rows")) shows[row.name]?.(model.get("values")[row.name] ?? row.learned);
     };
     const draw = () => {
       el.replaceChildren();
