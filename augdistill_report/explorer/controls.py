@@ -36,7 +36,7 @@ def row(*items) -> widgets.HBox:
 
 
 def section(*items) -> widgets.VBox:
-    """The controls of one idea, shown when its button is pressed."""
+    """The controls of one idea; `front.js` shows them when their button is pressed."""
     return styled(widgets.VBox(items), "augdistill-section")
 
 

@@ -131,7 +131,7 @@ class Page:
         self.working.layout.display = "none"
 
     def arrange(self) -> None:
-        """The page's layout: the section whose button is pressed, and the pictures."""
+        """The page's layout. The browser shows the section whose button is pressed, so that it need not wait for us."""
         sections = {
             "Look": section(*self.turned[:-1], row(self.again)),
             "Ranges": self.ranges.box,
@@ -142,9 +142,7 @@ class Page:
             "Share": self.share.box,
         }
         self.sections = styled(widgets.ToggleButtons(options=list(sections)), "augdistill-sections")
-        stack = widgets.Stack(list(sections.values()), selected_index=0)
-        widgets.jslink((self.sections, "index"), (stack, "selected_index"))  # also while the kernel works
-        left = widgets.VBox([self.data, self.phi, self.sections, stack])
+        left = widgets.VBox([self.data, self.phi, self.sections, *sections.values()])
         pictures = widgets.Box([self.grid, self.drawn, self.valley, self.paths, self.curves, self.scores])
         seen = [self.status, self.working, self.hint, self.caption, styled(pictures, "augdistill-pictures")]
         main = widgets.Box([styled(left, "augdistill-controls"), styled(widgets.VBox(seen), "augdistill-seen")])

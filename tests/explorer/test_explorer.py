@@ -4,7 +4,6 @@ import gc
 import io
 import itertools
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -13,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from ipywidgets import Widget
+from pages import run_in, said, told, wait
 from PIL import Image
 from safetensors.torch import save_file
 
 from augdistill_core import PHIS, DistillConfig, Phi, augmented, register_phi, seeded
 from augdistill_method import phi as phi_module
-from augdistill_report import load_phi, open_run
+from augdistill_report import load_phi
 from augdistill_report.explorer.choices import choice_titles
 from augdistill_report.explorer.page import Page
 from augdistill_report.explorer.state import Explorer, Noised, View, frames
@@ -27,10 +27,6 @@ from augdistill_report.files.store import SealedFile, open_stored, write_sealed
 from augdistill_report.settings import REPORT_NETWORK, STUDENT_REPORT
 from augdistill_report.show.image_grids import difference_image, film, image_grid, png
 from augdistill_report.work.probes import phi_images
-
-
-def run_in(folder: Path, name: str = "smoke", **changes):
-    return open_run("06_phi_explorer", {"preset": "smoke", "out": str(folder / name), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -52,43 +48,6 @@ def copy(finished, tmp_path):
     """The same run in a folder of its own, to be damaged."""
     shutil.copytree(finished[0].folder, tmp_path / "smoke")
     return run_in(tmp_path)
-
-
-@pytest.fixture
-def opened():
-    """Open a page; at the end nothing may run, and `page.errors` holds no error that the test has not read."""
-    pages = []
-
-    def open_page(run):
-        pages.append(Page(run))
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.close()
-        assert not page.background.busy
-        assert page.errors == []
-
-
-def told(page, *errors: str) -> None:
-    """Check the errors that the page showed, in their order, and mark them as read."""
-    assert len(page.errors) == len(errors), page.errors
-    for error, pattern in zip(page.errors, errors, strict=True):
-        assert re.search(pattern, str(error)), error
-    page.errors.clear()
-
-
-def said(page) -> str:
-    """The text of the status line, with what is behind its "more"."""
-    return re.sub("( …)? <details><summary>more</summary>|</details>", "", page.status.value)
-
-
-def wait(page, seconds: float = 60.0) -> str:
-    deadline = time.monotonic() + seconds
-    while page.background.busy:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return said(page)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

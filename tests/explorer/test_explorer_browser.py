@@ -408,9 +408,11 @@ Page(open_run("06_phi_explorer", dict(preset="smoke", out={str(tmp_path / "smoke
             context.grant_permissions(["clipboard-read", "clipboard-write"])
             reader = Reader(page := context.new_page())
             page.goto(f"{address[1]}/lab/tree/explorer.ipynb{address[2]}")
-            page.locator(".jp-Notebook .cm-content").first.click()
             page.locator("#jp-main-statusbar").get_by_text("Idle").wait_for()
-            page.keyboard.press("Shift+Enter")
+            page.locator(".jp-Notebook .cm-content").first.focus()
+            page.keyboard.press("Control+Enter")
+            page.wait_for_selector(".augdistill-explorer img")
+            page.locator(".augdistill-explorer").scroll_into_view_if_needed()
             turn_upload_and_share(reader, tmp_path)
             assert [error for error in reader.wrong if "augdistill" in error or "widget" in error] == []
             context.close()

@@ -1,13 +1,17 @@
 // The browser's part of the explorer: names for controls that ipywidgets leaves without, the address, copies, downloads.
 
 function name(root) {
+  for (const part of root.querySelectorAll("input, select, button"))
+    part.dataset.lmSuppressShortcuts = "true"; // in JupyterLab, arrow keys on them would move among cells
   for (const box of root.querySelectorAll(".widget-inline-hbox")) {
     const label = box.querySelector("label")?.innerText.trim();
     if (!label) continue;
     for (const part of box.querySelectorAll(".noUi-handle, .widget-readout")) part.setAttribute("aria-label", label);
   }
-  for (const button of root.querySelectorAll(".widget-toggle-button"))
-    button.setAttribute("aria-pressed", button.classList.contains("mod-active"));
+  const buttons = [...root.querySelectorAll(".widget-toggle-button")];
+  const pressed = buttons.map((button) => button.classList.contains("mod-active"));
+  buttons.forEach((button, k) => button.setAttribute("aria-pressed", pressed[k]));
+  root.querySelectorAll(".augdistill-section").forEach((section, k) => section.classList.toggle("chosen", pressed[k]));
   for (const image of root.querySelectorAll("img[class*=alt-]"))
     image.alt = image.className.match(/alt-(\S+)/)[1].replaceAll("-", " ");
   for (const bar of root.querySelectorAll(".progress")) {
