@@ -1,8 +1,8 @@
 """What a person does by hand: turns ranges, brings images, compares two phis, follows students, shares what is seen."""
 
 import ast
+import copy
 import io
-import itertools
 import json
 import math
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from pages import run_in, said, told, wait
 from PIL import Image
-from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from augdistill_core import affine, augmented, logits_of, seeded, unflatten
+from augdistill_core import affine, augmented, seeded
 from augdistill_report import load_phi
 from augdistill_report.data.augmentations import augmentation
-from augdistill_report.explorer.choices import by_hand
+from augdistill_report.explorer.choices import by_hand, fresh
 from augdistill_report.explorer.controls import LINE_LENGTH, one_line
 from augdistill_report.explorer.page import Page
 from augdistill_report.explorer.ranges import learned_ranges, links_of, loss_along
@@ -36,19 +36,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def explorer(run):
+    """`explorer(phi)`: an explorer of the run that shows this phi (or chain), untrained."""
+
     def choose(phi: str) -> Explorer:
         explorer = Explorer(run)
-        explorer.choices |= {f"untrained {phi}": fresh_of(run, phi)}
-        explorer.choose(explorer.choices[f"untrained {phi}"])
+        explorer.choose(fresh(run, phi))
         return explorer
 
     return choose
-
-
-def fresh_of(run, phi: str):
-    from augdistill_report.explorer.choices import fresh
-
-    return fresh(run, phi)
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------
@@ -188,7 +183,7 @@ def png_of(mode: str = "RGB", size=(40, 30)) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode, channels", itertools.product(["RGB", "L", "RGBA", "P"], [1, 3]))
+@pytest.mark.parametrize("mode, channels", [("RGB", 1), ("RGB", 3), ("L", 3), ("RGBA", 1), ("P", 3)])
 def test_an_image_becomes_what_the_data_set_has(mode, channels):
     own = read_own("mine.png", content := png_of(mode), (channels, 8, 8))
     expected = Image.open(io.BytesIO(content)).convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)
@@ -294,14 +289,15 @@ def test_students_go_where_plain_sgd_takes_them(run, explorer):
     experts, base = explorer.experts(), run.train(run.base)
     paths = explorer.paths(View(), experts)
     assert list(paths) == ["no augmentation", "phi"] and not torch.equal(*(p[0][-1] for p in paths.values()))
-    theta, student = experts.trajectories[0][0].clone().requires_grad_(), experts.student
+    model, start = copy.deepcopy(experts.student), experts.trajectories[0][0].clone()
+    vector_to_parameters(start.clone(), model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.settings.alpha)
     for _ in range(run.settings.syn_steps):
-        logits = functional_call(student, unflatten(student, theta), (base.images,))
-        (step,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, base.labels), theta)
-        theta = (theta - run.settings.alpha * step).detach().requires_grad_()
-    assert torch.allclose(paths["no augmentation"][0][-1], theta, atol=1e-5)
-    with torch.no_grad():
-        assert logits_of(student, unflatten(student, theta), base.images).shape == (len(base), 10)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(base.images), base.labels).backward()
+        optimizer.step()
+    end = parameters_to_vector(model.parameters())
+    assert torch.allclose(paths["no augmentation"][0][-1], end, atol=1e-6) and not torch.allclose(start, end, atol=1e-4)
 
 
 def test_the_picture_of_students_follows_the_sliders(run, opened):
