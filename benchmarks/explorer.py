@@ -3,9 +3,9 @@
     python benchmarks/explorer.py [--changes 500] [--out figures/benchmarks]
 
 Milliseconds in the kernel from a slider's new value to the encoded pictures (without their transfer to the browser), by
-slider: the U-Net with noise, at rest and while a phi trains in the background; the U-Net beside a policy; ten digits with
-the paths of students (N 15). Also the process's memory, and its growth after the first fifty changes. On a busy machine
-compare the CPU times. CIFAR-10 is searched in AUGDISTILL_DATA and in the cache.
+slider: the U-Net with noise, at rest and while a phi trains in the background; the U-Net beside a policy; ten digits
+with the paths of students (N 15). Also the process's memory, and its growth after the first fifty changes. On a busy
+machine compare the CPU times. CIFAR-10 is searched in AUGDISTILL_DATA and in the cache.
 """
 
 import argparse

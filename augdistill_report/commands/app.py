@@ -24,6 +24,7 @@ from augdistill_report.settings import preset_path, resolve
 TEMPLATE = Path(front.__file__).parent / "voila"  # the page around the notebook
 
 PROTOCOL = "v1.kernel.websocket.jupyter.org"
+PREHEAT = ["--preheat_kernel=True", "--pool_size=1"]  # a kernel waits with the page's cells run: starting takes seconds
 CULL = {"idle_timeout": 120, "interval": 30}  # seconds until an idle kernel ends, and between checks
 
 
@@ -45,7 +46,7 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
         keep_tagged(notebook)
         server = Server()
         cull = [f"--MappingKernelManager.cull_{key}={value}" for key, value in CULL.items()]
-        server.initialize([str(notebook), f"--port={port}", *cull])
+        server.initialize([str(notebook), f"--port={port}", *PREHEAT, *cull])
         # set here, so that no configuration file of Jupyter or voila can weaken them
         server.token = secrets.token_urlsafe(24)
         server.tornado_settings = {"allow_remote_access": False, "local_hostnames": ["localhost"]}
