@@ -3,6 +3,7 @@
 import html
 
 import ipywidgets as widgets
+import torch
 
 from augdistill_core import Trajectories
 from augdistill_report.explorer.choices import Choice
@@ -63,10 +64,10 @@ class Students:
 
         config = page.explorer.choice.like.config
         reach = min(config.max_start_epoch + config.expert_epochs, experts.snapshots - 1)
-        trajectory = [experts.trajectories[0][t] for t in range(reach + 1)]
-        put(
-            page.paths, picture(plots.student_paths(trajectory, page.explorer.paths(page.view, experts, *page.moments)))
-        )
+        trajectory = torch.stack([experts.trajectories[0][t] for t in range(reach + 1)])
+        figure, (axis,) = plots.new_figure(6.2, 4.0)
+        plots.plane(axis, trajectory[None], page.explorer.paths(page.view, experts, *page.moments))
+        put(page.paths, picture(figure))
 
     @guarded
     def start_scoring(self) -> None:
