@@ -168,6 +168,7 @@ class Learning:
                     at_end = moment == list(page.explorer.moments)[-1]
                     page.explorer.choose(self.choice_of(training))
                     page.fill_moments("" if at_end else moment)
+                    page.ranges.fill()
                     page.paint()
             histories = {self.name_of(t): t.history for t in self.here() if t.history}
             put(page.curves, picture(plots.curves(histories)) if histories else b"")

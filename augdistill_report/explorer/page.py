@@ -314,11 +314,13 @@ class Page:
     def take_file(self, _, content: dict, buffers: list) -> None:
         """A message of `Upload`; more images are added to those that are there."""
         name, size = str(content.get("name", ""))[:100], content.get("size")
-        own = read_own(name, bytes(buffers[0]) if buffers else b"", self.explorer.data.shape, size)
         before = self.explorer.upload
-        self.explorer.upload = before + own if before else own
-        if content.get("last"):
-            self.show_own(content.get("left_out"))
+        try:
+            own = read_own(name, bytes(buffers[0]) if buffers else b"", self.explorer.data.shape, size)
+            self.explorer.upload = before + own if before else own
+        finally:  # one bad file does not keep the others away
+            if content.get("last") and self.explorer.upload:
+                self.show_own(content.get("left_out"))
 
     def show_own(self, left_out=0) -> None:
         try:

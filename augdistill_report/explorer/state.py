@@ -33,7 +33,7 @@ from augdistill_report.files.store import Store
 from augdistill_report.run import Run
 from augdistill_report.show.image_grids import difference_image, image_grid
 from augdistill_report.work.distillation import Distillation
-from augdistill_report.work.experts import load_trajectories, missing_experts
+from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.probes import phi_images, student_path
 from augdistill_report.work.scoring import Evaluation
 from augdistill_report.work.setup import Setup
@@ -339,7 +339,7 @@ class Explorer:
     def experts(self) -> Trajectories | None:
         """The expert trajectories of the chosen phi's setup; None while some must be trained."""
         setup, store = self.choice.like.setup, self.run.store
-        if all(store.has(job.kind, job.spec()) for job in missing_experts(setup)):
+        if all(store.has(job.kind, job.spec()) for job in own_experts(setup)):
             return load_trajectories(setup, store)
         return None
 
