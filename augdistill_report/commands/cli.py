@@ -1,6 +1,6 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `publish` copies a run
-to figures/, `campaign` makes a list of results in order of value, within a time limit, `app` serves the explorer, `data`
-checks or downloads a data set, `experts` trains, checks or imports experts, `apply` augments images with a saved phi."""
+to figures/, `campaign` makes a list of results in order of value within a time limit, `app` serves the explorer, `data`
+checks or downloads a data set, `experts` trains, checks or imports experts, `apply` augments images with a phi."""
 
 import argparse
 import contextlib
