@@ -1,0 +1,50 @@
+"""How easy each training image is for the experts, and the subsets that are selected by it.
+
+An image is easy if the experts give its label a high probability early and stably: the mean over their snapshots (the
+first, at initialisation, left out). A subset then is a window of that order within each class. At 10 % a window of
+medium difficulty is better than random images, and the easiest images are worse (as BWS finds; Choi et al. 2024).
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from augdistill_core import logits_of, unflatten
+from augdistill_report.data.datasets import Split
+from augdistill_report.work.experts import load_trajectories, own_experts
+from augdistill_report.work.jobs import Job
+
+LOOKS = 24  # snapshots that are measured, in all: evenly spaced, equally many of each expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty(Job):
+    """The experts' mean probability of each training image's own label: `probability` `[n]`, high = easy."""
+
+    kind = "difficulty"
+
+    def spec(self):
+        spec = super().spec()
+        return spec | {"setup": spec["setup"] | {"augment": None}}  # of the unroll: experts do not use it
+
+    def needs(self):
+        return own_experts(self.setup)
+
+    def work(self, store, tick):
+        train, experts = self.data.train, load_trajectories(self.setup, store)
+        used = experts.trajectories[:LOOKS]
+        times = torch.linspace(1, experts.snapshots - 1, max(1, LOOKS // len(used))).round().int().unique().tolist()
+        found = torch.zeros(len(train), dtype=torch.float64)
+        for done, (trajectory, time) in enumerate((expert, time) for expert in used for time in times):
+            theta = unflatten(experts.student, trajectory[time].to(train.images.device).float())
+            found += label_probability(experts.student, theta, train).cpu()
+            tick(done + 1, len(used) * len(times))
+        return {"probability": (found / (len(used) * len(times))).float()}, {}
+
+
+@torch.no_grad()
+def label_probability(student: nn.Module, theta: list[Tensor], split: Split) -> Tensor:
+    """`[n]`: the probability of each image's own label, from a student with parameters `theta` (as `unflatten`)."""
+    parts = [(part.labels, logits_of(student, theta, part.images).softmax(1)) for part in split.batches(512)]
+    return torch.cat([p.gather(1, labels[:, None]).squeeze(1) for labels, p in parts])
