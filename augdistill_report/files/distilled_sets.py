@@ -170,9 +170,7 @@ def from_named(tensors: dict[str, Tensor], kind: str, path: Path, card: dict) ->
     names = [name for name in ("labels", "probabilities", "logits") if name in tensors]
     if len(names) != 1 and kind not in names:
         has = " and ".join(names) or "no labels"
-        raise ValueError(
-            f"{path}: holds {has}; must hold labels, probabilities or logits; of several name one (--labels)"
-        )
+        raise ValueError(f"{path}: holds {has}; must hold labels, probabilities or logits (of several: name --labels)")
     name = kind if kind in names else names[0]
     own = kind if name == "labels" or kind in ("hard", "experts") else name
     images, lr = tensors["images"], tensors.get("lr")

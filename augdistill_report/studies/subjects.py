@@ -24,8 +24,7 @@ from augdistill_report.work.normalisation import (
     Normalisation,
     candidates,
     data_in,
-    far_apart,
-    is_plausible,
+    distance_to_real,
     of_card,
 )
 from augdistill_report.work.pool import run_jobs
@@ -153,20 +152,15 @@ def found_normalisation(found: DistilledSet, name: str, settings: Settings, stor
     best = max(sum(values) / len(values) for values in accuracy.values())
     fit, lines = [], []
     for n, values in accuracy.items():
-        shift, ratio = far_apart(found.images, n, data_in(setup_for(settings, n), n))
+        distance = distance_to_real(found.images, n, data_in(setup_for(settings, n), n))
         mean, spread = sum(values) / len(values), max(values) - min(values)
-        if is_plausible(shift, ratio) and mean >= best - MARGIN - spread:
+        if distance.plausible and mean >= best - MARGIN - spread:
             fit.append(n)
-        lines.append(
-            f"{n.name} (means {shift:.1f} deviations from real images, deviations x{ratio:.1f}, quick students "
-            f"{100 * mean:.1f} % on validation)"
-        )
+        lines.append(f"{n.name} ({distance}; quick students {100 * mean:.1f} % on validation)")
     tried = "; ".join(lines)
     if len(fit) != 1:
         which = f"{' and '.join(n.name for n in fit)} fit" if fit else "none fits"
-        raise ValueError(
-            f"{name}: its normalisation is not certain, {which}: name it (--normalisation). Tried: {tried}"
-        )
+        raise ValueError(f"{name}: normalisation not certain, {which}: name it (--normalisation). Tried: {tried}")
     return fit[0], f"{fit[0].name}, found. Tried: {tried}"
 
 

@@ -1,13 +1,14 @@
 """How the images of a distilled set are normalised: found from the images themselves, or named.
 
 Students must be trained and tested on images in one and the same normalisation, and a file of tensors does not say
-which. `Normalisation` is one candidate. It is plausible if the mean and deviation of the set's images are like those of
-real images in it. Which of the plausible ones is right is decided on the validation split (`studies.subjects`).
+which. `Normalisation` is one candidate. It is plausible if the set's values are spread as those of real images in it
+(`Distance`). Which of the plausible ones is right is decided on the validation split (`studies.subjects`).
 """
 
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ WHITE = ("zca", "zca-own")  # fitted on all training images as the official code
 
 NORMALISATIONS = ("pixels", "own", *WHITE, *CONSTANTS)
 
-SHIFT, RATIO = 1.0, 3.0  # plausible: means at most one real deviation apart, deviations at most three times as large
+SHIFT, RATIO, BELOW = 1.0, 3.0, 0.25  # the largest `Distance` that is plausible
 
 WIDEST = 4096  # values in an image up to which whitening is tried without being named (it takes minutes beyond)
 
@@ -127,23 +128,34 @@ def candidates(data: Dataset) -> list[Normalisation]:
     return [Normalisation(name) for name in names]
 
 
-def moments_of(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[C]` of images `[n, C, H, W]`."""
-    images = images.double()
-    return images.mean((0, 2, 3)), images.std((0, 2, 3))
+class Distance(NamedTuple):
+    """How unlike real images a set's are in a normalisation; of `shift` and `ratio` the largest of all channels.
 
-
-def far_apart(images: Tensor, normalisation: Normalisation, data: Dataset) -> tuple[float, float]:
-    """How unlike real images a set's are, in a normalisation of `data`: (shift, ratio), the largest of all channels.
-
-    `shift` is the distance of the means in real deviations, `ratio` the larger deviation over the smaller (at least 1).
+    shift: between the means, in real standard deviations; ratio: the larger deviation over the smaller (at least 1);
+    below: between the shares of values below zero, in [0, 1]
     """
+
+    shift: float
+    ratio: float
+    below: float
+
+    @property
+    def plausible(self) -> bool:
+        return self.shift <= SHIFT and self.ratio <= RATIO and self.below <= BELOW
+
+    def __str__(self):
+        return (
+            f"means {self.shift:.1f} deviations apart, deviations x{self.ratio:.1f}, below zero {self.below:.0%} apart"
+        )
+
+
+def distance_to_real(images: Tensor, normalisation: Normalisation, data: Dataset) -> Distance:
+    """The distance of a set's `images` as stored from real ones in a normalisation; `data` is `of` that."""
     real = data.train.take(slice(LOOKED_AT))
     like = normalisation.pixels_of(real.raw, data) if normalisation.name == "pixels" else real.images
-    (mean, std), (ours, own) = moments_of(like), moments_of(images)
-    ratio = torch.maximum(own / std, std / own)
-    return float(((ours - mean).abs() / std).max()), float(ratio.max())
-
-
-def is_plausible(shift: float, ratio: float) -> bool:
-    return shift <= SHIFT and ratio <= RATIO
+    found = []
+    for x in (like.cpu().double(), images.double()):
+        found.append((x.mean((0, 2, 3)), x.std((0, 2, 3)), float((x < 0).double().mean())))
+    (mean, std, below), (its_mean, its_std, its_below) = found
+    ratio = torch.maximum(its_std / std, std / its_std)
+    return Distance(float(((its_mean - mean).abs() / std).max()), float(ratio.max()), abs(its_below - below))
