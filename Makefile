@@ -1,6 +1,5 @@
 # Each target installs what it needs. PRESET=smoke make report takes seconds. PYTHON=python3.12 chooses an interpreter.
-# COMPILE=1 make bench also measures the compiled steps (minutes more); AUGDISTILL_DATA=DIR make bench also measures ZCA
-# and the explorer on CIFAR-10.
+# AUGDISTILL_DATA=DIR make bench also measures ZCA and the explorer on CIFAR-10.
 PRESET ?= digits
 PYTHON ?= python3
 BIN := .venv/bin
@@ -37,7 +36,7 @@ figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$
 	$(BIN)/augdistill figures --preset $(PRESET)
 
 bench: $(READY)  ## time and memory of the unroll and of experts, compared with reference implementations; a sweep by Dask
-	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks $(if $(COMPILE),--compile)
+	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks
 	$(BIN)/python benchmarks/experts.py --out figures/benchmarks
 	$(BIN)/python benchmarks/cluster.py --out figures/benchmarks
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)

@@ -54,6 +54,7 @@ from augdistill_method.phi import (
     builders,
     check_phi,
     is_ours,
+    labels_under,
     make_phi,
     origin,
     register_phi,
@@ -63,6 +64,7 @@ from augdistill_method.state import DistillState
 from augdistill_method.student import ConvNet, check_images, flatten, initial_parameters, logits_of, sgd, unflatten
 from augdistill_method.transforms import affine, color, flip, turn_hue, warp
 from augdistill_method.unroll import MEMORY, choose_memory, unroll
+from augdistill_method.zoo.labels import start_labels, teacher_of
 from augdistill_method.zoo.policy import per_image
 
 
@@ -118,6 +120,8 @@ class DistillConfig(Config):
     alpha_optimizer: str = knob("Adam", "optimizer of alpha: any of torch.optim")
     alpha_lr: float = knob(0.01, "step size of alpha's optimizer", low=0)
     alpha_momentum: float = knob(0.0, "momentum of alpha's optimizer, if it has one", low=0, high=1)
+    label_share: float = knob(0.5, "share of the experts in the initial labels of a phi", low=0, high=1)
+    label_temperature: float = knob(1.0, "temperature of the experts in these labels", low=0.01, high=100)
     memory: str = knob("auto", "memory mode of the unroll; auto = graph if it fits", choices=(*MEMORY, "auto"))
     real_batch: int = knob(256, "real images on which real_loss is computed", low=1)
     minutes: float = knob(0.0, "time limit in minutes: the run stops after it; 0 = no limit", low=0)
@@ -277,6 +281,7 @@ def distill(
     run, stopped = DistillState(phi, step_size, config, seed, memory), None
     if resume:
         run.load_state_dict(resume)
+    start_labels(phi, experts, images, config.label_share, config.label_temperature)
 
     while len(run.history) < config.iterations and not stopped:
         if run.history and run.seconds >= run.budget:
@@ -291,7 +296,7 @@ def distill(
             batches = draw_steps(base, config, run.generator)
             fed, scale = draw_batches(phi, augment, images, labels, base, batches, config, run.memory, run.noise)
             scales.append(scale)
-            ends.append(unroll(student, start, fed, [labels[b] for b in batches], alpha, memory=run.memory))
+            ends.append(unroll(student, start, fed, batch_labels(phi, labels, batches), alpha, memory=run.memory))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
         else:
@@ -416,6 +421,11 @@ def draw_batches(
         draw = functools.partial(checkpoint, draw, use_reentrant=False)
     fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
     return fed, max(scales, key=lambda scale: math.inf if math.isnan(scale) else scale)
+
+
+def batch_labels(phi, labels: Tensor, batches: list[Tensor]) -> list[Tensor]:
+    """The labels of phi(x) in every student step of one unroll: N tensors `[B]`, or `[B, K]` (soft labels)."""
+    return [labels_under(phi, labels[b], b) for b in batches]
 
 
 def real_loss(

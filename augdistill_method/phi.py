@@ -31,6 +31,10 @@ class Phi(nn.Module):
     def forward(self, images: Tensor, *, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
+    def relabel(self, labels: Tensor, index: Tensor) -> Tensor:
+        """The labels that students learn for phi(x): by default the images' own, `[B]`; or probabilities `[B, K]`."""
+        return labels
+
     def report(self) -> dict[str, float]:
         """Numbers to monitor while the phi learns; `distill` stores them in each record."""
         return {}
@@ -38,13 +42,17 @@ class Phi(nn.Module):
 
 class Wrapper(Phi):
     """A phi made of other phis: it has an attribute (stochastic, conditional, positional, bound) if one of them has it,
-    and starts as the identity if all of them do. A module without these attributes counts as False."""
+    and starts as the identity if all of them do. A module without these attributes counts as False. Its labels are
+    those of its `phi`."""
 
     def __init__(self, *phis: nn.Module):
         super().__init__()
         for claim in ("stochastic", "conditional", "positional", "bound"):
             setattr(self, claim, any(getattr(phi, claim, False) for phi in phis))
         self.starts_as_identity = all(getattr(phi, "starts_as_identity", False) for phi in phis)
+
+    def relabel(self, labels, index):
+        return labels_under(self.phi, labels, index)
 
 
 class Chain(Wrapper):
@@ -58,6 +66,11 @@ class Chain(Wrapper):
         for phi in self.phis:
             images = phi(images, **given)
         return images
+
+    def relabel(self, labels, index):
+        for phi in self.phis:
+            labels = labels_under(phi, labels, index)
+        return labels
 
     def report(self):
         return {k: v for phi in self.phis for k, v in getattr(phi, "report", dict)().items()}
@@ -140,6 +153,14 @@ def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator:
     if out.shape != images.shape:
         raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
     return out
+
+
+def labels_under(phi, labels: Tensor, index: Tensor) -> Tensor:
+    """The labels of phi(x) for hard `labels` `[B]` of the base images `index` `[B]`: hard, or probabilities `[B, K]`.
+
+    A `phi` that is None, or does not say (any function of images), keeps the labels.
+    """
+    return phi.relabel(labels, index) if hasattr(phi, "relabel") else labels
 
 
 @register_phi("identity")

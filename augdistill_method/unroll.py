@@ -1,9 +1,8 @@
 """The differentiable unroll: N steps of SGD, and their exact gradient.
 
-The gradients in every batch, in alpha and in the start are exact in each memory mode. "graph" keeps autograd's whole
-graph, which grows with N. "replay" keeps about twenty parameter vectors and the graph of one step, for any N.
-"compiled" is replay with its two step functions under torch.compile. `make bench` compares them with the official code,
-which uses the graph; see README's "Speed and memory".
+The gradients in every batch, in soft labels, in alpha and in the start are exact in each memory mode. "graph" keeps
+autograd's whole graph, which grows with N. "replay" keeps about twenty parameter vectors and the graph of one step, for
+any N. `make bench` compares them with the official code, which uses the graph; see README's "Speed and memory".
 
 Replay uses the student only through two functions, a pair of `Steps`: replace them to make it faster on other hardware.
 """
@@ -11,8 +10,6 @@ Replay uses the student only through two functions, a pair of `Steps`: replace t
 import dataclasses
 import functools
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +18,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from augdistill_method.student import check_student, flatten, logits_of, parameter_positions, unflatten
+from augdistill_method.student import check_student, flatten, logits_of, unflatten
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The unroll
@@ -45,11 +41,11 @@ def unroll(
     """The parameters `[P]` after N plain SGD steps of size `alpha` from `start` `[P]`, differentiable in all inputs.
 
     Args:
-        batches, labels: N tensors `[B, C, H, W]` and `[B]`; step n is taken on batch n (Algorithm 1, line 12).
+        batches: N tensors `[B, C, H, W]`; step n is taken on batch n (Algorithm 1, line 12).
+        labels: N tensors `[B]` of class numbers, or `[B, K]` of probabilities (soft labels, in `start`'s type).
         memory: "graph" keeps the whole graph, which grows with N. "replay" goes backward with one Hessian-vector
-            product per step, and cannot be differentiated twice. "compiled" is replay under torch.compile: the first
-            steps of each shape take a minute, and it needs a C++ compiler. "auto" is the graph if it fits into memory,
-            else replay (`choose_memory`, which costs one step). If a phi makes the batches, call that before phi.
+            product per step, and cannot be differentiated twice. "auto" is the graph if it fits into memory, else
+            replay (`choose_memory`, which costs one step). If a phi makes the batches, call that before phi.
         keep: how many of theta_0 .. theta_N replay may keep at once. If that is less than N, it keeps every k-th and
             repeats the steps between them in the backward pass: the same bits, for at most one more gradient per step.
             0 keeps all.
@@ -67,7 +63,7 @@ def unroll(
     if batches and torch.is_grad_enabled():
         memory = choose_memory(memory, student, batches[0], labels[0], len(batches))
     if memory in STEPS:
-        return _Replay.apply(STEPS[memory](student), stride(len(batches), keep), labels, start, alpha, *batches)
+        return _Replay.apply(STEPS[memory](student), stride(len(batches), keep), start, alpha, *labels, *batches)
     if not torch.is_grad_enabled():
         *_, end = walk(eager(student), start, batches, labels, alpha)
         return end
@@ -93,7 +89,7 @@ def walk(steps: "Steps", start: Tensor, batches, labels, alpha: Tensor) -> Itera
     theta = start.detach()
     yield theta
     for images, targets in zip(batches, labels, strict=True):
-        theta = theta - alpha.detach() * steps.gradient(theta, images.detach(), targets)
+        theta = theta - alpha.detach() * steps.gradient(theta, images.detach(), targets.detach())
         yield theta
 
 
@@ -102,36 +98,39 @@ class _Replay(torch.autograd.Function):
 
         dL/dtheta_n = v - alpha H v,    dL/dx_n = -alpha (d/dx_n)(g . v),    dL/dalpha = - sum_n g . v
 
-    where H v and (d/dx_n)(g . v) come from one backward pass through g . v (Maclaurin et al. 2015, not reversed).
+    and dL/dy_n = -alpha (d/dy_n)(g . v) for soft labels y_n, where H v and the derivatives of g . v come from one
+    backward pass through g . v (Maclaurin et al. 2015, not reversed).
     """
 
     @staticmethod
-    def forward(ctx, steps, every, labels, start, alpha, *batches):
+    def forward(ctx, steps, every, start, alpha, *fed):
+        count = len(fed) // 2  # labels, then batches
         kept = []
-        for n, theta in enumerate(walk(steps, start, batches, labels, alpha)):
-            if n % every == 0 and n < len(batches):
+        for n, theta in enumerate(walk(steps, start, fed[count:], fed[:count], alpha)):
+            if n % every == 0 and n < count:
                 kept.append(theta)
-        ctx.steps, ctx.every, ctx.labels = steps, every, labels
-        ctx.save_for_backward(alpha, *batches, *kept)
+        ctx.steps, ctx.every, ctx.count = steps, every, count
+        ctx.save_for_backward(alpha, *fed, *kept)
         return theta
 
     @staticmethod
     def backward(ctx, v):
         if torch.is_grad_enabled():
             raise RuntimeError("unroll(memory='replay') can be differentiated only once; for more, use memory='graph'")
-        steps, every, labels = ctx.steps, ctx.every, ctx.labels
-        alpha, *rest = ctx.saved_tensors
-        batches, kept = rest[: len(labels)], rest[len(labels) :]
-        d_alpha, d_batches = torch.zeros_like(alpha), [None] * len(labels)
-        for first in reversed(range(0, len(labels), every)):
-            last = min(first + every, len(labels)) - 1
+        steps, every, count = ctx.steps, ctx.every, ctx.count
+        alpha, *rest = (t.detach() for t in ctx.saved_tensors)
+        labels, batches, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        d_alpha, d_labels, d_batches = torch.zeros_like(alpha), [None] * count, [None] * count
+        for first in reversed(range(0, count, every)):
+            last = min(first + every, count) - 1
             thetas = list(walk(steps, kept[first // every], batches[first:last], labels[first:last], alpha))
             for n in range(last, first - 1, -1):
-                gv, dx, hv = steps.product(thetas.pop(), batches[n].detach(), labels[n], v)
+                gv, dx, dy, hv = steps.product(thetas.pop(), batches[n], labels[n], v)
                 d_alpha -= gv
                 d_batches[n] = -alpha * dx
+                d_labels[n] = None if dy is None else -alpha * dy
                 v = v - alpha * hv
-        return None, None, None, v, d_alpha, *d_batches
+        return None, None, v, d_alpha, *d_labels, *d_batches
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,16 +140,17 @@ class _Replay(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What replay needs of a student. With g = d loss(x, labels; theta) / d theta, and theta, g, v `[P]`:
+    """What replay needs of a student. With g = d loss(x, y; theta) / d theta, labels y, and theta, g, v `[P]`:
 
-    gradient(theta, x, labels) -> g
-    product(theta, x, labels, v) -> g . v, (d/dx)(g . v) in x's shape, (d/dtheta)(g . v) = H v
+    gradient(theta, x, y) -> g
+    product(theta, x, y, v) -> g . v, (d/dx)(g . v), (d/dy)(g . v), (d/dtheta)(g . v) = H v
 
+    The derivative in y is None if y are class numbers.
     Both are called without a graph and return new tensors, with zeros for parameters that the loss does not use.
     """
 
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
-    product: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    product: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None, Tensor]]
 
 
 def step_gradient(student, theta: Sequence[Tensor], images: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:
@@ -187,15 +187,18 @@ def eager(student: nn.Module) -> Steps:
         with forward_ad.dual_level():
             moving = [forward_ad.make_dual(p, t) for p, t in zip(theta, v, strict=True)]
             logits, tangents = forward_ad.unpack_dual(logits_of(student, moving, images))
-        slope = logits.softmax(1) - F.one_hot(labels, logits.shape[1])  # of the cross entropy
+        soft = labels if labels.is_floating_point() else F.one_hot(labels, logits.shape[1])
+        slope = logits.softmax(1) * soft.sum(1, keepdim=True) - soft  # of the cross entropy
         return (slope * tangents).sum() / len(labels)
 
     def product(theta, images, labels, v):
-        theta, images = leaves(student, theta), images.detach().requires_grad_()
+        theta, images, labels = leaves(student, theta), images.detach().requires_grad_(), labels.detach()
+        soft = [labels.requires_grad_()] if labels.is_floating_point() else []
         with torch.enable_grad():
             gv = (along_forward if forward_mode else along)(theta, images, labels, unflatten(student, v))
-            dx, *hv = torch.autograd.grad(gv, [images, *theta], allow_unused=True, materialize_grads=True)
-        return gv.detach(), dx, flatten(hv)
+            found = torch.autograd.grad(gv, [images, *soft, *theta], allow_unused=True, materialize_grads=True)
+        dx, *dy = found[: 1 + len(soft)]
+        return gv.detach(), dx, dy[0] if dy else None, flatten(found[1 + len(soft) :])
 
     return Steps(gradient, product)
 
@@ -208,45 +211,7 @@ def _prepare_forward_mode() -> None:
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
-def compiled(student: nn.Module) -> Steps:
-    """Both step functions under torch.compile: for long runs, since each batch shape must be compiled first.
-
-    On a CUDA device each is captured as a CUDA graph (mode "reduce-overhead"), so that its kernels are launched at
-    once; this has not been run yet on such a device. A `ValueError` on a CPU without a C++ compiler.
-    """
-    cuda = next(student.parameters()).is_cuda
-    if not cuda and not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++")):
-        raise ValueError("memory='compiled': needs a C++ compiler (g++ or clang++) on the PATH; or use memory='replay'")
-    # names, not the parameters themselves, so that another student of the same structure reuses the compiled code
-    static = student, tuple(parameter_positions(student).items()), tuple(p.shape for p in student.parameters())
-    return Steps(*(functools.partial(function, *static) for function in _compiled(cuda)))
-
-
-@functools.cache
-def _compiled(cuda: bool) -> tuple[Callable, Callable]:
-    """The compiled gradient and product, functions of (student, names and positions, shapes, theta, ...)."""
-
-    def loss(student, names, shapes, theta, images, labels):
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)  # the layout that the compiler fuses best
-        pieces = [p.view(shape) for p, shape in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
-        logits = functional_call(student, {name: pieces[i] for name, i in names}, (images,), tie_weights=False)
-        return F.cross_entropy(logits, labels)
-
-    gradient = torch.func.grad(loss, 3)
-
-    def product(student, names, shapes, theta, images, labels, v):
-        def along(theta, images):
-            return (gradient(student, names, shapes, theta, images, labels) * v).sum()
-
-        (hv, dx), gv = torch.func.grad_and_value(along, (0, 1))(theta, images)
-        return gv, dx, hv
-
-    options = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if cuda else None)
-    return torch.compile(gradient, **options), torch.compile(product, **options)
-
-
-STEPS = {"replay": eager, "compiled": compiled}
+STEPS = {"replay": eager}
 
 MEMORY = ("graph", *STEPS)
 

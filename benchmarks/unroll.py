@@ -1,6 +1,6 @@
 """Time and peak memory of one outer gradient through N student steps, for each implementation, relative to MTT's.
 
-    python benchmarks/unroll.py [--shapes S P] [--steps 10 30 50] [--repeat 3] [--compile] [--out figures/benchmarks]
+    python benchmarks/unroll.py [--shapes S P] [--steps 10 30 50] [--repeat 3] [--out figures/benchmarks]
 
 The reference, "official", is MTT's method implemented again: torch's own layers, one flat parameter vector,
 `create_graph`, one backward pass. TESLA's gradient (Cui et al. 2023) needs little memory since it omits every Hessian;
@@ -140,7 +140,6 @@ VARIANTS = {
     "tesla": tesla,
     "unet, graph": through_unet("graph"),
     "unet, replay": through_unet("replay"),
-    "compiled": through(unroll, memory="compiled"),
 }
 ONLY = {"tesla": (10, 50), "unet, graph": (10, 50), "unet, replay": (10, 50), "replay, torch's layers": (10,)}
 
@@ -187,32 +186,26 @@ def inputs(name: str, steps: int) -> tuple[tuple, Tensor, Tensor, list[Tensor], 
 
 
 def measure(variant: str, name: str, steps: int, repeat: int) -> dict:
-    """Seconds (also of the first call, if it compiles), peak extra memory in MB, floating-point operations, and the
-    gradients' norms (for TESLA also the cosine to the exact gradient), by which gradients are compared."""
+    """Seconds, peak extra memory in MB, floating-point operations, and the gradients' norms, by which gradients are
+    compared (for TESLA also the cosine to the exact gradient)."""
     torch.set_num_threads(1)
     given = inputs(name, steps)
     gradients = VARIANTS[variant](*given)
-    compiling = None
-    if variant == "compiled":
-        compiling = time.perf_counter()
-        gradients()
-        compiling = time.perf_counter() - compiling
     before, seconds = fresh_peak(), []
     for _ in range(repeat):
         begin = time.process_time()
         found = gradients()
         seconds.append(time.process_time() - begin)
-    result = dict(seconds=min(seconds), memory_mb=status_mb("VmHWM") - before, compile_seconds=compiling)
+    result = dict(seconds=min(seconds), memory_mb=status_mb("VmHWM") - before)
     result["norms"] = [g.norm().item() for g in found]
     if variant == "tesla":
         true = VARIANTS["replay"](*given)()
         flat, of_true = (torch.cat([g.flatten() for g in gs[1:]]) for gs in (found, true))
         result["cosine"] = F.cosine_similarity(flat, of_true, dim=0).item()
         result["alpha_ratio"] = (found[0] / true[0]).item()
-    if variant != "compiled":
-        with Flops() as flops:
-            gradients()
-        result["flops"] = flops.total
+    with Flops() as flops:
+        gradients()
+    result["flops"] = flops.total
     return result
 
 
@@ -262,7 +255,7 @@ def table(shapes: list[str], all_steps: list[int], repeat: int, variants: list[s
                     )
                 row["time_ratio"] = row["seconds"] / first["seconds"]
                 row["memory_ratio"] = row["memory_mb"] / first["memory_mb"]
-                row["of_peak"] = "flops" in row and row["flops"] / row["seconds"] / peak
+                row["of_peak"] = row["flops"] / row["seconds"] / peak
                 rows.append(dict(shape=shape, steps=steps, way=variant) | row)
                 print(as_line(rows[-1]), flush=True)
     return rows
@@ -271,11 +264,9 @@ def table(shapes: list[str], all_steps: list[int], repeat: int, variants: list[s
 def as_line(row: dict) -> str:
     line = f"{row['shape']:6}{row['steps']:3}  {row['way']:23}{row['seconds']:8.2f}{row['time_ratio']:7.2f}"
     line += f"{row['memory_mb']:7.0f}{row['memory_ratio']:7.2f}"
-    line += f"{row['of_peak']:9.2f}" if row["of_peak"] else f"{'':9}"
+    line += f"{row['of_peak']:9.2f}"
     if "cosine" in row:
         line += f"  cosine {row['cosine']:.3f}, d/dalpha x {row['alpha_ratio']:.2f}"
-    if row["compile_seconds"]:
-        line += f"  after {row['compile_seconds']:.0f} s of compiling"
     return line
 
 
@@ -303,15 +294,13 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", default=[10, 30, 50], type=int)
     parser.add_argument("--repeat", default=3, type=int)
     parser.add_argument("--variants", nargs="+", default=[], choices=VARIANTS, help="only these and the official one")
-    parser.add_argument("--compile", action="store_true", help="also measure the compiled steps (minutes more)")
     parser.add_argument("--out", default="", help="a folder for unroll.json and unroll.png")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # variant and shape: the call of a child
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, options.steps[0], options.repeat)))
         return
-    wanted = options.variants or [variant for variant in VARIANTS if variant != "compiled" or options.compile]
-    variants = [variant for variant in VARIANTS if variant in ("official", *wanted)]
+    variants = [variant for variant in VARIANTS if variant in ("official", *(options.variants or VARIANTS))]
     peak = matrix_product_peak()
     print(f"matrix product: {peak / 1e9:.0f} Gflop/s on one thread")
     rows = table(options.shapes, options.steps, options.repeat, variants, peak)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from augdistill_core import Applied, augmented, seeded
+from augdistill_core import Applied, augmented, labels_under, seeded
 from augdistill_report.data.datasets import Dataset, Split
 from augdistill_report.files.distilled_sets import DistilledSet, write_set
 from augdistill_report.files.phi_files import load_phi
@@ -28,8 +28,8 @@ def drawn_images(phi, base: Split, seed: int, draws: int) -> torch.Tensor:
     return torch.cat(found).cpu()
 
 
-def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, Subset, dict]:
-    """The phi of a run's row, its data, its subset, and what a card says of how it was made."""
+def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, dict]:
+    """The phi of a run's row, its data, the positions of its base images, and what a card says of how it was made."""
     config = folder_config(row.parent.parent)
     settings = Settings.from_dict(config["settings"] | changes)
     settings.load_phis()
@@ -45,10 +45,10 @@ def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, Subset, dict]:
         "setup": job.setup.public(),
         "lr": max(result.alpha, 0.0),
     }
-    return Applied(result.phi), job.data, job.subset, made
+    return Applied(result.phi), job.data, job.index(store), made
 
 
-def of_phi_file(path: Path, changes: dict) -> tuple[Applied, Dataset, Subset, dict]:
+def of_phi_file(path: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, dict]:
     """The same of a saved phi, which is found with its data set by name (a folder: `--set dataset=folder:PATH`)."""
     Settings(**{k: v for k, v in changes.items() if k == "phis"}).load_phis()
     layer = load_phi(path)
@@ -61,7 +61,12 @@ def of_phi_file(path: Path, changes: dict) -> tuple[Applied, Dataset, Subset, di
             f"{path}: was trained on {about['data']['name']} ({about['data']['fingerprint']}), not these data"
         )
     made = {"row": path.name, "phi": about["phi"], "distillation": about["config"], "setup": about["setup"], "lr": 0.0}
-    return layer.applied, data, Subset(**about["subset"]), made
+    subset = Subset(**about["subset"])
+    if subset.window is not None:
+        raise ValueError(
+            f"{path}: its subset was selected by experts, which a saved phi has not: export the row itself"
+        )
+    return layer.applied, data, subset.index(data), made
 
 
 def export(row: str, form: str, out: str, draws: int = 1, changes: dict | None = None) -> str:
@@ -72,14 +77,15 @@ def export(row: str, form: str, out: str, draws: int = 1, changes: dict | None =
     """
     path, changes = Path(row).expanduser(), dict(changes or {})
     found = of_phi_file if path.is_file() or not row_file(path).parent.is_dir() else of_row
-    phi, data, subset, made = found(path, changes)
+    phi, data, index, made = found(path, changes)
     if draws < 1 or (draws > 1 and not phi.stochastic):
         raise ValueError(f"draws={draws}: must be 1 for a phi that is not stochastic, else at least 1")
-    base = data.train.take(subset.index(data))
+    base = data.train.take(index)
     images = drawn_images(phi.to(data.mean.device), base, 0, draws)
     if not images.isfinite().all():
         raise ValueError(f"{row}: phi returns values that are not finite, so they are not exported")
-    labels = base.labels.cpu().repeat(draws)
+    labels = labels_under(phi, base.labels, torch.arange(len(base))).detach().cpu()
+    labels = torch.cat([labels] * draws)
     normalisation = {"name": "zca-own"}
     if data.colour is None:
         constants = {"mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from augdistill_core import Config, Phi, affine, color, flip, knob, warp
+from augdistill_core import Config, Phi, affine, color, flip, knob, make_phi, seeded, warp
 from augdistill_report.data.datasets import Dataset
 
 
@@ -209,11 +209,30 @@ class Choices(tuple):
         return True
 
 
+RANDOM_POLICY = "random_policy"  # the name of a policy with random ranges: for evaluation only
+
+RANDOM_RANGES = 0.01, 0.3  # each range of it: uniform in its logarithm
+
+
+def random_policy(data: Dataset, candidate: int) -> Phi:
+    """A policy with random ranges, the control of a learned one: the same transformations; `candidate` is its seed."""
+    policy = without_flips(make_phi("policy", data.train.images[:1], len(data.classes), 0), data.name)
+    low, high = RANDOM_RANGES
+    where = torch.rand(len(policy.kinds), generator=seeded("random policy", candidate)).tolist()
+    policy.hold({kind: low * (high / low) ** u for kind, u in zip(policy.kinds, where, strict=True)})
+    return policy.requires_grad_(False)
+
+
 NEVER_FLIPPED = ("digits", "mnist")  # data sets where a mirror image has another class, or none
 
 
-def augmentation(name: str, data: Dataset, magnitude: int = 9) -> Callable | None:
-    """`AUGMENTATIONS[name]`, or kornia's, adapted to a data set; `magnitude` in [0, 30] is RandAugment's."""
+def augmentation(name: str, data: Dataset, magnitude: int = 9, candidate: int = 0) -> Callable | None:
+    """`AUGMENTATIONS[name]`, kornia's, or a `random_policy`, adapted to a data set.
+
+    `magnitude` in [0, 30] is RandAugment's, `candidate` the policy's.
+    """
+    if name == RANDOM_POLICY:
+        return random_policy(data, candidate)
     if name.startswith(KORNIA):
         from augdistill_report.data.kornia_by_name import ByKornia  # kornia is slow to import
 

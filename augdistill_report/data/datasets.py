@@ -128,14 +128,28 @@ class Dataset:
         return images if self.colour is None else mixed(images, self.train.whiten)
 
     def subset(
-        self, seed: int, *, fraction: float | None = None, per_class: int | None = None, skip: float = 0.0
+        self,
+        seed: int,
+        *,
+        fraction: float | None = None,
+        per_class: int | None = None,
+        skip: float = 0.0,
+        window: float | None = None,
+        ease: Tensor | None = None,
     ) -> Tensor:
         """Indices `[n]` into `train` of a stratified subset, sorted by class: a `fraction` in (0, 1], or `per_class`.
 
         Subsets of one seed are nested: a smaller one is contained in every larger one. `skip` in [0, 1) leaves out the
         first images of each class, as a fraction: the subset shares no image with the subset of `fraction=skip`.
+        With a `window` in [0, 1] the seed draws from a part of each class only, `WINDOW` times as large as the subset:
+        a window of the class ordered by `ease` `[train]`, at its easiest (0) or hardest (1) end, or between them.
         A `ValueError` names a class that would be empty or has too few images.
         """
+        if window is not None:
+            if not 0 <= window <= 1 or skip:
+                raise ValueError(f"window={window}, skip={skip}: window must be in [0, 1], and skip 0 with it")
+            if ease is None or ease.shape != (len(self.train),):
+                raise ValueError(f"window={window}: needs the ease of each of the {len(self.train)} training images")
         if (fraction is None) == (per_class is None):
             raise ValueError("subset: pass either fraction or per_class")
         if fraction is not None and not 0 < fraction <= 1:
@@ -158,12 +172,19 @@ class Dataset:
                     f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: class {name} of "
                     f"{self.name} has {len(members)} training images" + (f", less {first} skipped" if first else "")
                 )
+            if window is not None:
+                members = members[ease[members].argsort(descending=True, stable=True)]
+                width = min(round(WINDOW * count), len(members))
+                start = round(window * (len(members) - width))
+                members = members[start : start + width]
             order = torch.randperm(len(members), generator=seeded(seed, "subset", c))
             picks.append(members[order[first : first + count]])
         return torch.cat(picks)
 
 
 SPLITS = ("train", "validation", "test")
+
+WINDOW = 1.5  # size of a window of difficulty, in sizes of the subset: so repetitions have different images
 
 
 def mixed(images: Tensor, matrix: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from augdistill_core import PHIS, Phi, augmented, builders, is_ours, make_phi, seeded
+from augdistill_core import PHIS, Phi, augmented, builders, is_ours, labels_under, make_phi, seeded
 from augdistill_report.data.augmentations import without_flips
 from augdistill_report.files.store import (
     SealedFile,
@@ -51,7 +51,13 @@ ABOUT = {
     "base_images": a_count,
     "classes": [str],
     "data": {"name": str, "fingerprint": str, "mean": [a_finite_number], "std": [a_deviation]},
-    "subset": {"seed": a_count, "per_class": (None, a_count), "fraction": (None, a_fraction), "skip": a_fraction},
+    "subset": {
+        "seed": a_count,
+        "per_class": (None, a_count),
+        "fraction": (None, a_fraction),
+        "skip": a_fraction,
+        "window": (None, a_fraction),
+    },
     "setup": {"zca": bool, "size": a_side},
     "config": dict,
     "stopped": (str, dict),
@@ -66,7 +72,7 @@ def save_phi(
     path: Path | str, job: Distillation, store: Store, strength: float = 1.0, probability: float = 1.0
 ) -> Path:
     """Write the phi of `job` (trained now if needed), and how to use it; a `ValueError` if it cannot be restored."""
-    use, data, index = Use(strength, probability), job.data, job.subset.index(job.data)
+    use, data, index = Use(strength, probability), job.data, job.index(store)
     distilled = job.stored_phi(store)
     phi = distilled.phi.cpu()
     tensors = separate(phi.state_dict())
@@ -96,10 +102,12 @@ def save_phi(
     few = data.train.take(index[:8]).to("cpu")
     given = few.images, few.labels, torch.arange(len(few))
     with torch.no_grad():
-        before, after = (augmented(p, *given, seeded(0)) for p in (phi, rebuilt(about, tensors)))
+        both = phi, rebuilt(about, tensors)
+        before, after = (augmented(p, *given, seeded(0)) for p in both)
+        labels = [labels_under(p, *given[1:]) for p in both]
     if not before.isfinite().all():
         raise ValueError(f"phi {job.phi!r} returns images that are not finite, so it is not saved")
-    if not torch.equal(before, after):
+    if not (torch.equal(before, after) and torch.equal(*labels)):
         raise ValueError(
             f"phi {job.phi!r} differs after it is rebuilt from its shape, parameters and buffers: "
             "keep all that it needs in its parameters and buffers"

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from augdistill_report.show.plots import look, new_figure
+from augdistill_report.show.plots import COLOURS, PALETTE, new_figure
 
 
 def accuracy_by_bytes(panels: dict[tuple[str, int], list]) -> Figure:
@@ -17,22 +17,16 @@ def accuracy_by_bytes(panels: dict[tuple[str, int], list]) -> Figure:
         for entry in entries:
             methods.setdefault(entry.method, []).append(entry)
         for place, (method, own) in enumerate(methods.items()):
-            colour, marker = look(method).colour, "osD^vPX*hd"[place % 10]
+            known = COLOURS.get(method, PALETTE[place % len(PALETTE)])
+            style = dict(color=known, marker="osD^vPX*hd"[place % 10], linestyle=":", linewidth=0.8)
             for measured in (True, False):
-                own_kind = sorted((e for e in own if e.is_measured == measured), key=lambda e: e.bytes)
-                if own_kind:
-                    axis.errorbar(
-                        [e.bytes for e in own_kind],
-                        [100 * e.accuracy for e in own_kind],
-                        [100 * (e.spread or 0) for e in own_kind],
-                        marker=marker,
-                        color=colour,
-                        markerfacecolor=colour if measured else "none",
-                        linestyle=":" if len(own_kind) > 1 else "none",
-                        linewidth=0.8,
-                        capsize=2,
-                        label=method if measured else f"{method}: published, not measured",
-                    )
+                these = sorted((e for e in own if e.is_measured == measured), key=lambda e: e.bytes)
+                x, y = [e.bytes for e in these], [100 * e.accuracy for e in these]
+                if these and measured:
+                    axis.errorbar(x, y, [100 * (e.spread or 0) for e in these], capsize=2, label=method, **style)
+                elif these:
+                    hollow = dict(markerfacecolor="none", label=f"{method}: published, not measured")
+                    axis.plot(x, y, **hollow, **style)
         axis.set(xscale="log", xlabel="bytes (images, labels, phi, decoder)", title=f"{data} at {size}x{size}")
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes[0].set_ylabel("test accuracy (%)")

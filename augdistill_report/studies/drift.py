@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from augdistill_core import augmented, flatten, minibatches, seeded, sgd, snapshots_every
+from augdistill_core import augmented, flatten, labels_under, minibatches, seeded, sgd, snapshots_every
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import Split
+from augdistill_report.work.difficulty import subset_index
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job
 from augdistill_report.work.scoring import Evaluation
@@ -43,9 +44,10 @@ def branches(
         noise = seeded(*seed, k, "noise")  # separate, so that all methods get the same batches of a subset
         for i in minibatches(len(split), setup.expert_batch, seeded(*seed, k)):
             images, labels = split.images[i], split.labels[i]
-            for method in through:
-                with torch.no_grad():
+            with torch.no_grad():
+                for method in through:
                     images = augmented(method, images, labels, i, noise)
+                labels = labels_under(through[0], labels, i)
             yield images, labels
 
     steps = snapshots_every(len(setup.load().train), setup)[0]
@@ -94,7 +96,7 @@ class Drift(Job):
         experts, seed = load_trajectories(setup, store), (setup.seed, "drift", self.start)
         taught = augmentation(setup.expert_augment, data)
         through = {
-            name: (data.train.take(job.subset.index(data)), [job.phi(store), job.augment()])
+            name: (data.train.take(subset_index(job.subset, job.setup, store)), [job.phi(store), job.augment()])
             for name, job in self.methods
         }
         found = {"length": [], "noise": [], "remaining": {name: [] for name in through}}

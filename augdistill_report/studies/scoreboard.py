@@ -10,7 +10,15 @@ from pathlib import Path
 from augdistill_report.files.sealed_json import read_json
 from augdistill_report.places import ROOT
 from augdistill_report.run import Run
-from augdistill_report.studies.set_scores import ALL_ROW, BESIDE, RANDOM_ROW, THE_SET, score_subject, training_by
+from augdistill_report.studies.set_scores import (
+    ALL_ROW,
+    BESIDE,
+    BYTES_ROW,
+    RANDOM_ROW,
+    THE_SET,
+    score_subject,
+    training_by,
+)
 from augdistill_report.studies.subjects import from_row
 
 BOARD = ROOT / "figures" / "scoreboard"
@@ -73,7 +81,9 @@ def entries_of(result: dict) -> list[Entry]:
     for name, row in result["rows"].items():
         if name not in (THE_SET, *BESIDE.values()):
             continue
-        method = result["name"] if name == THE_SET else name
+        method = {THE_SET: result["name"], RANDOM_ROW: "random real images", BYTES_ROW: "random real images"}.get(
+            name, name
+        )
         accuracy, size = row["accuracy"], sum(row["bytes"].values())
         where = (result["data"], result["size"], row["images"], size)
         found.append(Entry(method, *where, accuracy["mean"], accuracy["std"]))

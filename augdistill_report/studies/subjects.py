@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from augdistill_core import labels_under
 from augdistill_report.data.datasets import Dataset
 from augdistill_report.files.distilled_sets import DistilledSet
 from augdistill_report.files.phi_files import load_phi, save_phi
 from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings
+from augdistill_report.work.difficulty import subset_index
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.normalisation import (
@@ -184,7 +186,7 @@ def from_positions_in(found: DistilledSet, name: str, settings: Settings, store:
     return Subject(name, settings.select(Setup, zca=False), given, labels, size, 0.0, "own: real images")
 
 
-# --- a phi with its subset --------------------------------------------------------------------------------------------
+# --- a phi with its subset ---------------------------------------------------------------------------------------------
 
 
 def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float = 0.0) -> Subject:
@@ -198,14 +200,18 @@ def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float 
             f"{name}: was trained on {about['data']['name']} ({about['data']['fingerprint']}), not on {data.name} at "
             f"{data.shape[1]}x{data.shape[2]} ({data.fingerprint})"
         )
-    index = Subset(**about["subset"]).index(data)
-    labels = data.train.labels.cpu()[index]
+    # a subset of one difficulty was ranked by the experts of its own setup
+    own = Setup.from_dict(about["setup"] | {key: getattr(settings, key) for key in ("dataset", "data", "device")})
+    index = subset_index(Subset(**about["subset"]), own, store)
+    hard = data.train.labels.cpu()[index]
+    labels = labels_under(phi, hard, torch.arange(len(index))).detach()
     normalisation = Normalisation("zca-own" if setup.zca else "own")
-    tensors = {"index": index[None], "labels": labels[None]}
+    tensors = {"index": index[None], "labels": hard[None]}  # phi itself replaces the labels that it has learned
     given = keep_set(store, tensors, normalisation, keep_phi(store, path.read_bytes()))
+    size = {"labels": label_bytes(labels, len(data.classes))}
     of_phi = sum(t.numel() * t.element_size() for t in phi.state_dict().values())
-    size = {"images": of_phi} if phi.bound else {"images": len(index) * math.prod(data.shape), "phi": of_phi}
-    size |= {"labels": label_bytes(labels, len(data.classes))}
+    of_phi -= min(size["labels"], of_phi) if labels.ndim == 2 else 0  # they are among its parameters
+    size |= {"images": of_phi} if phi.bound else {"images": len(index) * math.prod(data.shape), "phi": of_phi}
     return Subject(name, setup, given, labels, size, lr, f"{normalisation.name}, as phi was trained")
 
 

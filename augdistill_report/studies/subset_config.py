@@ -16,7 +16,12 @@ class SubsetConfig(Config):
     subset_iterations: int = knob(25, "outer steps when phi or pixels learn on a subset", low=1)
     subset_repeats: int = knob(1, "repetitions in notebook 05: subsets of each size, each with its own phis", low=1)
     subset_lrs: str = knob("0.02", "step sizes of the students; one per method is selected on the validation split")
-    subset_rows: str = knob("", "methods to compare with no augmentation, separated by commas; empty = all")
+    subset_rows: str = knob("", "methods to compare with no augmentation, separated by commas; empty = the usual ones")
+    subset_by: str = knob(
+        "random",
+        "images of a subset: random, or a window of difficulty whose place validation selects for no augmentation",
+        choices=("random", "window"),
+    )
     subset_patience: int = knob(0, "eval_patience of the second training budget in notebook 05; 0 = none", low=0)
     subset_epochs: int = knob(0, "epochs of the third training budget in notebook 05 (DC-Bench: 1000); 0 = none", low=0)
     subset_students: str = knob("", "other student architectures in notebook 05, separated by commas")

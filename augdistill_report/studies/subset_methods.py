@@ -15,9 +15,11 @@ from augdistill_report.show.plots import COLOURS, look
 from augdistill_report.studies.unseen import CONDITIONED, POLICY, Repetition
 from augdistill_report.work.statistics import BASELINE
 
-CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"  # groups
+# groups
+CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"
+SELECTED = "selected images"
 
-# alternatives that the validation split selects from, as changes of `EvalConfig`; the first wins a tie
+# alternatives that the validation split selects from, as changes of settings; the first wins a tie
 MAGNITUDES = ({"eval_magnitude": 2}, {"eval_magnitude": 9})  # of RandAugment
 
 REWARDS = ({"eval_reward": 1.0}, {"eval_reward": 0.1})  # of InstaAug, for wide ranges
@@ -25,6 +27,13 @@ REWARDS = ({"eval_reward": 1.0}, {"eval_reward": 0.1})  # of InstaAug, for wide 
 APPLIED = ({"eval_augment_probability": 1.0}, {"eval_augment_probability": 0.5})  # of an augmentation
 
 USES = tuple(dict(phi_strength=s, phi_probability=p) for s, p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)))  # of a phi
+
+# of initial labels: the experts' share, and the temperature of their probabilities
+MIXES = tuple(dict(label_share=s, label_temperature=t) for s, t in ((0.5, 1.0), (0.5, 2.0), (0.75, 1.0)))
+
+WINDOWS = tuple(dict(window=place) for place in (0.15, 0.3, 0.45, 0.6))  # of difficulty: 0 = easiest, 1 = hardest
+
+COPIES = ({"eval_copies": 10},)  # with so many, a 10 % subset holds as many images as all the data
 
 STEPS_2018 = 3  # student steps of the dataset distillation of 2018, which uses one or a few
 
@@ -66,18 +75,21 @@ def by_two_draws(repetition: Repetition) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row of the subset table. Students train on `augment`(phi(x)) for x of a subset, with hard or soft labels.
+    """A row of the subset table. Students train on `augment`(phi(x)) for x of a subset, with phi's or soft labels.
 
     id: its key in results, and its name in `subset_rows`
     label, colour, marker, line: how every table and figure shows it (matplotlib's terms)
-    group: one of `CONTROL`, `HAND`, `LEARNED`, `IMAGES`
+    group: one of `CONTROL`, `HAND`, `LEARNED`, `IMAGES`, `SELECTED`
     phi: the phi that learns on the subset, any name in PHIS ("" = none)
     recipe: how it learns: a function of the repetition that returns changes of `DistillConfig`
     experts: the augmentation that its experts were trained with
     under: the augmentation inside the unroll ("" = the run's own)
     augment, labels: of the students' training, as in `EvalConfig`
-    choices: what is selected on the validation split, besides the step size: a tuple of alternatives per choice
-    follows: the id of the method whose selected augmentation it keeps; only the rest is selected for it
+    choices: what is selected on the validation split, besides the step size: a tuple of alternatives per choice, each
+        a change of `EvalConfig`, of `DistillConfig`, or of the subset (`window`)
+    follows: the id of the method that it is compared with, and whose selected alternatives it keeps; only other choices
+        are selected for it
+    asked: whether it is in the table only if `subset_rows` names it
     small: whether it learns only on subsets up to `policy_fraction`, because it is slow
     drift: whether it is in the drift table
     carried: whether students of other architectures are trained by it too
@@ -97,6 +109,7 @@ class Method:
     labels: str = "hard"
     choices: tuple[tuple[dict, ...], ...] = ()
     follows: str = ""
+    asked: bool = False
     small: bool = False
     drift: bool = False
     carried: bool = False
@@ -107,7 +120,7 @@ class Method:
         return PANELS[bool(self.phi) or self.labels == "soft"]
 
     def options(self, settings: Settings) -> list[dict]:
-        """All alternatives for the selection on the validation split, as changes of `EvalConfig`."""
+        """All alternatives for the selection on the validation split, as changes of settings (and `window`)."""
         rates = [dict(eval_lr=rate) for rate in settings.lr_list]
         always = dict(eval_augment=self.augment, eval_labels=self.labels)
         return [
@@ -122,7 +135,20 @@ NONE, PHI = "none", "phi"  # ids: of the baseline of every gain (no augmentation
 
 EXPERTS = "experts' augmentation"
 
+MIXED, LEARNED_LABELS = "mixed_labels", "learned_labels"  # ids of real images with such labels
+
 FULL = Method("all", "all the data, no augmentation", CONTROL, "#222222")
+
+
+def random_ranges(settings: Settings) -> tuple[dict, ...]:
+    """Candidates of random ranges: as many as can be scored for what a policy's training costs, at least two.
+
+    The exact gradient of a student step takes at least nine forward passes of multiplications, ordinary training three.
+    """
+    s, draws = settings, 2
+    learning = 3 * s.policy_iterations * draws * s.syn_steps * s.subset_batch
+    count = round(learning / (s.eval_students * s.subset_eval_steps * s.eval_batch))
+    return tuple(dict(eval_candidate=k) for k in range(max(2, count)))
 
 
 def every_method(settings: Settings) -> list[Method]:
@@ -134,6 +160,8 @@ def every_method(settings: Settings) -> list[Method]:
     late = dict(recipe=by_two_draws, experts=taught, small=True, drift=True)
     randaugment = dict(augment="randaugment", choices=(MAGNITUDES, APPLIED))
     both, under = dict(phi=f"{CONDITIONED}+{POLICY}"), dict(phi="pixels", under=taught, augment=taught)
+    labels = dict(augment=taught, choices=(MIXES, *of_taught), asked=True)
+    learned = labels | late | dict(under=taught, drift=False)
     known = COLOURS  # of labels that other notebooks show too
     orange, blue, green, sky, pink, brown = "#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#8c6d31"
     rows = [
@@ -161,17 +189,72 @@ def every_method(settings: Settings) -> list[Method]:
         Method("unet_policy", "U-Net + policy", LEARNED, blue, "*", choices=(USES,), **both, **late),
         Method("pixels_policy", "pixels + policy", IMAGES, "#000000", choices=(USES,), phi=f"pixels+{POLICY}", **late),
         Method("pixels_augmented", f"pixels + {EXPERTS}", IMAGES, pink, "h", choices=of_taught, **under, **late),
+        # the controls of a policy, real images with other labels, images and labels together, images selected
+        Method(
+            *("random_policy", "policy, random ranges", HAND, "#999933", "d", ":"),
+            **dict(augment="random_policy", choices=(random_ranges(settings), APPLIED), follows="policy", asked=True),
+        ),
+        Method(
+            *("policy_copies", "policy, ten fixed copies", LEARNED, "#88ccee", "d", ":", POLICY),
+            **dict(choices=(USES, COPIES), follows="policy", asked=True),
+            **late,
+        ),
+        Method(
+            *("soft_augmented", f"soft labels + {EXPERTS}", CONTROL, "#999933", "D", ":"),
+            **dict(labels="soft", augment=taught, choices=of_taught, asked=True),
+        ),
+        Method(
+            *(MIXED, f"mixed labels + {EXPERTS}", CONTROL, "#117733", "s", "--", "labels_mixed", one_iteration, taught),
+            **labels | dict(follows="experts_augmentation"),
+        ),
+        Method(
+            *(LEARNED_LABELS, f"learned labels + {EXPERTS}", LEARNED, "#44aa99", "o", "-", "labels"),
+            **learned | dict(follows=MIXED),
+        ),
+        Method(
+            *("pixels_mixed", f"pixels, mixed labels + {EXPERTS}", IMAGES, "#882255", "s", "--", "labels_mixed+pixels"),
+            **learned | dict(follows=MIXED),
+        ),
+        Method(
+            *("pixels_learned", f"pixels, learned labels + {EXPERTS}", IMAGES, "#cc3311", "o", "-", "labels+pixels"),
+            **learned | dict(follows=LEARNED_LABELS),
+        ),
+        Method(
+            *("unet_learned", f"U-Net, learned labels + {EXPERTS}", LEARNED, "#332288", "o", "-", "labels+unet_noise"),
+            **learned | dict(choices=(MIXES, *of_taught, USES), follows=LEARNED_LABELS),
+        ),
+        Method("window", "best window", SELECTED, "#882255", "v", choices=(WINDOWS,), asked=True),
+        Method(
+            *("window_augmented", f"best window + {EXPERTS}", SELECTED, "#332288", "s", "--"),
+            **dict(augment=taught, choices=(WINDOWS, *of_taught), follows="window", asked=True),
+        ),
+        Method(
+            *("window_mixed", f"best window, mixed labels + {EXPERTS}", SELECTED, "#666699", "o", "-"),
+            **labels | dict(choices=(WINDOWS, MIXES, *of_taught), follows="window_augmented"),
+            **dict(phi="labels_mixed", recipe=one_iteration, experts=taught),
+        ),
         Method(
             *("phi_randaugment", f"phi ({settings.phi}) + RandAugment", LEARNED, "#6a3d9a", "d"),
             **dict(augment="randaugment", choices=(MAGNITUDES, APPLIED, USES), follows="randaugment"),
             **own,
         ),
     ]
-    return [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+    rows = [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+    return rows if settings.subset_by == "random" else [in_window(row) for row in rows]
+
+
+def in_window(row: Method) -> Method:
+    """The row on a window of difficulty: where it lies is selected for no augmentation, and kept by all others."""
+    if WINDOWS in row.choices:
+        return row
+    follows = "" if row.id == NONE else row.follows or NONE
+    return dataclasses.replace(row, choices=(*row.choices, WINDOWS), follows=follows)
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:
-    """The rows of the table at a fraction by id, in order: no augmentation, and those in `subset_rows` (empty = all).
+    """The rows of the table at a fraction by id, in order: no augmentation, and those in `subset_rows`.
+
+    If it is empty, all rows that need not be asked for.
 
     A `ValueError` names an unknown row.
     """
@@ -184,7 +267,7 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
     return {
         id: method
         for id, method in every.items()
-        if id == NONE or ((not named or id in named) and (small or not method.small))
+        if id == NONE or ((id in named if named else not method.asked) and (small or not method.small))
     }
 
 

@@ -9,8 +9,9 @@ students' seeds are the same in all of them.
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 
-from augdistill_core import augmented, seeded, snapshots_every
+from augdistill_core import DistillConfig, augmented, labels_under, seeded, snapshots_every
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.settings import Settings
@@ -19,6 +20,8 @@ from augdistill_report.studies.subset_methods import (
     CONTROL,
     FULL,
     HAND,
+    IMAGES,
+    LEARNED,
     NONE,
     PANELS,
     PHI,
@@ -27,10 +30,11 @@ from augdistill_report.studies.subset_methods import (
     shown_rows,
 )
 from augdistill_report.studies.unseen import Repetition
+from augdistill_report.work.difficulty import Difficulty, subset_index
 from augdistill_report.work.distillation import Distillation
-from augdistill_report.work.experts import load_trajectories
+from augdistill_report.work.experts import load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset
-from augdistill_report.work.scoring import Evaluation, train_student
+from augdistill_report.work.scoring import EvalConfig, Evaluation, train_student
 from augdistill_report.work.setup import Setup
 from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled
 
@@ -47,28 +51,32 @@ class Trial(Repetition):
         """As in `Repetition`, but with the given `expert_files` if they have that augmentation."""
         return self.settings.select(Setup) if augment == self.settings.expert_augment else super().setup(augment)
 
-    def subset(self, fraction: float) -> Subset:
-        return Subset(self.settings.seed + self.number, fraction=fraction)
+    def subset(self, fraction: float, window: float | None = None) -> Subset:
+        return Subset(self.settings.seed + self.number, fraction=fraction, window=window)
 
-    def distilled(self, method: Method, fraction: float) -> Distillation | None:
-        """The job of training a method's phi on a subset; None for a method without a phi."""
+    def distilled(self, method: Method, fraction: float, option: dict) -> Distillation | None:
+        """The job of training a method's phi on a subset, with one of its options; None for a method without a phi."""
         if not method.phi:
             return None
-        job = self.distillation(method.phi, self.subset(fraction), method.experts, **method.recipe(self))
+        changes = method.recipe(self) | {k: v for k, v in option.items() if k in DistillConfig.names()}
+        job = self.distillation(method.phi, self.subset(fraction, option.get("window")), method.experts, **changes)
         return dataclasses.replace(job, setup=dataclasses.replace(job.setup, augment=method.under or job.setup.augment))
 
-    def learned(self, fraction: float) -> dict[str, Distillation]:
-        """The phis trained on a subset, by method id; one that two methods share is under the first."""
+    def learned(self, fraction: float, chosen: dict[tuple[str, float], dict]) -> dict[str, Distillation]:
+        """The phis trained on a subset with the chosen options, by method id; one of two methods is under the first."""
         found: dict[str, Distillation] = {}
         for id, method in methods(self.settings, fraction).items():
-            job = self.distilled(method, fraction)
+            job = self.distilled(method, fraction, chosen[id, fraction])
             if job and job not in found.values():
                 found[id] = job
         return found
 
     def scored(self, method: Method, fraction: float, option: dict, **changes) -> Evaluation:
         """The evaluation of a method on a subset, with one of its options."""
-        return self.evaluation(self.subset(fraction), self.distilled(method, fraction), **option | changes)
+        changes = {k: v for k, v in option.items() if k in EvalConfig.names()} | changes
+        return self.evaluation(
+            self.subset(fraction, option.get("window")), self.distilled(method, fraction, option), **changes
+        )
 
 
 def trials(settings: Settings) -> list[Trial]:
@@ -78,24 +86,40 @@ def trials(settings: Settings) -> list[Trial]:
 def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
     """Each method's option at each fraction, and that of all the data: the best on validation, in the first trial.
 
-    A method that `follows` another keeps that one's augmentation, if both are in the table.
+    A method that `follows` another keeps what is chosen for that one, if both are in the table.
     """
     settings, first = run.settings, trials(run.settings)[0]
     rows = {(id, f): method for f in fractions for id, method in methods(settings, f).items()} | {(FULL.id, 1.0): FULL}
     found: dict[tuple[str, float], dict] = {}
-    for follow in (False, True):
-        options = {}
-        for (id, f), method in rows.items():
-            if bool(method.follows) is follow:
-                kept = {k: v for k, v in found.get((method.follows, f), {}).items() if k != "eval_lr"}
-                options[id, f] = [o for o in method.options(settings) if o.items() >= kept.items()]
+
+    def kept(method: Method, f: float) -> dict:
+        other = method.follows, f
+        keys = {k for alternatives in rows[other].choices for o in alternatives for k in o} if other in rows else ()
+        return {k: found[other][k] for k in keys}
+
+    while left := {key: method for key, method in rows.items() if key not in found}:
+        ready = {(id, f): method for (id, f), method in left.items() if (method.follows, f) not in left}
+        options = {
+            (id, f): [o for o in method.options(settings) if all(o.get(k, v) == v for k, v in kept(method, f).items())]
+            for (id, f), method in ready.items()
+        }
         jobs = {
             ((id, f), number): first.scored(rows[id, f], f, option)
             for (id, f), several in options.items()
             for number, option in enumerate(several)
         }
+        make_needed(run, list(jobs.values()))
         found |= {key: options[key][number] for key, number in run.choose(jobs).items()}
     return {key: found[key] for key in rows}
+
+
+def make_needed(run, jobs: list[Evaluation]) -> None:
+    """Make what evaluations need, kind by kind: else several workers would wait for one that makes it."""
+    needed = dict.fromkeys(need for job in jobs for need in job.needs())
+    setups = dict.fromkeys(need.setup for need in needed)
+    run.make([job for setup in setups for job in missing_experts(setup)], "experts")
+    for kind in (Difficulty, Distillation):
+        run.make([need for need in needed if isinstance(need, kind)], kind.kind)
 
 
 def evaluations(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[Key, Evaluation]:
@@ -176,7 +200,7 @@ def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[f
     """CPU seconds to learn each method at each fraction, and of one student epoch; means over trials."""
     found: dict[tuple[str, float], list] = {}
     for (id, f, _), job in jobs.items():
-        images, c = len(job.subset.index(job.data)), job.config
+        images, c = len(subset_index(job.subset, job.setup, run.store)), job.config
         learning = run.seconds(job.distilled) if job.distilled else 0.0
         epoch = run.seconds(job) / c.eval_students / c.steps(images) * -(-images // c.eval_batch)
         found.setdefault((id, f), []).append((learning, epoch))
@@ -188,6 +212,10 @@ CHOSEN = {  # the keys of an option, as a table names them
     "eval_magnitude": "magnitude",
     "eval_reward": "reward",
     "eval_augment_probability": "augmentation probability",
+    "eval_candidate": "candidate",
+    "label_share": "experts' share of labels",
+    "label_temperature": "temperature of labels",
+    "window": "window of difficulty",
     "phi_strength": "phi strength",
     "phi_probability": "phi probability",
 }
@@ -243,7 +271,7 @@ def verdict(scores: dict, settings: Settings) -> str:
             + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
             + f"), {unlike}."
         )
-        learned = [id for id in means if rows[id].group not in (CONTROL, HAND)]
+        learned = [id for id in means if rows[id].group in (LEARNED, IMAGES)]
         designed = [id for id in means if rows[id].group == HAND]
         ours, hand = (max(group, key=means.get, default="") for group in (learned, designed))
         pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
@@ -309,18 +337,34 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
     train = data.train.take(first.subset(fraction).index(data))
     index = torch.tensor([int((train.labels == c).nonzero()[0]) for c in range(min(count, len(data.classes)))])
     x, labels = train.images[index], train.labels[index]
-    rows = {"x": x}
+    rows = {"x": data.pixels(x)}
     for id, method in methods(settings, fraction).items():
         if method.group != CONTROL:
-            option, images, own = chosen[id, fraction], x, seeded(settings.seed, "picture")
-            if job := first.distilled(method, fraction):
-                images = augmented(job.stored_phi(run.store).phi, images, labels, index, own)
+            option, own, phi = chosen[id, fraction], seeded(settings.seed, "picture"), None
+            scored = first.scored(method, fraction, option)
+            images = data.train.take(subset_index(scored.subset, scored.setup, run.store)).images[index]
+            if scored.distilled:
+                phi = scored.distilled.stored_phi(run.store).phi
+                images = augmented(phi, images, labels, index, own)
             if method.augment == "instaaug":
-                augment = trained_instaaug(first.scored(method, fraction, option))
-            else:
-                augment = augmentation(method.augment, data, option.get("eval_magnitude", 9))
-            rows[method.label] = augmented(augment, images, labels, index, own)
-    return {label: data.pixels(images) for label, images in rows.items()}, run.titles(train.take(index))
+                augment = trained_instaaug(scored)
+            else:  # on every image, whatever its probability
+                augment = augmentation(method.augment, data, scored.config.eval_magnitude, scored.config.eval_candidate)
+            rows[method.label] = data.pixels(augmented(augment, images, labels, index, own))
+            if (soft := labels_under(phi, labels, index)).ndim == 2:
+                rows[f"{method.label}: labels"] = label_bars(soft, images)
+    return rows, run.titles(train.take(index))
+
+
+def label_bars(labels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Soft labels `[n, K]` as pictures `[n, 1, H, W]` of dark bars, one a class from left to right, as large as `like`.
+
+    A bar is as high as the probability. If the pictures are narrower than K pixels, neighbours share a pixel.
+    """
+    height, width = like.shape[-2:]
+    levels = (torch.arange(height, 0, -1) - 0.5) / height
+    bars = 0.9 - 0.8 * (labels[:, None, None] > levels[:, None]).float()
+    return F.interpolate(bars, (height, width), mode="nearest-exact" if width >= labels.shape[1] else "area")
 
 
 @torch.enable_grad()

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from augdistill_core import logits_of, unflatten
 from augdistill_report.data.datasets import Split
+from augdistill_report.files.store import Store
 from augdistill_report.work.experts import load_trajectories, own_experts
-from augdistill_report.work.jobs import Job
+from augdistill_report.work.jobs import Job, Subset
+from augdistill_report.work.setup import Setup
 
 LOOKS = 24  # snapshots that are measured, in all: evenly spaced, equally many of each expert
 
@@ -48,3 +50,14 @@ def label_probability(student: nn.Module, theta: list[Tensor], split: Split) -> 
     """`[n]`: the probability of each image's own label, from a student with parameters `theta` (as `unflatten`)."""
     parts = [(part.labels, logits_of(student, theta, part.images).softmax(1)) for part in split.batches(512)]
     return torch.cat([p.gather(1, labels[:, None]).squeeze(1) for labels, p in parts])
+
+
+def subset_index(subset: Subset, setup: Setup, store: Store | None) -> Tensor:
+    """Positions `[n]` of a subset's images in the training split. A window is ranked by the setup's own experts."""
+    ease = None if subset.window is None else Difficulty(setup).stored(store)[0]["probability"]
+    return subset.index(setup.load(), ease)
+
+
+def ranking(subset: Subset, setup: Setup) -> list[Difficulty]:
+    """The job that a window of difficulty needs; [] for random images."""
+    return [] if subset.window is None else [Difficulty(setup)]

@@ -11,6 +11,7 @@ from augdistill_core import DistillConfig, Distilled, Phi, Stop, distill, diverg
 from augdistill_report.data.augmentations import augmentation, without_flips
 from augdistill_report.files.checkpoints import Checkpoint
 from augdistill_report.files.store import Store, a_count, a_finite_number, check_form, restore
+from augdistill_report.work.difficulty import ranking, subset_index
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.provenance import phi_modules
@@ -51,11 +52,15 @@ class Distillation(Job):
         return c.iterations * c.draws * c.syn_steps * min(images, c.batch_syn or images)
 
     def needs(self):
-        return own_experts(self.setup)
+        return [*own_experts(self.setup), *ranking(self.subset, self.setup)]
 
-    def fresh_phi(self):
-        """The phi in its initial state."""
-        base = self.data.train.take(self.subset.index(self.data)).images
+    def index(self, store: Store | None) -> Tensor:
+        """Positions `[n]` of the base images in the training split."""
+        return subset_index(self.subset, self.setup, store)
+
+    def fresh_phi(self, store: Store | None = None) -> Phi:
+        """The phi in its initial state. The store is needed for a subset of one difficulty only."""
+        base = self.data.train.take(self.index(store)).images
         return without_flips(make_phi(self.phi, base, len(self.data.classes), self.setup.seed), self.setup.dataset)
 
     def checkpoint(self, store: Store) -> Checkpoint:
@@ -66,16 +71,19 @@ class Distillation(Job):
     def work(self, store, tick):
         checkpoint = self.checkpoint(store)
         with checkpoint.held():
-            found, budget = checkpoint.read(self.checked), 60 * self.config.minutes or math.inf
+            found, budget = (
+                checkpoint.read(lambda found: self.checked(found, store)),
+                60 * self.config.minutes or math.inf,
+            )
             if found and found["run"]["seconds"] > budget:  # from a longer run: neither used nor replaced
                 return self.from_checkpoint(store, tick, {"run": None, "moments": {}}, None)
             result = self.from_checkpoint(store, tick, found or {"run": None, "moments": {}}, checkpoint)
             return *result, checkpoint.seconds
 
-    def checked(self, found: dict) -> dict:
+    def checked(self, found: dict, store: Store) -> dict:
         """The content of a checkpoint; a `ValueError` says what is wrong with it."""
         check_form(found, {"run": STATE, "moments": {str: Tensor}}, "state")
-        restore(self.fresh_phi(), found["run"]["phi"])
+        restore(self.fresh_phi(store), found["run"]["phi"])
         for state in found["run"]["generators"]:
             torch.Generator().set_state(state)
         return found
@@ -83,9 +91,9 @@ class Distillation(Job):
     def from_checkpoint(self, store: Store, tick: Tick, found: dict, checkpoint: Checkpoint | None) -> tuple:
         """(tensors, meta) of the run, continued from the state `found`; new states go to `checkpoint`, if any."""
         train = self.data.train
-        base = train.take(self.subset.index(self.data))
+        base = train.take(self.index(store))
         real = (train.images, train.labels) if self.config.objective == "real_loss" else None
-        phi, moments = self.fresh_phi(), found["moments"]
+        phi, moments = self.fresh_phi(store), found["moments"]
 
         def on_iteration(record):
             iteration = record["iteration"]
@@ -135,7 +143,7 @@ class Distillation(Job):
         """phi before iterations "0", "1", "2", "4", "8" ..., and "last": the result of the run."""
         tensors, meta = self.stored(store)
         names = [str(r["iteration"]) for r in meta["history"] if kept(r["iteration"])] + ["last"]
-        return {moment: self.restored(self.fresh_phi(), tensors, moment, store) for moment in names}
+        return {moment: self.restored(self.fresh_phi(store), tensors, moment, store) for moment in names}
 
 
 def kept(iteration: int) -> bool:

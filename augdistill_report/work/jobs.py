@@ -105,17 +105,22 @@ class Subset:
     """Which training images: `per_class` of each class, or a stratified `fraction`, in the nested order of `seed`.
 
     The first images of each class, the fraction `skip` of it, are left out. So a phi trained on those has never seen
-    this subset.
+    this subset. With a `window` in [0, 1] the images are of one difficulty, from 0 (the easiest of each class) to 1
+    (the hardest): see `Dataset.subset`.
     """
 
     seed: int
     per_class: int | None = None
     fraction: float | None = None
     skip: float = 0.0
+    window: float | None = None
 
-    def index(self, data: Dataset) -> torch.Tensor:
-        """Positions `[n]` in the training split; a `ValueError` if there are not so many images."""
-        return data.subset(self.seed, per_class=self.per_class, fraction=self.fraction, skip=self.skip)
+    def index(self, data: Dataset, ease: torch.Tensor | None = None) -> torch.Tensor:
+        """Positions `[n]` in the training split; a `ValueError` if there are not so many images.
+
+        `ease` `[train]` ranks the images for a window, higher = easier: `work.difficulty` measures it.
+        """
+        return data.subset(**dataclasses.asdict(self), ease=ease)
 
     def about(self, data: Dataset) -> float:
         """The number of images, roughly. It is not limited by the number that the data set has."""

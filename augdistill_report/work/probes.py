@@ -9,6 +9,7 @@ from augdistill_core import (
     DistillConfig,
     Trajectories,
     augmented,
+    batch_labels,
     draw_base,
     draw_batches,
     draw_segment,
@@ -49,7 +50,7 @@ class Probe(Job):
 
     def work(self, store, tick):
         distilled = self.distilled
-        base, alpha = self.data.train.take(distilled.subset.index(self.data)), self.alpha
+        base, alpha = self.data.train.take(distilled.index(store)), self.alpha
         if alpha is None:
             meta = distilled.stored(store)[1]
             alpha = meta["alpha"] if self.moment == "last" else meta["history"][int(self.moment)]["alpha"]
@@ -69,7 +70,7 @@ def student_path(student: nn.Module, start: Tensor, phi, train: Split, alpha: fl
     x, index, noise, path = train.images, torch.arange(len(train)), seeded(seed, "path"), [start]
     for _ in range(steps):
         images = augmented(phi, x, train.labels, index, noise)
-        path.append(unroll(student, path[-1], [images], [train.labels], alpha))
+        path.append(unroll(student, path[-1], [images], batch_labels(phi, train.labels, [index]), alpha))
     return torch.stack(path)
 
 
@@ -103,7 +104,7 @@ def probe(
             own = seeded(seed, "probe", segment, len(ends))
             draws.append(augmented(one, x, train.labels[base], base, own))
             fed, _ = draw_batches(one, None, train.images, train.labels, base, batches, config, "graph", own)
-            ends.append(unroll(experts.student, start, fed, [train.labels[b] for b in batches], alpha))
+            ends.append(unroll(experts.student, start, fed, batch_labels(one, train.labels, batches), alpha))
         losses = [float(matching_loss(end, target, start)) for end in ends]
         both = float(matching_loss(torch.stack(ends[:2]), target, start))
         loss, size = (losses[0] + losses[1]) / 2, rms(x) or 1.0

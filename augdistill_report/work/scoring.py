@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,20 +13,20 @@ from augdistill_core import (
     Applied,
     Config,
     Stored,
-    Trajectories,
     augmented,
     initial_parameters,
     knob,
-    logits_of,
+    labels_under,
     minibatches,
     seeded,
     sgd,
-    unflatten,
+    teacher_of,
 )
-from augdistill_report.data.augmentations import AUGMENTATIONS, Choices, augmentation
+from augdistill_report.data.augmentations import AUGMENTATIONS, RANDOM_POLICY, Choices, augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.files.store import Store, a_fraction
+from augdistill_report.work.difficulty import ranking, subset_index
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset, Tick
 from augdistill_report.work.setup import Setup, public_name
@@ -66,9 +65,10 @@ class EvalConfig(Config):
     eval_augment: str = knob(
         "none",
         "augmentation after phi, redrawn each step, or kornia:NAME(key=value)",
-        choices=Choices("eval_augment", (*AUGMENTATIONS, "instaaug")),
+        choices=Choices("eval_augment", (*AUGMENTATIONS, RANDOM_POLICY, "instaaug")),
     )
     eval_magnitude: int = knob(9, "RandAugment's magnitude, if eval_augment is randaugment", low=0, high=30)
+    eval_candidate: int = knob(0, "which random ranges, if eval_augment is random_policy", low=0)
     eval_augment_probability: float = knob(
         1.0,
         "fraction of the images that it is applied to, redrawn each step; not for instaaug",
@@ -76,8 +76,13 @@ class EvalConfig(Config):
         high=1,
     )
     eval_reward: float = knob(1.0, "factor of InstaAug's reward for wide ranges, if eval_augment is instaaug", low=0)
+    eval_copies: int = knob(
+        0, "fixed copies of each image, augmented before training; 0 = augmented anew in each step", low=0, high=1000
+    )
     eval_labels: str = knob(
-        "hard", "hard = the images' own labels, soft = the experts' mean probabilities", choices=("hard", "soft")
+        "hard",
+        "hard = the images' own labels, or those of phi; soft = the experts' mean probabilities",
+        choices=("hard", "soft"),
     )
     phi_strength: float = knob(1.0, "lambda: students train on x + lambda (phi(x) - x)", low=0)
     phi_probability: float = knob(
@@ -120,6 +125,10 @@ class Evaluation(Job):
         if self.only not in (("", *CONTROLS) if self.distilled else ("",)):
             controls = " or ".join(map(repr, CONTROLS))
             raise ValueError(f"only={self.only!r}: must be empty, or {controls} with a distilled phi")
+        if self.config.eval_copies and self.config.eval_augment == "instaaug":
+            raise ValueError(
+                f"eval_copies={self.config.eval_copies}: must be 0 for instaaug, which learns all the time"
+            )
         if not (self.config.eval_lr or self.distilled):
             raise ValueError("eval_lr=0.0: must be above 0 without a phi, since no step size was learned")
         if self.distilled and images_of(self.distilled.setup) != images_of(self.setup):
@@ -131,7 +140,7 @@ class Evaluation(Job):
 
     def needs(self):
         teachers = own_experts(self.setup) if self.config.eval_labels == "soft" else []
-        return [self.distilled, *teachers] if self.distilled else teachers
+        return [*([self.distilled] if self.distilled else []), *teachers, *ranking(self.subset, self.setup)]
 
     def student(self):
         build = STUDENTS.get(self.config.eval_student)
@@ -150,7 +159,9 @@ class Evaluation(Job):
     def augment(self) -> Applied | None:
         """The augmentation after phi, with its probability; None if there is none, or if it learns with students."""
         c = self.config
-        known = None if c.eval_augment == "instaaug" else augmentation(c.eval_augment, self.data, c.eval_magnitude)
+        if c.eval_augment == "instaaug":
+            return None
+        known = augmentation(c.eval_augment, self.data, c.eval_magnitude, c.eval_candidate)
         return known and Applied(known, probability=c.eval_augment_probability)
 
     def work(self, store, tick):
@@ -163,7 +174,7 @@ class Evaluation(Job):
         data, config = self.data, self.config
         if not config.eval_lr:
             config = dataclasses.replace(config, eval_lr=learned_step_size(self.distilled, store))
-        train, validation = data.train.take(self.subset.index(data)), data.validation.made()
+        train, validation = data.train.take(subset_index(self.subset, self.setup, store)), data.validation.made()
         arguments = (self.student(), self.phi(store), train, validation, config, self.setup.seed)
         soft, total = config.eval_labels == "soft", config.eval_students
         teacher = teacher_of(load_trajectories(self.setup, store)) if soft else None
@@ -226,13 +237,6 @@ class Score(Job):
         return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
 
 
-def teacher_of(experts: Trajectories) -> Callable[[Tensor], Tensor]:
-    """The mean class probabilities `[B, classes]` of the trained experts for images `[B, C, H, W]`."""
-    student, last = experts.student, experts.snapshots - 1
-    ends = [unflatten(student, trajectory[last]) for trajectory in experts.trajectories]
-    return lambda images: torch.stack([logits_of(student, end, images).softmax(1) for end in ends]).mean(0)
-
-
 MAX_LOOKS = 20  # rounds of eval_steps, at most, of a student with patience
 
 
@@ -285,13 +289,20 @@ def train_student(
             raise ValueError(f"{name_of(method)} returns values that are not finite")
         return x
 
+    def drawn(i: Tensor) -> Tensor:
+        with torch.no_grad():
+            fed = through(phi, images[i], i, noise)
+        with torch.set_grad_enabled(learns):
+            return through(augment, fed, i, shaking)
+
+    copies = [drawn(i) for _ in range(config.eval_copies) for i in torch.arange(len(images)).split(512)]
+    fixed = torch.cat(copies) if copies else None
+
     def batches():
-        for i in minibatches(len(images), config.eval_batch, generator):
-            with torch.no_grad():
-                fed = through(phi, images[i], i, noise)
-            with torch.set_grad_enabled(learns):
-                fed = through(augment, fed, i, shaking)
-            yield fed, teacher(fed.detach()) if teacher else labels[i]
+        for k in minibatches(max(config.eval_copies, 1) * len(images), config.eval_batch, generator):
+            i = k % len(images)
+            fed = drawn(i) if fixed is None else fixed[k]
+            yield fed, teacher(fed.detach()) if teacher else labels_under(phi, labels[i], i).detach()
             if learns:
                 augment.learn()
 

@@ -9,13 +9,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from augdistill_core import teacher_of
 from augdistill_report.data.datasets import Dataset
 from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.store import Store, digest, tensor_digest, write
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Tick
 from augdistill_report.work.normalisation import Normalisation, data_in
-from augdistill_report.work.scoring import Evaluation, teacher_of, train_student
+from augdistill_report.work.scoring import Evaluation, train_student
 from augdistill_report.work.students import accuracy_of
 
 STORED_SET = "set"  # kind of a stored set's file

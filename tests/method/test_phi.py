@@ -17,6 +17,7 @@ from augdistill_core import (
     Phi,
     Stored,
     distill,
+    labels_under,
     make_phi,
     register_phi,
     seeded,
@@ -60,8 +61,10 @@ def test_shape_is_kept_and_every_parameter_gets_a_gradient(name, shape):
     out = call(jittered(phi), images, labels, index)
     assert out.shape == images.shape and out.dtype == images.dtype and out.isfinite().all()
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    if out.requires_grad:
-        (out * weights + out.square()).sum().backward()
+    given = labels_under(phi, labels, index)
+    loss = (out * weights + out.square()).sum() + (given.float() ** 2).sum()
+    if loss.requires_grad:
+        loss.backward()
     for key, p in phi.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f"{key} gets no gradient"
 
@@ -87,7 +90,8 @@ def test_labels_matter_where_it_says_so(name):
 
 @every_phi
 def test_images_are_told_apart_by_their_index(name):
-    """A batch in another order, with its index, gives the same images in that order; a bound phi reads that index."""
+    """A batch in another order, with its index, gives the same images in that order; a bound phi reads that index, for
+    its images or for its labels."""
     images, labels, index = base(SHAPES[0])
     phi = jittered(make_phi(name, images, 3, seed=0))
     pick = torch.tensor([7, 0, 3, 3])
@@ -95,7 +99,12 @@ def test_images_are_told_apart_by_their_index(name):
         part = call(phi, images[pick], labels[pick], index[pick])
         if not phi.stochastic:
             torch.testing.assert_close(part, call(phi, images, labels, index)[pick])
-        assert torch.equal(part, call(phi, images[pick], labels[pick], index[pick] * 0)) != phi.bound
+        same = torch.equal(part, call(phi, images[pick], labels[pick], index[pick] * 0))
+        for module in phi.modules():
+            if hasattr(module, "soft"):  # labels that a start has given
+                module.soft.copy_(torch.rand(module.soft.shape, generator=seeded(0)) / 3)
+        given = [labels_under(phi, labels[pick], i) for i in (index[pick], index[pick] * 0)]
+        assert (same and torch.equal(*given)) != phi.bound
 
 
 @every_phi

@@ -35,8 +35,9 @@ def world(tmp_path_factory):
     run, opened, real = open_run("05_subset_evaluation", changes), Opened(), Sealed.opened
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sealed, "opened", lambda split: opened.append("opened") or real(split))
-        run.distill({(id, t.number): j for t in subsets.trials(run.settings) for id, j in t.learned(0.1).items()})
         chosen = subsets.choose(run, [0.1])
+        learned = [(t.number, t.learned(0.1, chosen)) for t in subsets.trials(run.settings)]
+        run.distill({(id, number): job for number, jobs in learned for id, job in jobs.items()})
         before = len(opened)
         jobs = subsets.evaluations(run, chosen)
         scores = run.evaluate(jobs)
@@ -110,6 +111,12 @@ def test_subsets_are_nested_and_stratified():
         assert counts.min() >= counts.max() - 1 and len(counts) == 10
     first, second, _ = (t.subset(0.1).index(data).tolist() for t in subsets.trials(settings))
     assert first != second
+
+
+def learned(settings):
+    """The phis of the first repetition at 10 %, each with its first option."""
+    options = {(id, 0.1): method.options(settings)[0] for id, method in methods(settings, 0.1).items()}
+    return subsets.trials(settings)[0].learned(0.1, options)
 
 
 PLAIN = Method("none", "no augmentation", "control", "black")
@@ -191,13 +198,14 @@ def test_a_table_may_have_some_rows_only(world):
     def rows(text, fraction=0.1):
         return list(methods(dataclasses.replace(world["run"].settings, subset_rows=text), fraction))
 
-    assert rows("") == [method.id for method in every_method(world["run"].settings)]
+    assert rows("") == [method.id for method in every_method(world["run"].settings) if not method.asked]
     assert rows("policy, dsa, identity") == ["none", "identity", "dsa", "policy"]
     assert rows("policy, dsa", 0.5) == ["none", "dsa"]  # above policy_fraction
     with pytest.raises(ValueError, match="subset_rows='dsa, dropout': unknown row 'dropout'; must be among identity, "):
         rows("dsa, dropout")
+    assert rows("window") == ["none", "window"]  # only if it is asked for
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
-    assert set(subsets.trials(settings)[0].learned(0.1)) == {"policy", "identity"}
+    assert set(learned(settings)) == {"policy", "identity"}
     few = {key: score for key, score in world["scores"].items() if key[0] in ("none", "policy", "all")}
     assert "compared with" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
 
@@ -377,9 +385,9 @@ def test_a_method_is_added_in_one_place(world, monkeypatch):
     monkeypatch.setattr(subset_methods, "every_method", lambda s: [*real(s), mine, quiet])
     assert list(methods(settings, 0.5))[-2:] == ["mine", "quiet"]  # not only on small subsets
     assert list(methods(dataclasses.replace(settings, subset_rows="mine"), 0.1)) == ["none", "mine"]
-    job = first.learned(0.1)["mine"]
+    job = learned(settings)["mine"]
     assert job.phi == "policy+policy" and job.config.draws == 2 and job.setup.expert_augment == settings.taught_augment
-    assert "quiet" not in first.learned(0.1)
+    assert "quiet" not in learned(settings)
     option = mine.options(settings)[0]
     assert first.scored(mine, 0.1, option).distilled == job and option["eval_augment"] == "dsa"
     # what tables and pictures say
@@ -471,7 +479,7 @@ def test_a_method_that_changes_the_shape_or_returns_nan_is_named():
 def test_a_phi_that_was_trained_for_another_data_set_is_refused():
     setup = Setup(size=8)
     world = subsets.trials(resolve("smoke"))[0]
-    job = world.learned(0.1)["phi"]
+    job = learned(world.settings)["phi"]
     for changes, ours in (
         (dict(dataset="fashion", size=8), "fashion, 8, False"),
         (dict(size=16), "digits, 16, False"),

@@ -1,0 +1,146 @@
+"""Rows that must be asked for: learned labels, images selected by difficulty, and the controls of a policy."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augdistill_core import ConvNet, labels_under, make_phi, seeded
+from augdistill_report import open_run
+from augdistill_report.data.augmentations import RANDOM_RANGES, augmentation
+from augdistill_report.data.datasets import load
+from augdistill_report.files.phi_files import load_phi, open_phi, rebuilt
+from augdistill_report.settings import resolve
+from augdistill_report.studies import subsets
+from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
+from augdistill_report.work.difficulty import Difficulty
+from augdistill_report.work.scoring import EvalConfig, Evaluation, teacher_of, train_student
+
+ASKED = [method.id for method in every_method(resolve("smoke")) if method.asked]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    rows = ", ".join([*ASKED, "policy", "experts_augmentation"])
+    changes = dict(preset="smoke", fractions="0.1", subset_rows=rows, width=4, taught_augment="dsa")
+    run = open_run("05_subset_evaluation", changes | dict(out=str(tmp_path_factory.mktemp("run"))))
+    chosen = subsets.choose(run, [0.1])
+    jobs = subsets.evaluations(run, chosen)
+    return run, chosen, jobs, run.evaluate(jobs)
+
+
+def test_every_row_is_scored_and_compared_with_the_one_it_follows(world):
+    run, chosen, jobs, scores = world
+    assert {id for id, _, _ in scores} >= {*ASKED, NONE}
+    text = subsets.verdict(scores, run.settings)
+    rows = methods(run.settings, 0.1)
+    for one in ASKED:
+        if other := rows[one].follows:
+            assert f"*{rows[one].label}* compared with *{rows[other].label}*" in text
+            shared = {k for choice in rows[other].choices for o in choice for k in o}
+            shared &= {k for choice in rows[one].choices for o in choice for k in o}
+            assert all(chosen[one, 0.1][k] == chosen[other, 0.1][k] for k in shared), one
+    for id, unrolled, epochs in (
+        ("learned_labels", "dsa", 3),
+        ("pixels_learned", "dsa", 3),
+        ("mixed_labels", "none", 1),
+    ):
+        job = jobs[id, 0.1, 0].distilled
+        assert (job.setup.augment, job.setup.expert_augment, job.config.iterations) == (unrolled, "dsa", epochs)
+        option = chosen["mixed_labels", 0.1]
+        mix = job.config.label_share, job.config.label_temperature
+        assert mix == (option["label_share"], option["label_temperature"])
+
+
+def test_the_best_window_is_the_window_that_is_scored(world):
+    run, chosen, jobs, _ = world
+    job = jobs["window_mixed", 0.1, 0]
+    assert job.subset.window == chosen["window", 0.1]["window"] == job.distilled.subset.window
+    assert any(isinstance(need, Difficulty) for need in job.needs())
+    base = run.data.train.take(job.distilled.index(run.store))
+    phi = job.distilled.stored_phi(run.store).phi
+    experts = subsets.load_trajectories(job.setup, run.store)
+    teacher = teacher_of(experts, job.distilled.config.label_temperature)
+    share = job.distilled.config.label_share
+    expected = share * teacher(base.images) + (1 - share) * F.one_hot(base.labels, 10)
+    torch.testing.assert_close(labels_under(phi, base.labels, torch.arange(len(base))), expected)
+
+
+def test_a_window_for_all_rows_lies_where_no_augmentation_wants_it():
+    rows = {row.id: row for row in every_method(resolve("smoke", {"subset_by": "window"}))}
+    windows = [o["window"] for o in rows[NONE].options(resolve("smoke"))]
+    assert len(windows) == 4 and not rows[NONE].follows
+    for row in rows.values():
+        assert {o["window"] for o in row.options(resolve("smoke"))} == {*windows}
+        last = row.id
+        while rows[last].follows:
+            last = rows[last].follows
+        assert last in (NONE, "window")
+    with pytest.raises(ValueError, match="subset_by='best': must be one of random, window"):
+        resolve("smoke", {"subset_by": "best"})
+
+
+def test_learned_labels_are_saved_with_the_images_and_drawn(world):
+    run, chosen, jobs, _ = world
+    job = jobs["pixels_learned", 0.1, 0].distilled
+    phi, index = job.stored_phi(run.store).phi, torch.arange(20)
+    path = run.save("mine", job)
+    file = open_phi(path)
+    again = rebuilt(file.about, file.read())
+    labels = run.data.train.labels[job.index(run.store)][:20]
+    assert torch.equal(labels_under(again, labels, index), labels_under(phi, labels, index))
+    assert torch.equal(again.phis[1].pixels, phi.phis[1].pixels)
+    assert (phi.phis[0].change != 0).any() and labels_under(phi, labels, index).requires_grad
+    with pytest.raises(ValueError, match="bound to the base images"):
+        load_phi(path)(torch.rand(2, 1, 8, 8))
+    pictures, _ = subsets.pictures(run, 0.1, chosen)
+    of_labels = {name for name in pictures if name.endswith(": labels")}
+    assert len(of_labels) == 5 and all(pictures[name].shape == (8, 1, 8, 8) for name in pictures)
+    bars = subsets.label_bars(torch.tensor([[0.5, 0.0, 1.0, 0.26]]), torch.zeros(1, 3, 4, 8))[0, 0]
+    dark = (bars < 0.5).sum(0).tolist()
+    assert dark == [2, 2, 0, 0, 4, 4, 1, 1] and bars[-1, 0] < 0.5 < bars[0, 0]
+
+
+def test_fixed_copies_are_made_once_and_each_has_its_label():
+    data = load("digits", 8)
+    images, labels = data.train.images[:12], data.train.labels[:12]
+    calls, fed = [], []
+
+    def shifted(x, *, index, generator, **_):
+        calls.append(index)
+        return x + torch.rand(len(x), 1, 1, 1, generator=generator)
+
+    def teacher(x):
+        fed.append(x)
+        return F.one_hot(torch.zeros(len(x), dtype=torch.long), 10).float()
+
+    config = EvalConfig(eval_steps=9, eval_batch=9, eval_copies=3)
+    train_student(
+        ConvNet(1, 10, 8, width=4, depth=1), None, images, labels, config, 0, augment=shifted, teacher=teacher
+    )
+    assert torch.cat(calls).bincount().tolist() == [3] * 12  # and no image is augmented during training
+    once = {tuple(x.flatten().tolist()) for x in torch.cat(fed[:4])}
+    assert len(torch.cat(fed[:4])) == len(once) == 36  # an epoch is every copy once
+    assert all(tuple(x.flatten().tolist()) in once for x in torch.cat(fed[4:]))
+    own = torch.stack([(copy - images).flatten(1).std(1).argmin() for copy in torch.cat(fed[:4])])
+    assert own.bincount().tolist() == [3] * 12
+    setup = dataclasses.replace(resolve("smoke")).select(subsets.Setup)
+    with pytest.raises(ValueError, match="eval_copies=2: must be 0 for instaaug"):
+        Evaluation(setup, subsets.Subset(0, 1), EvalConfig(eval_copies=2, eval_augment="instaaug"))
+
+
+def test_random_ranges_are_a_policy_s_and_as_many_as_its_training_pays_for():
+    data = load("digits", 8)
+    one, again, other = (augmentation("random_policy", data, candidate=k) for k in (0, 0, 1))
+    low, high = RANDOM_RANGES
+    assert one.report() == again.report() != other.report() and "flip" not in one.kinds
+    assert all(low * 0.999 <= value <= high * 1.001 for value in one.report().values())
+    x, given = data.train.images[:5], dict(labels=data.train.labels[:5], index=torch.arange(5))
+    policy = make_phi("policy", x, 10, 0)
+    policy.leave_out("flip")
+    policy.hold(one.report())
+    torch.testing.assert_close(one(x, generator=seeded(1), **given), policy(x, generator=seeded(1), **given))
+    # 3 x 200 iterations x 2 draws x 15 steps x 64 images, over 3 students x 3,000 steps x 64 images: exactly 2
+    assert len(random_ranges(resolve("cifar10-labels"))) == 2
+    assert len(random_ranges(resolve("cifar10-labels", {"policy_iterations": 1000}))) == 10
