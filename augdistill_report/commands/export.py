@@ -63,9 +63,7 @@ def of_phi_file(path: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tens
     made = {"row": path.name, "phi": about["phi"], "distillation": about["config"], "setup": about["setup"], "lr": 0.0}
     subset = Subset(**about["subset"])
     if subset.window is not None:
-        raise ValueError(
-            f"{path}: its subset was selected by experts, which a saved phi has not: export the row itself"
-        )
+        raise ValueError(f"{path}: its subset was selected by experts, which the file does not hold: export the row")
     return layer.applied, data, subset.index(data), made
 
 

@@ -45,7 +45,7 @@ BESIDE = {
 
 PLAIN_SET, PLAIN_RANDOM, HARD_SET = "the set, no augmentation", "random, no augmentation", "the set, hard labels"
 
-WINDOWS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)  # where a window starts, as a share of its way: 0 = the easiest images
+WINDOW_STARTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)  # where a window starts, as a share of its way: 0 = the easiest images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def rows_of(
         run_jobs([ranked], store, pool, Progress("difficulty"))
         ease, counts = ranked.stored(store)[0]["probability"], torch.bincount(subject.hard, minlength=classes)
         found = {}
-        for start in WINDOWS:
+        for start in WINDOW_STARTS:
             index = of_classes(subject.hard, windows_of(ease, train, counts, start), seeded(setup.seed, "window"))
             jobs = real([index], subject.labels)
             found |= {", ".join(filter(None, (f"from {100 * start:g} %", how))): job for how, job in jobs.items()}

@@ -186,7 +186,7 @@ def from_positions_in(found: DistilledSet, name: str, settings: Settings, store:
     return Subject(name, settings.select(Setup, zca=False), given, labels, size, 0.0, "own: real images")
 
 
-# --- a phi with its subset ---------------------------------------------------------------------------------------------
+# --- a phi with its subset --------------------------------------------------------------------------------------------
 
 
 def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float = 0.0) -> Subject:

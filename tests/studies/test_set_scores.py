@@ -16,7 +16,7 @@ from augdistill_report.files.sealed_json import read_json
 from augdistill_report.run import Run, start_folder
 from augdistill_report.settings import resolve
 from augdistill_report.studies.protocols import PROTOCOLS, augmentation_robust_score, label_robust_score
-from augdistill_report.studies.set_scores import WINDOWS, of_classes, windows_of
+from augdistill_report.studies.set_scores import WINDOW_STARTS, of_classes, windows_of
 from augdistill_report.work.networks import alexnet, convnet3, vgg11
 from augdistill_report.work.normalisation import CONSTANTS, Normalisation
 
@@ -276,7 +276,7 @@ def test_controls_have_the_classes_of_the_set_and_no_image_twice():
         of_classes(torch.zeros(101), pools, torch.Generator())
     ease = torch.rand(300, generator=torch.Generator().manual_seed(1))
     counts = torch.tensor([10, 0, 100])
-    for start in (*WINDOWS, 1.0):
+    for start in (*WINDOW_STARTS, 1.0):
         first, none, every = windows_of(ease, labels, counts, start)
         order = ease[pools[0]].sort(descending=True).values
         place = round(start * 90)
