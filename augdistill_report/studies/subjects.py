@@ -208,10 +208,13 @@ def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float 
     normalisation = Normalisation("zca-own" if setup.zca else "own")
     tensors = {"index": index[None], "labels": hard[None]}  # phi itself replaces the labels that it has learned
     given = keep_set(store, tensors, normalisation, keep_phi(store, path.read_bytes()))
-    size = {"labels": label_bytes(labels, len(data.classes))}
-    of_phi = sum(t.numel() * t.element_size() for t in phi.state_dict().values())
-    of_phi -= min(size["labels"], of_phi) if labels.ndim == 2 else 0  # they are among its parameters
-    size |= {"images": of_phi} if phi.bound else {"images": len(index) * math.prod(data.shape), "phi": of_phi}
+    size = {"images": len(index) * math.prod(data.shape), "labels": label_bytes(labels, len(data.classes))}
+    if phi.bound and not phi.stochastic:  # it is a set of learned images, four bytes a value
+        size["images"] *= 4
+    else:
+        of_phi = sum(t.numel() * t.element_size() for t in phi.state_dict().values())
+        # of a bound phi the images, and of any phi learned labels, are among its parameters
+        size |= {"phi": of_phi} | ({"images": 0} if phi.bound else {}) | ({"labels": 0} if labels.ndim == 2 else {})
     return Subject(name, setup, given, labels, size, lr, f"{normalisation.name}, as phi was trained")
 
 
