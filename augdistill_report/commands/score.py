@@ -74,13 +74,13 @@ def subject_named(
         return resolve(preset, {"dataset": on, **({"size": size} if size else {}), **changes})
 
     if not path.exists() and row_file(path).parent.is_dir():
-        job, made = stored_row(path)
+        folder = Path(out or path.parent.parent).resolve()
         config = folder_config(path.parent.parent)
-        settings = Settings.from_dict(config["settings"] | {"dataset": on or job.setup.dataset} | changes)
-        folder = run_folder(config["preset"], out or str(path.parent.parent))
+        settings = Settings.from_dict(config["settings"] | ({"dataset": on} if on else {}) | changes)
         settings.load_phis()
+        job, made = stored_row(path)
         return from_row(job, name or path.name, settings, made, Store(folder / "artefacts")), settings, folder
-    if not on:
+    if path.exists() and not on:
         raise ValueError(f"{what}: name the data set that students are tested on (--on)")
     folder = run_folder(preset, out)
     store = Store(folder / "artefacts")

@@ -34,6 +34,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.set_scoring import GivenSet, SetEvaluation, keep_phi, keep_set
 from augdistill_report.work.setup import Setup
+from augdistill_report.work.statistics import stop_mark
 
 QUICK_STUDENTS = dict(
     eval_students=2, eval_steps=150, eval_epochs=0, eval_augment="none", eval_lr=0.02, eval_labels="hard"
@@ -113,6 +114,8 @@ def from_set(found: DistilledSet, name: str, settings: Settings, store: Store, n
     if found.positions is not None:
         return from_positions_in(found, name, settings, store, data)
     found = fitted(found, data, name)
+    if found.images.dtype == torch.uint8 and normalisation not in ("", "pixels"):
+        raise ValueError(f"{name}: its images are bytes, so they are pixels: not --normalisation {normalisation}")
     if normalisation:
         chosen, how = Normalisation(normalisation), f"{normalisation}, as it was named"
     elif found.card:
@@ -220,7 +223,8 @@ def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float 
 
 def from_row(job: Distillation, name: str, settings: Settings, made: Store, store: Store) -> Subject:
     """A row of a run: the phi that a job trained (it is in the store `made`), with its subset and its step size."""
-    alpha = job.stored(made)[1]["alpha"]
+    meta = job.stored(made)[1]
+    name, alpha = f"{name}{stop_mark(meta['stopped'] and meta['stopped']['kind'])}", meta["alpha"]
     with tempfile.TemporaryDirectory() as folder:
         path = save_phi(Path(folder) / "row.safetensors", job, made)
         return from_phi(path, name, settings, store, max(alpha, 0.0))

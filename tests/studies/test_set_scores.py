@@ -12,9 +12,11 @@ from augdistill_report import score
 from augdistill_report.commands.cli import main
 from augdistill_report.data.datasets import load, whitened
 from augdistill_report.files.distilled_sets import read_set
-from augdistill_report.files.sealed_json import read_json
+from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.run import Run, start_folder
 from augdistill_report.settings import resolve
+from augdistill_report.show.budget_plot import accuracy_by_bytes
+from augdistill_report.studies import scoreboard
 from augdistill_report.studies.protocols import PROTOCOLS, augmentation_robust_score, label_robust_score
 from augdistill_report.studies.set_scores import WINDOW_STARTS, of_classes, windows_of
 from augdistill_report.work.networks import alexnet, convnet3, vgg11
@@ -261,6 +263,29 @@ def test_a_set_that_does_not_fit_the_data_is_refused_by_name(run, real, tmp_path
             scored(run, pair(tmp_path / "set", x, y), normalisation="own")
     with pytest.raises(ValueError, match="no such row; finished rows of 02_baseline_mtt: pixels__MTT_, unet_noise"):
         score(f"{run.folder}/02_baseline_mtt/others")
+
+
+def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
+    results = [scored(run, f"{run.folder}/02_baseline_mtt/{row}", on="", beside="random,bytes") for row in run.rows]
+    for result in results:
+        write_json(tmp_path / f"{result.path.name}", "score", result.result)
+    entries = [entry for result in scoreboard.read_board(tmp_path) for entry in scoreboard.entries_of(result)]
+    assert [entry.method for entry in entries].count("random real images") == 4
+    entries = scoreboard.distinct(entries)  # ten random images stand beside both rows
+    assert [entry.method for entry in entries].count("random real images") == 3
+    board = entries + scoreboard.PUBLISHED_SCORES
+    figure = accuracy_by_bytes(scoreboard.by_data(board))
+    for axis, published in zip(figure.axes, (False, True), strict=True):
+        drawn = [line for line in axis.lines if line.get_marker() not in ("", "None", "|")]
+        assert drawn and {line.get_markerfacecolor() == "none" for line in drawn if len(line.get_xdata())} == {
+            published
+        }
+        assert all(("published, not measured" in t.get_text()) == published for t in axis.get_legend().get_texts())
+    mtt = next(row for row in scoreboard.board_table(board) if row["test accuracy"] == "46.3 %")
+    assert mtt["bytes"] == f"{10 * (4 * 3072 + 1):,}" and mtt["source"].startswith(
+        "published, not measured: Cazenavette"
+    )
+    assert scoreboard.read_board(tmp_path / "nowhere") == []
 
 
 # --- controls and students --------------------------------------------------------------------------------------------
