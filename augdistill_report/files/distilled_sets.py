@@ -8,6 +8,7 @@ set with a card comes back with the same bits, but from a folder: its images are
 
 import dataclasses
 import io
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augdistill_report.data.folders import read_images, scan_folder
+from augdistill_report.data.folders import FORMATS, read_images, scan_folder
 from augdistill_report.files.sealed_json import JSON_KINDS, check_json, read_json, strict_json, write_json
 from augdistill_report.files.store import FORMAT, SealedFile, as_json, digest, tensor_digest, write, write_sealed
 from augdistill_report.files.torch_files import read_torch
@@ -221,9 +222,9 @@ def from_folder(path: Path) -> DistilledSet:
         sizes = set()
         for file in files:
             try:
-                with Image.open(file) as image:
+                with warnings.catch_warnings(action="error"), Image.open(file, formats=FORMATS) as image:
                     sizes.add(image.size)
-            except OSError as error:
+            except Exception as error:  # a damaged file can make Pillow raise nearly any exception
                 raise ValueError(f"{file} is not a readable image ({error})") from None
         if len(sizes) > 1 or len(set(*sizes)) > 1:
             shown = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:5])

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from augdistill_report.files.distilled_sets import DistilledSet, read_set, write_set
@@ -60,6 +61,12 @@ def test_a_folder_comes_back_with_its_bytes_in_order_of_class(tmp_path):
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(found.images, given.images[[2, 3, 1, 4, 0, 5]])
     assert found.bytes == sum(path.stat().st_size for path in (tmp_path / "set").glob("*/*.png"))
+    (tmp_path / "set" / "a" / "9.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"9\.png is not a readable image"):
+        read_set(tmp_path / "set")
+    Image.new("L", (9, 9)).save(tmp_path / "set" / "a" / "9.png")
+    with pytest.raises(ValueError, match="images of 8x8, 9x9 pixels: all must be squares of one size"):
+        read_set(tmp_path / "set")
     with pytest.raises(ValueError, match="exists and is not empty"):
         write_set(given, tmp_path / "set", "folder")
 
