@@ -83,7 +83,9 @@ def entries_of(result: dict) -> list[Entry]:
         if name not in (THE_SET, *BESIDE.values()):
             continue
         method = result["name"] if name == THE_SET else name
-        method = "random real images" if name in (RANDOM_ROW, BYTES_ROW) else method
+        if name in (RANDOM_ROW, BYTES_ROW):
+            soft = row["bytes"]["labels"] >= 4 * row["images"]  # it has the labels of the set
+            method = f"random real images{', soft labels' if soft else ''}"
         accuracy, size = row["accuracy"], sum(row["bytes"].values())
         where = (result["data"], result["size"], row["images"], size)
         found.append(Entry(method, *where, accuracy["mean"], accuracy["std"]))
