@@ -301,4 +301,4 @@ def test_published_results_are_sealed():
     for path in sorted((ROOT / "figures").glob("*/*.json")):
         if path.parent.name != "benchmarks":  # nothing reads those
             kind = json.loads(path.read_text())["kind"]
-            assert kind in ("results", "sweep") and read_json(path, kind)
+            assert kind in ("results", "sweep", "score") and read_json(path, kind)
