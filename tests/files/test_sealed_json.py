@@ -44,6 +44,30 @@ CONTENT = {
     },
     "timings": {"seconds": {"01_a": 12.3, "02_b": 4}},
     "tracked": {"sent": {"03/pictures": "0123456789ab", "03/unet": "ba9876543210"}},
+    "card": {
+        "data": "digits",
+        "classes": ["a", "b"],
+        "normalisation": {"name": "own", "mean": [0.25], "std": [0.5]},
+        "lr": 0.0125,
+        "content": "0123456789ab",
+        "environment": ENVIRONMENT,
+    },
+    "score": {
+        "name": "pixels (MTT)",
+        "data": "digits",
+        "size": 8,
+        "protocol": {"name": "ours", "steps": 300},
+        "rows": {"the set": {"accuracy": SCORE, "images": 10, "bytes": {"images": 2560, "labels": 10}}},
+        "environment": ENVIRONMENT,
+    },
+    "row": {
+        "row": "unet",
+        "store": "runs/digits/artefacts",
+        "setup": {"seed": 0},
+        "phi": "unet",
+        "subset": {"seed": 0, "per_class": 1},
+        "config": {"iterations": 3},
+    },
     "apply": {"phi": "unet", "trained on": "digits (ab)", "state": "0a1b", "strength": 1.0, "to": "digits", "of": "cd"},
 }
 
