@@ -6,6 +6,7 @@ print(score("logged_files/CIFAR10/images_best.pt", on="cifar10", protocol="dc-be
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from augdistill_report.files.phi_files import open_phi
 from augdistill_report.files.sealed_json import write_json
 from augdistill_report.files.store import Store
 from augdistill_report.run import file_name, folder_config, row_file, run_folder, stored_row
-from augdistill_report.settings import Settings, resolve
+from augdistill_report.settings import Settings, preset_path, resolve
 from augdistill_report.studies.set_scores import BESIDE, score_subject, table_of, training_by
 from augdistill_report.studies.subjects import Subject, from_phi, from_row, from_set
+from augdistill_report.work.pool import WorkConfig
 from augdistill_report.work.provenance import environment
 from augdistill_report.work.statistics import markdown_table, shown
 
@@ -94,6 +96,23 @@ def subject_named(
     return from_set(found, own, settings, store, normalisation), settings, folder
 
 
+def command_of(what: str, arguments: dict, changes: dict) -> str:
+    """The command that makes a score again, without the paths of this machine: after a report, for a row of it."""
+    path, before = Path(what).expanduser(), ""
+    config = folder_config(path.parent.parent) if row_file(path).is_file() else {}
+    if config:
+        preset = config["preset"]
+        usual = resolve(preset).to_dict()
+        skipped = (*WorkConfig.names(), "track", "data")
+        other = {k: v for k, v in config["settings"].items() if v != usual.get(k) and k not in skipped}
+        sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in other.items())
+        before = f"augdistill report --preset {preset} --only {path.parent.name[:2]}{sets} && "
+        path = Path("runs", preset_path(preset).stem, path.parent.name, path.name)
+    options = "".join(f" --{k} {shlex.quote(str(v))}" for k, v in arguments.items() if v)
+    sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in changes.items() if k not in WorkConfig.names())
+    return f"{before}augdistill score {shlex.quote(str(path) if config else path.name)}{options}{sets}"
+
+
 def score(
     what: str,
     on: str = "",
@@ -146,9 +165,11 @@ def score(
     if publish and not is_committed({"environment": around}):
         raise ValueError("publish: the code has uncommitted changes, so nobody could repeat the score; commit first")
     rows = tuple(part.strip() for part in beside.split(",") if part.strip())
-    result = score_subject(subject, training, Store(folder / "artefacts"), settings.pool, rows) | {
-        "environment": around
-    }
+    result = score_subject(subject, training, Store(folder / "artefacts"), settings.pool, rows)
+    asked = dict(on=on, protocol=protocol, student=student, students=students, labels=labels, lr=lr, beside=beside)
+    asked |= {} if row_file(Path(what)).is_file() else {"preset": preset, "normalisation": normalisation, "size": size}
+    result |= {"command": command_of(what, asked, changes), "environment": around}
+    result |= {"seconds": sum(row["seconds"] for row in result["rows"].values())}
     file = file_name(f"{subject.name}-{protocol}-{training.config.eval_student}") + ".json"
     write_json(folder / "scores" / file, "score", result)
     if publish:

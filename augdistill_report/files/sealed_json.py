@@ -59,7 +59,15 @@ JSON_KINDS = {
         "export the set again, or remove the card",
     ),
     "score": JsonKind(
-        {"name": str, "data": str, "size": int, "protocol": dict, "rows": dict, "environment": CODE_STATE},
+        {
+            "name": str,
+            "data": str,
+            "size": int,
+            "protocol": dict,
+            "rows": dict,
+            "command": str,
+            "environment": CODE_STATE,
+        },
         "delete it and score the set again",
     ),
     "row": JsonKind(

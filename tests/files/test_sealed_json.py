@@ -57,6 +57,7 @@ CONTENT = {
         "data": "digits",
         "size": 8,
         "protocol": {"name": "ours", "steps": 300},
+        "command": "augdistill score pixels --on digits",
         "rows": {"the set": {"accuracy": SCORE, "images": 10, "bytes": {"images": 2560, "labels": 10}}},
         "environment": ENVIRONMENT,
     },

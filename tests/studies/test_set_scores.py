@@ -141,6 +141,8 @@ def test_what_stands_beside_a_score(run, capsys):
     assert re.fullmatch(r"from \d+ %, step size [\d.]+", rows["best window"]["option"])
     assert result["protocol"]["changed"] == {"eval_epochs": 4, "eval_student": "convnet", "eval_students": 3}
     assert result["protocol"]["steps"] == 4 and "eval_epochs=4" in said
+    again = "augdistill score unet.safetensors --on digits --protocol dd-ranking --student convnet --students 3"
+    assert result["command"].startswith(again) and "--set eval_epochs=4" in result["command"]
     before = result["opened"]["in all"]
     assert f"opened for 7 rows; {run.folder} holds {before} test accuracies" in said and before >= 7
     assert result["sentence"] in said and "as many random real images" in result["sentence"]
