@@ -41,7 +41,7 @@ from augdistill_method.experts import (
     train_experts,
     train_together,
 )
-from augdistill_method.measures import distance_moved, rms
+from augdistill_method.measures import at_once, distance_moved, largest_scale, rms, root_mean_square
 from augdistill_method.optimizers import make_optimizer
 from augdistill_method.phi import (
     PHIS,
@@ -59,11 +59,22 @@ from augdistill_method.phi import (
     origin,
     register_phi,
 )
-from augdistill_method.random import draw_base, minibatches, randn, seeded
-from augdistill_method.state import DistillState
-from augdistill_method.student import ConvNet, check_images, flatten, initial_parameters, logits_of, sgd, unflatten
+from augdistill_method.precision import PRECISIONS, arithmetic
+from augdistill_method.random import draw_base, minibatches, randn, seeded, to_device
+from augdistill_method.state import STATES, DistillState, StepSize, record_of
+from augdistill_method.student import (
+    ConvNet,
+    check_images,
+    flatten,
+    initial_parameters,
+    logits_of,
+    sgd,
+    sgd_together,
+    unflatten,
+    with_parameters,
+)
 from augdistill_method.transforms import affine, color, flip, turn_hue, warp
-from augdistill_method.unroll import MEMORY, choose_memory, unroll
+from augdistill_method.unroll import MEMORY, choose_memory, gradient_cosine, unroll
 from augdistill_method.zoo.labels import start_labels, teacher_of
 from augdistill_method.zoo.policy import per_image
 
@@ -131,13 +142,6 @@ EXPLODED = 100.0  # norm ratio phi(x) / x: such a phi(x) is no longer an image, 
 
 LOST = 1e6  # a loss this large stops it too: the student ends 1,000 times as far from the target as it started
 
-STATES = {  # of an iteration from which phi cannot learn, whatever the loss is
-    "exploded": "phi(x) is over 10 times as large as x, which instance norm hides in the loss; use a smaller phi_lr",
-    "alpha below zero": "the student ascends its loss; use alpha_mode log or fixed",
-    "alpha at zero": "the student hardly moves (less than 2 % of the distance to the target), so the loss is 1 for any "
-    "phi; use a larger alpha, alpha_mode fixed, or a smaller alpha_lr",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
@@ -162,34 +166,6 @@ class Distilled:
     alpha: float
     history: list[dict]
     stopped: Stop | None = None
-
-
-class StepSize(nn.Module):
-    """alpha, the student's step size: learned as log(alpha) (so it stays positive), learned directly, or fixed."""
-
-    of_logarithm = ("log", "held")
-
-    def __init__(self, alpha: float, mode: str, like: Tensor):
-        super().__init__()
-        self.mode = mode
-        value = torch.tensor(alpha, dtype=like.dtype, device=like.device)
-        self.value = nn.Parameter(value.log() if mode in self.of_logarithm else value, requires_grad=mode != "fixed")
-
-    def forward(self) -> Tensor:
-        return self.value.exp() if self.mode in self.of_logarithm else self.value
-
-
-def dead_state(scale: float, alpha: float, moved: float | None) -> str:
-    """The entry of `STATES` that describes an iteration, "" if phi can learn from it.
-
-    `scale` is the norm ratio of phi(x) and x. `moved` is ||theta_N - theta_0|| / ||target - theta_0||: if it is below
-    .02, the loss is between .98^2 and 1.02^2.
-    """
-    if scale > 10:
-        return "exploded"
-    if alpha < 0:
-        return "alpha below zero"
-    return "alpha at zero" if moved is not None and moved < 0.02 else ""
 
 
 def alpha_is_held(config: DistillConfig, history: list[dict]) -> bool:
@@ -222,18 +198,6 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
         fewest = int(labels.unique(return_counts=True)[1].min())
         if config.episode > fewest:
             raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
-
-
-def record_of(run: DistillState, loss: Tensor, alpha: Tensor, start_epoch: int, scale: float, moved) -> dict:
-    """Append an iteration's record to the history, once its gradient is known; warn at the first of each state."""
-    record = dict(iteration=len(run.history), loss=loss.item(), alpha=alpha.item(), start_epoch=start_epoch)
-    record |= {"phi": watched} if (watched := getattr(run.phi, "report", dict)()) else {}
-    record["grad_norm"] = sum(float(p.grad.square().sum()) for p in run.of_phi) ** 0.5
-    state = dead_state(scale, record["alpha"], moved)
-    if state and state not in {r["state"] for r in run.history}:
-        warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
-    run.history.append(record | dict(scale=scale, moved=moved, state=state))
-    return run.history[-1]
 
 
 def distill(
@@ -274,7 +238,7 @@ def distill(
     A `ValueError` if phi cannot be trained (`check_phi`), or if its parameters receive no gradient.
     """
     check_distill(phi, images, labels, experts, config, real)
-    student, steps = experts.student, config.syn_steps * config.draws
+    student, steps, classes = experts.student, config.syn_steps * config.draws, labels.cpu()
     of_step = config.batch_syn or config.episode * len(labels.unique()) or len(labels)
     memory = choose_memory(config.memory, student, images[:of_step], labels, steps)
     step_size = StepSize(config.alpha, config.alpha_mode, images)
@@ -289,21 +253,24 @@ def distill(
             stopped = Stop("minutes", f"the time limit minutes={config.minutes:g} was reached {done}")
             break
         start_epoch, start, target = draw_segment(experts, config, run.generator)
-        start, target, alpha = start.to(images), target.to(images), run.step_size()
-        base = draw_base(labels, config.episode, run.generator)
-        ends, scales = [], []
+        start, target = (to_device(t, images.device).to(images) for t in (start, target))
+        alpha = run.step_size()
+        base = draw_base(classes, config.episode, run.generator)
+        ends, sizes = [], []
         for _ in range(config.draws):
-            batches = draw_steps(base, config, run.generator)
-            fed, scale = draw_batches(phi, augment, images, labels, base, batches, config, run.memory, run.noise)
-            scales.append(scale)
+            batches = [to_device(b, images.device) for b in draw_steps(base, config, run.generator)]
+            fed, found = draw_batches(phi, augment, images, labels, base, batches, config, run.memory, run.noise)
+            sizes += found
             ends.append(unroll(student, start, fed, batch_labels(phi, labels, batches), alpha, memory=run.memory))
         if config.objective == "trajectory":
             loss = matching_loss(ends[0] if len(ends) == 1 else torch.stack(ends), target, start)
         else:
             loss = real_loss(student, ends, *real, config.real_batch, run.generator)
 
-        finite = run.backward(loss)
-        record = record_of(run, loss, alpha, start_epoch, max(scales), distance_moved(start, ends[0], target))
+        with arithmetic(student):
+            run.backward(loss)
+        moved = distance_moved(start, ends[0], target) if config.objective == "trajectory" else None
+        record, finite = record_of(run, loss, alpha, start_epoch, sizes, moved)
         if on_iteration is not None:
             on_iteration(record)
         stopped = divergence(config, finite=finite, **record)
@@ -364,7 +331,8 @@ def next_scale(run: DistillState, images: Tensor, labels: Tensor, config: Distil
     generator, noise = run.generator.clone_state(), run.noise.clone_state()
     base = draw_base(labels, config.episode, generator)
     batches = draw_steps(base, config, generator)[:1]
-    return draw_batches(run.phi, None, images, labels, base, batches, config, "graph", noise)[1]
+    sizes = draw_batches(run.phi, None, images, labels, base, batches, config, "graph", noise)[1]
+    return largest_scale(at_once(*sizes))
 
 
 def draw_segment(
@@ -389,25 +357,26 @@ def draw_steps(base: Tensor, config: DistillConfig, generator: torch.Generator) 
 
 def draw_batches(
     phi, augment, images, labels, base, batches, config: DistillConfig, memory, generator
-) -> tuple[list[Tensor], float]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Lines 9-12: phi(x), then the augmentation, for every student step of one unroll.
 
-    Returns N tensors `[B, C, H, W]`, and the largest rms(phi(x)) / rms(x) of a batch. Each step has its own two seeds,
+    Returns N tensors `[B, C, H, W]`, and rms(phi(x)) and rms(x) of each batch of phi. Each step has its own two seeds,
     for phi and for the augmentation. So the backward pass of `memory` "replay" can repeat the samples instead of
     keeping phi's graph for all N steps, and every phi gets the same augmentations.
     """
     seeds = torch.randint(2**62, (len(batches), 2), generator=generator).tolist()
-    scales = []
+    sizes = []
 
     def through_phi(x: Tensor, y: Tensor, index: Tensor, own: torch.Generator) -> Tensor:
         out = augmented(phi, x, y, index, own)
-        scales.append(rms(out) / (rms(x) or 1.0))
+        sizes.extend([root_mean_square(out), root_mean_square(x)])
         return out
 
     if config.noise == "once":
+        base = to_device(base, images.device)
         drawn = through_phi(images[base], labels[base], base, generator)
-        position = torch.full((len(images),), -1)
-        position[base] = torch.arange(len(base))
+        position = torch.full((len(images),), -1, device=base.device)
+        position[base] = torch.arange(len(base), device=base.device)
         sources = [drawn[position[b]] for b in batches]
     else:
         sources = [images[b] for b in batches]
@@ -418,9 +387,9 @@ def draw_batches(
         return augmented(augment, x, y, index, torch.Generator().manual_seed(seed_augment))
 
     if memory != "graph":
-        draw = functools.partial(checkpoint, draw, use_reentrant=False)
+        draw = functools.partial(checkpoint, draw, use_reentrant=False, preserve_rng_state=False)  # draws by seeds
     fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
-    return fed, max(scales, key=lambda scale: math.inf if math.isnan(scale) else scale)
+    return fed, sizes
 
 
 def batch_labels(phi, labels: Tensor, batches: list[Tensor]) -> list[Tensor]:
@@ -432,6 +401,7 @@ def real_loss(
     student: nn.Module, ends: list[Tensor], images: Tensor, labels: Tensor, batch: int, generator: torch.Generator
 ) -> Tensor:
     """The mean loss of the students with parameters `ends` (each `[P]`), on `batch` random real images."""
-    pick = torch.randint(len(images), (batch,), generator=generator)
-    logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
+    pick = to_device(torch.randint(len(images), (batch,), generator=generator), images.device)
+    with arithmetic(student):
+        logits = [logits_of(student, unflatten(student, end), images[pick]) for end in ends]
     return torch.stack([F.cross_entropy(z, labels[pick]) for z in logits]).mean()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from augdistill_method.config import Config, knob
 from augdistill_method.phi import augmented
-from augdistill_method.random import minibatches, seeded
+from augdistill_method.random import minibatches, seeded, to_device
 from augdistill_method.student import check_images, flatten, initial_parameters, sgd, sgd_together
 
 
@@ -101,7 +101,7 @@ class TrainingState:
     theta: Tensor  # [E, P]
     velocity: Tensor  # [E, P], the momentum buffer
     generators: list[torch.Generator]  # one per expert
-    snapshots: list[Tensor]  # [E, P] each
+    snapshots: list[Tensor]  # [E, P] each, on the CPU
     losses: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, the mean loss before each later snapshot
     rest: list[Tensor] = dataclasses.field(default_factory=list)  # [E] each, losses since the last snapshot
     seconds: float = 0.0  # of training so far
@@ -121,7 +121,8 @@ class TrainingState:
         try:
             every = {key: state[key] for key in ("snapshots", "losses", "rest")}
             every |= {"theta": [state["theta"]], "velocity": [state["velocity"]]}
-            own = {key: [t[list(rows)].to(images.device) for t in tensors] for key, tensors in every.items()}
+            own = {key: [t[list(rows)] for t in tensors] for key, tensors in every.items()}
+            own |= {k: [t.to(images.device) for t in tensors] for k, tensors in own.items() if k != "snapshots"}
             for key, tensors in own.items():
                 right = wide if key in ("theta", "velocity", "snapshots") else narrow
                 for t in tensors:
@@ -210,14 +211,22 @@ def initial_state(student: nn.Module, images: Tensor, seed: int, experts: Sequen
     """The initial training state of the experts with these numbers."""
     generators = [seeded(seed, "expert", k) for k in experts]
     start = torch.stack([initial_parameters(student, own) for own in generators]).to(images)
-    return TrainingState(start, torch.zeros_like(start), generators, [start])
+    return TrainingState(start, torch.zeros_like(start), generators, [to_host(start)])
+
+
+def to_host(theta: Tensor) -> Tensor:
+    """Parameters in the CPU's memory. A copy from a CUDA device is complete after the next wait for the device."""
+    if not theta.is_cuda:
+        return theta
+    return torch.empty_like(theta, device="cpu", pin_memory=True).copy_(theta, non_blocking=True)
 
 
 def expert_batches(
     images: Tensor, labels: Tensor, config: ExpertConfig, augment: Callable | None, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """An endless sequence of an expert's batches. No batch is sampled ahead, so `generator` can be saved any time."""
-    for i in minibatches(len(images), config.expert_batch, generator):
+    for drawn in minibatches(len(images), config.expert_batch, generator):
+        i = to_device(drawn, images.device)
         yield augmented(augment, images[i], labels[i], i, generator), labels[i]
 
 
@@ -248,9 +257,10 @@ def record_trajectories(
         if step % every and step % epoch:
             continue
         at.theta = read(state)
+        if step % every == 0:
+            at.snapshots.append(to_host(at.theta))
         check_finite(at, step, config, experts)
         if step % every == 0:
-            at.snapshots.append(at.theta)
             at.losses.append(torch.stack(at.rest).mean(0))
             at.rest.clear()
             if on_snapshot is not None:
@@ -261,6 +271,8 @@ def record_trajectories(
                 on_epoch(at)
             if len(at.snapshots) > 1 and at.seconds > deadline:
                 break
+    if at.theta.is_cuda:
+        torch.cuda.synchronize()
     return torch.stack(at.snapshots, 1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from augdistill_method.random import seeded
+from augdistill_method.random import seeded, to_device
 
 
 class Phi(nn.Module):
@@ -90,7 +90,7 @@ class Applied(Wrapper):
             out = images + self.strength * (out - images)
         if self.probability < 1:
             taken = torch.rand(len(images), generator=generator, device=generator.device) < self.probability
-            out = torch.where(taken.to(images.device).view(-1, 1, 1, 1), out, images)
+            out = torch.where(to_device(taken, images.device).view(-1, 1, 1, 1), out, images)
         return out
 
 

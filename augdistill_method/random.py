@@ -36,8 +36,14 @@ def draw_base(labels: Tensor, episode: int, generator: torch.Generator) -> Tenso
     return torch.cat([c[torch.randperm(len(c), generator=generator)[:episode]] for c in classes])
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on a device; from the CPU through pinned memory, since the program would wait for any other copy."""
+    if device.type == "cuda" and not values.is_cuda:
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def randn(like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None) -> Tensor:
     """Standard normal noise with `like`'s shape (or `shape`), type and device, from a generator on any device."""
-    return torch.randn(shape or like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
-        like.device
-    )
+    options = dict(generator=generator, device=generator.device, dtype=like.dtype)
+    return to_device(torch.randn(shape or like.shape, **options), like.device)

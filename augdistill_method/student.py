@@ -11,24 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from augdistill_method.capture import launched
 from augdistill_method.fused import norm_relu_pool
+from augdistill_method.precision import PRECISIONS, arithmetic
+from augdistill_method.random import to_device
 
 
 class ConvNet(nn.Module):
     """The ConvNet of MTT (Gidaris & Komodakis 2018): `depth` x [conv3x3, instance norm, ReLU, 2x2 pool], linear.
 
     Takes `[B, channels, size, size]`, returns logits `[B, classes]`. 320,010 parameters on CIFAR-10 at width 128.
+    `precision` is one of `PRECISIONS`. With "bf16" the images between the layers are bfloat16, and all that is summed
+    over them (norms, logits, loss, gradients) has the parameters' own type.
     """
 
     forward_mode = True  # all layers support differentiable forward mode, so the unroll can use its faster product
 
-    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3):
+    def __init__(self, channels: int, classes: int, size: int, width: int = 128, depth: int = 3, precision="float32"):
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
         if depth < 1 or size >> depth < 1:
             raise ValueError(
                 f"depth={depth}: {depth} poolings of {size}x{size} images; must be at least 1, and leave a pixel"
             )
-        self.shape, self.classes = (channels, size, size), classes
+        self.shape, self.classes, self.precision = (channels, size, size), classes, precision
         blocks = []
         for i in range(depth):
             blocks += [
@@ -43,10 +50,13 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != self.shape:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}: this student takes {self.shape} (C, H, W)")
-        x = images
+        x = images.bfloat16() if self.precision == "bf16" else images
+        if images.is_cuda and not torch._C._are_functorch_transforms_active():  # `vmap` does not know this layout
+            x = x.contiguous(memory_format=torch.channels_last)  # the layout of a GPU's convolutions
         for convolution, norm in zip(self.features[::4], self.features[1::4], strict=True):
-            x = norm_relu_pool(convolution(x), norm.weight, norm.bias, norm.eps)
-        return self.classifier(x.flatten(1))
+            z = F.conv2d(x, convolution.weight.to(x.dtype), convolution.bias.to(x.dtype), padding=1)
+            x = norm_relu_pool(z, norm.weight, norm.bias, norm.eps)
+        return self.classifier(x.flatten(1).to(images.dtype))
 
 
 def flatten(parameters: Iterable[Tensor]) -> Tensor:
@@ -128,6 +138,15 @@ def check_images(student: nn.Module, images: Tensor, labels: Tensor) -> None:
         )
 
 
+def with_parameters(student: nn.Module, theta: Tensor) -> nn.Module:
+    """A copy of `student` with the parameters `theta` `[P]`."""
+    model = copy.deepcopy(student)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), unflatten(student, theta), strict=True):
+            p.copy_(value)
+    return model
+
+
 def sgd(
     student: nn.Module,
     start: Tensor,
@@ -143,10 +162,7 @@ def sgd(
     `lr` may be a function of the step number. Copy what you keep, because the model changes in later steps. If given,
     `velocity` `[P]` is the initial momentum buffer and is updated in place: with the parameters it is SGD's full state.
     """
-    model = copy.deepcopy(student)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), unflatten(student, start), strict=True):
-            p.copy_(value)
+    model = with_parameters(student, start)
     rate = lr if callable(lr) else lambda step: lr
     optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=momentum, weight_decay=weight_decay)
     if velocity is not None:
@@ -154,55 +170,79 @@ def sgd(
             optimizer.state[p]["momentum_buffer"] = own
     for step, (images, labels) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = rate(step)
-        loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
-        loss.backward()
+        with arithmetic(student):
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
         optimizer.step()
         yield model, loss.detach()
+
+
+IMAGES_AT_ONCE = 256  # students with fewer images a step share kernels (`vmap`); an estimate, not measured
 
 
 def sgd_together(
     student: nn.Module,
     start: Tensor,
     batches: Iterable[Sequence[tuple[Tensor, Tensor]]],
-    lr: float,
+    lr: float | Callable[[int], float],
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     velocity: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`sgd` for E students at once, from `start` `[E, P]`; after each step yield theta `[E, P]` and losses `[E]`.
 
-    Each element of `batches` holds E pairs (images, labels) of equal shapes. If memory does not suffice for all
-    students at once, they are processed in smaller chunks.
+    Each element of `batches` holds E pairs (images, labels) of equal shapes. The next step overwrites theta. On a CUDA
+    device a step is one CUDA graph (`augdistill_method.capture`). In it as many students as have `IMAGES_AT_ONCE`
+    images are computed by the same kernels, and half as many as often as memory does not suffice; then the next ones.
     """
+    rate, theta = lr if callable(lr) else lambda step: lr, start
+    velocity = torch.zeros_like(start) if velocity is None else velocity
+    chunk, decay = 0, None
 
     def loss(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(student, unflatten(student, theta), images), labels)
 
-    slope, chunk = torch.func.grad_and_value(loss), len(start)
-    theta, decay = start, None
-    velocity = torch.zeros_like(start) if velocity is None else velocity
-    for pairs in batches:
+    def slope(theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            value = loss(theta, images, labels)
+            return torch.autograd.grad(value, theta)[0], value.detach()
+
+    def slopes(theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if chunk > 1:
+            return torch.vmap(torch.func.grad_and_value(loss), chunk_size=chunk)(theta, images, labels)
+        return tuple(map(torch.stack, zip(*map(slope, theta, images, labels), strict=True)))
+
+    def step(theta: Tensor, velocity: Tensor, images: Tensor, labels: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
+        gradient, losses = slopes(theta, images, labels)
+        velocity = momentum * velocity + (gradient + decay * theta)
+        return theta - rate * velocity, velocity, losses
+
+    launch = launched(step, start.device)
+    for number, pairs in enumerate(batches):
         images, labels = map(torch.stack, zip(*pairs, strict=True))
-        gradient = None
-        while gradient is None:
+        if decay is None:
+            decay = weight_decay * used(student, theta[0], images[0], labels[0])
+            chunk = min(max(IMAGES_AT_ONCE // images.shape[1], 1), len(start))
+        size = to_device(torch.tensor(rate(number), dtype=start.dtype), start.device)
+        done = None
+        while done is None:
             try:
-                gradient, losses = torch.vmap(slope, chunk_size=chunk)(theta, images, labels)
+                with arithmetic(student):
+                    done = launch(theta, velocity, images, labels, size)
             except torch.OutOfMemoryError:
                 if chunk == 1:
                     raise
-                chunk = -(-chunk // 2)
-        if decay is None:
-            decay = weight_decay * used(student, theta[0], images[0], labels[0])
-        gradient = gradient + decay * theta
-        velocity.mul_(momentum).add_(gradient)
-        theta = theta - lr * velocity
+                chunk, launch = -(-chunk // 2), launched(step, start.device)
+        theta, losses = done[0], done[2].clone()
+        velocity.copy_(done[1])
         yield theta, losses
 
 
 def used(student: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     """`[P]`: 1 where the loss depends on the parameter, else 0: torch's SGD does not change (or decay) those."""
-    with torch.enable_grad():
+    with torch.enable_grad(), arithmetic(student):
         pieces = [p.detach().requires_grad_() for p in unflatten(student, theta)]
         loss = F.cross_entropy(logits_of(student, pieces, images), labels)
         found = torch.autograd.grad(loss, pieces, allow_unused=True)

@@ -18,7 +18,8 @@ def warp(images: Tensor, matrix: Tensor, *, padding: str, align_corners: bool) -
     finite, the image is NaN.
     """
     height, width = (side - align_corners for side in images.shape[-2:])
-    of_sides = matrix.new_tensor([[1, height / width, 1], [width / height, 1, 1]])  # ones for a square
+    of_sides = matrix.new_ones(2, 3)  # filled on its device, which is not waited for; ones for a square
+    of_sides[0, 1], of_sides[1, 0] = height / width, width / height
     finite = matrix.isfinite().all((1, 2)).view(-1, 1, 1, 1)
     grid = F.affine_grid(matrix * of_sides, list(images.shape), align_corners=align_corners)
     grid = torch.where(finite, grid, 0).clamp(-1e4, 1e4)  # without the clamp torch reads outside the image and crashes

@@ -26,7 +26,7 @@ from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store, digest, write
 from augdistill_report.places import RUNS
 from augdistill_report.settings import Settings, given_settings, preset_path, resolve
-from augdistill_report.show.image_grids import film, png
+from augdistill_report.show.image_grids import film, image_grid, png, readable_choice
 from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories, missing_experts
@@ -89,6 +89,7 @@ class Run:
         self.numbers: dict = {}
         self.figures: list[str] = []
         self.films: list[str] = []
+        self.jobs: dict[Path, Task] = {}  # that this notebook's numbers come from, by file
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,8 @@ class Run:
     def make(self, jobs: list[Task], what: str) -> None:
         """Run the jobs whose results the store lacks; `what` names them in the progress bar."""
         run_jobs(jobs, self.store, self.settings.pool, Progress(what))
+        if what != "experts":  # they are made once for many runs
+            self.jobs |= {self.store.path(job.kind, job.spec()): job for job in jobs}
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
         """The expert trajectories, and for each the validation accuracy by snapshot, in [0, 1]."""
@@ -199,11 +202,11 @@ class Run:
         path = self.folder / "phis" / f"{file_name(name)}.safetensors"
         return save_phi(path, job, self.store, strength, probability)
 
-    def table(self, markdown: str) -> None:
-        """Display a Markdown table."""
+    def table(self, markdown: str, folded: str = "") -> None:
+        """Display a Markdown table; with a text `folded`, the reader sees only that until he opens it."""
         from IPython.display import Markdown, display
 
-        display(Markdown(markdown))
+        display(Markdown(fold(markdown, folded) if folded else markdown))
 
     def figure(self, figure, name: str) -> None:
         """Display a figure, and save it as figures/<name>.png (the same bytes for the same picture)."""
@@ -212,6 +215,15 @@ class Run:
         write(self.folder / "figures" / f"{name}.png", picture(figure))
         self.figures.append(name)
         display.display(display.Image(picture(figure), alt=name.replace("_", " ")))
+
+    def grid(self, rows: dict[str, torch.Tensor], split: Split, name: str) -> None:
+        """Display and save rows of images `[n, C, H, W]`, standardised and in the order of `split`, by row name.
+
+        The picture shows a readable choice of them, under the names of their classes, and says what it leaves out.
+        """
+        index, note = readable_choice(split.labels)
+        shown = {label: self.data.pixels(images[index.to(images.device)]) for label, images in rows.items()}
+        self.figure(image_grid(shown, self.titles(split.take(index)), title=note), name)
 
     def film(self, frames: list[Image.Image], name: str) -> None:
         """Display pictures as a film, and save it as figures/<name>.gif."""
@@ -224,7 +236,7 @@ class Run:
         display.display(display.HTML(f'<img alt="{name.replace("_", " ")}" src="{source}">'))
 
     def finish(self, *, headline: str = "", figure: str = ""):
-        """Write results/<notebook>.json: the numbers, with their settings, versions and commit.
+        """Write results/<notebook>.json: the numbers, with settings, versions, commit, and CPU seconds of the jobs.
 
         `headline` states the notebook's finding in one sentence. `figure` names the figure that shows it, one that
         `Run.figure` has saved (else a `ValueError`). Returns a folded table of the numbers, for the last cell.
@@ -236,6 +248,8 @@ class Run:
             raise ValueError(f"finish(figure={figure!r}): must be a figure that this notebook made ({made})")
         results = {
             "notebook": self.notebook,
+            **made_by(self.folder, self.settings),
+            "seconds": sum(self.store.seconds(job.kind, job.spec()) for job in self.jobs.values()),
             "headline": headline,
             "figure": figure,
             "settings": self.settings.public(),
@@ -250,7 +264,25 @@ class Run:
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
         rows = [{"name": name, "value": brief(value)} for name, value in self.numbers.items()]
         summary = f"All numbers of this notebook (results/{self.notebook}.json)"
-        return Markdown(f"<details><summary>{summary}</summary>\n\n{markdown_table(rows)}\n</details>")
+        return Markdown(fold(markdown_table(rows), summary))
+
+
+def fold(markdown: str, summary: str) -> str:
+    """Markdown that a reader opens by a click on its summary."""
+    return f"<details><summary>{summary}</summary>\n\n{markdown}\n</details>"
+
+
+def made_by(folder: Path, settings: Settings) -> dict:
+    """The preset of a run's folder, and how its settings differ from it: what repeats the run."""
+    if not (folder / "config.json").exists():  # a `Run` that no `open_run` made
+        return {"preset": "", "changes": {}}
+    preset = folder_config(folder)["preset"]
+    count = "images_per_class"  # a preset may choose its settings by it
+    before, now = resolve(preset, {count: getattr(settings, count)}).public(), settings.public()
+    before[count] = getattr(resolve(preset), count)
+    unimportant = [*WorkConfig.names(), "track", "data"]
+    changes = {key: now[key] for key in now if now[key] != before[key] and key not in unimportant}
+    return {"preset": Path(preset).stem, "changes": changes}
 
 
 def picture(figure) -> bytes:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from augdistill_method.phi import Phi, register_phi
+from augdistill_method.random import to_device
 from augdistill_method.zoo.policy import PACE
 
 
@@ -63,7 +64,7 @@ class KorniaPhi(Phi):
 
     def forward(self, images, *, generator, **_):
         shape = len(images), len(self.kinds), self.DRAWS
-        noise = torch.rand(shape, generator=generator, device=generator.device).to(images)
+        noise = to_device(torch.rand(shape, generator=generator, device=generator.device), images.device).to(images)
         finite = self.ranges.isfinite()  # kornia makes a picture, or an error, of what is not
         draws = (torch.where(finite, self.ranges, 0)[:, None] * (2 * noise - 1)).squeeze(2).unbind(1)
         out = self.transformed(images, dict(zip(self.kinds, draws, strict=True)))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from augdistill_report.commands.publish import FIGURES, is_committed
+from augdistill_report.commands.publish import FIGURES, gallery_page, is_committed
 from augdistill_report.files.distilled_sets import PAIR, read_set
 from augdistill_report.files.phi_files import open_phi
 from augdistill_report.files.sealed_json import write_json
-from augdistill_report.files.store import Store
-from augdistill_report.run import file_name, folder_config, row_file, run_folder, stored_row
-from augdistill_report.settings import Settings, preset_path, resolve
+from augdistill_report.files.store import Store, write
+from augdistill_report.run import file_name, folder_config, made_by, row_file, run_folder, stored_row
+from augdistill_report.settings import Settings, resolve
 from augdistill_report.studies.set_scores import BESIDE, score_subject, table_of, training_by
 from augdistill_report.studies.subjects import Subject, from_phi, from_row, from_set
 from augdistill_report.work.pool import WorkConfig
@@ -99,18 +99,15 @@ def subject_named(
 def command_of(what: str, arguments: dict, changes: dict) -> str:
     """The command that makes a score again, without the paths of this machine: after a report, for a row of it."""
     path, before = Path(what).expanduser(), ""
-    config = folder_config(path.parent.parent) if row_file(path).is_file() else {}
-    if config:
-        preset = config["preset"]
-        usual = resolve(preset).to_dict()
-        skipped = (*WorkConfig.names(), "track", "data")
-        other = {k: v for k, v in config["settings"].items() if v != usual.get(k) and k not in skipped}
-        sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in other.items())
-        before = f"augdistill report --preset {preset} --only {path.parent.name[:2]}{sets} && "
-        path = Path("runs", preset_path(preset).stem, path.parent.name, path.name)
+    if is_row := row_file(path).is_file():
+        folder = path.parent.parent
+        made = made_by(folder, Settings.from_dict(folder_config(folder)["settings"]))
+        sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in made["changes"].items())
+        before = f"augdistill report --preset {made['preset']} --only {path.parent.name[:2]}{sets} && "
+        path = Path("runs", made["preset"], path.parent.name, path.name)
     options = "".join(f" --{k} {shlex.quote(str(v))}" for k, v in arguments.items() if v)
     sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in changes.items() if k not in WorkConfig.names())
-    return f"{before}augdistill score {shlex.quote(str(path) if config else path.name)}{options}{sets}"
+    return f"{before}augdistill score {shlex.quote(str(path) if is_row else path.name)}{options}{sets}"
 
 
 def score(
@@ -174,4 +171,5 @@ def score(
     write_json(folder / "scores" / file, "score", result)
     if publish:
         write_json(SCOREBOARD / f"{file_name(result['data'])}-{result['size']}-{file}", "score", result)
+        write(FIGURES / "README.md", gallery_page())
     return SetScore(result, folder / "scores" / file)

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from augdistill_core import Config, Phi, affine, color, flip, knob, make_phi, seeded, warp
+from augdistill_core import Config, Phi, affine, color, flip, knob, make_phi, seeded, to_device, warp
 from augdistill_report.data.datasets import Dataset
 
 
@@ -30,9 +31,8 @@ class RandomAffine:
     flip: float = 0.0
 
     def __call__(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
-        angle, size, right, down = (
-            torch.randn(len(images), 4, generator=generator, device=generator.device).to(images).unbind(1)
-        )
+        drawn = torch.randn(len(images), 4, generator=generator, device=generator.device)
+        angle, size, right, down = to_device(drawn, images.device).to(images).unbind(1)
         images = affine(
             images,
             self.rotation * angle,
@@ -43,21 +43,24 @@ class RandomAffine:
         )
         if self.flip:
             flipped = torch.rand(len(images), generator=generator, device=generator.device) < self.flip
-            images = flip(images, flipped.to(images.device))
+            images = flip(images, to_device(flipped, images.device))
         return images
 
 
 # --- the operations of DSA: images [B, C, H, W], then parameters [B], one per image -----------------------------------
-# `crop` is kornia's. The others are not: kornia's scaling and rotation give the identity back only up to rounding, and
-# its erased boxes have the bits of `cutout` but take half as much time again, and as many lines.
+# They are not kornia's: its geometry inverts a matrix, for which a program waits for its GPU, and its scaling and
+# rotation give the identity back only up to rounding. Its erased boxes have the bits of `cutout` but take half as much
+# time again, and as many lines.
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """The image's window shifted `down` and `right` (whole pixels); zero outside the image."""
-    from kornia.geometry import transform  # slow to import
-
-    shift = -torch.stack([right, down], 1).to(images)
-    return transform.translate(images, shift, "nearest", "zeros", align_corners=True)  # exact: no pixel is mixed
+    height, width = images.shape[-2:]
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))  # so that every position is exact
+    matrix = torch.eye(2, 3, dtype=wide.dtype, device=images.device).repeat(len(images), 1, 1)
+    matrix[:, 0, 2], matrix[:, 1, 2] = 2 * right / max(width - 1, 1), 2 * down / max(height - 1, 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=True)
+    return F.grid_sample(wide, grid, "nearest", "zeros", align_corners=True).to(images.dtype)  # no pixel is mixed
 
 
 def cutout(images: Tensor, top: Tensor, left: Tensor, box: tuple[int, int]) -> Tensor:
@@ -123,10 +126,10 @@ class DSA(Config):
         options = dict(size=(len(images),), generator=generator, device=generator.device)
 
         def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(**options).to(images)
+            return low + (high - low) * to_device(torch.rand(**options), images.device).to(images)
 
         def integer(low: int, high: int) -> Tensor:  # both included
-            return torch.randint(low, high + 1, **options).to(images.device)
+            return to_device(torch.randint(low, high + 1, **options), images.device)
 
         sides = images.shape[-2:]
         if name == "color":
@@ -164,8 +167,8 @@ class OnPixels:
     def __call__(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
         pixels = (self.data.pixels(images.float()) * 255).round() / 255
         pad, options = max(images.shape[-1] // 8, 1), dict(generator=generator, device=generator.device)
-        down, right = torch.randint(-pad, pad + 1, (2, len(images)), **options).to(images.device)
-        flipped = torch.rand(len(images), **options).to(images.device) < self.flip
+        down, right = to_device(torch.randint(-pad, pad + 1, (2, len(images)), **options), images.device)
+        flipped = to_device(torch.rand(len(images), **options), images.device) < self.flip
         pixels = flip(crop(pixels, down, right), flipped)
         if self.policy != "crop_flip":
             from augdistill_report.data.policies_by_kornia import PIXEL_POLICIES, Draws  # kornia is slow to import

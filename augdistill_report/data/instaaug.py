@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from augdistill_core import affine, color, per_image, turn_hue
+from augdistill_core import affine, color, per_image, to_device, turn_hue
 
 # for each kind: the limit of its ends, their initial logit, and the reward w per unit of range.
 # Units: radians; logarithm; fractions of the side; standard deviations of the data, logarithms of factors, radians
@@ -88,7 +88,7 @@ class InstaAug(nn.Module):
     def forward(self, images: Tensor, *, generator: torch.Generator, **_) -> Tensor:
         self.images = images.detach()
         low, high = self.ends(images).unbind(2)
-        r = torch.rand(low.shape, generator=generator, device=generator.device).to(images)
+        r = to_device(torch.rand(low.shape, generator=generator, device=generator.device), images.device).to(images)
         draw = dict(zip(self.kinds, (r * high - (1 - r) * low).unbind(1), strict=True))
         nothing = images.new_zeros(len(images))
         angle, zoom, right, down, brightness, saturation, contrast = (

@@ -14,6 +14,8 @@ from kornia.augmentation.auto.autoaugment.autoaugment import cifar10_policy
 from kornia.geometry import transform
 from torch import Tensor
 
+from augdistill_core import to_device
+
 BINS = 30  # a level in [0, 1] has 31 values, except in AutoAugment and AugMix, where it has 10
 
 
@@ -30,7 +32,8 @@ def moved(images: Tensor, rows: list, mode: str) -> Tensor:
 
 
 def turned(images: Tensor, degrees: Tensor, mode: str) -> Tensor:
-    middle = images.new_tensor([[(side - 1) / 2 for side in images.shape[:1:-1]]]).expand(len(images), 2)
+    middle = torch.tensor([[(side - 1) / 2 for side in images.shape[:1:-1]]], dtype=images.dtype)
+    middle = to_device(middle, images.device).expand(len(images), 2)
     matrix = transform.get_rotation_matrix2d(middle, degrees, torch.ones_like(middle))
     return moved(images, [row.unbind(1) for row in matrix.unbind(1)], mode)
 
@@ -79,8 +82,8 @@ def done(images: Tensor, which: Tensor, magnitude: Tensor, mode: str = "nearest"
     out = images.clone()
     for k in which.unique().tolist():
         mine = (which == k).nonzero()[:, 0]
-        given = magnitude[mine].to(images)
-        mine = mine.to(images.device)
+        given = to_device(magnitude[mine], images.device).to(images)
+        mine = to_device(mine, images.device)
         out[mine] = PIXEL_OPERATIONS[ORDER[k]](images[mine], given, mode)
     return out
 
@@ -139,7 +142,8 @@ def augmix(images: Tensor, draws: Draws, magnitude: int) -> Tensor:
     ends = space(0.3, images.shape[-1] / 3, 30, 0.9, 4, most=4)
     weights = -torch.log1p(-draws.uniform(3))  # exponential, so after the division uniform on the simplex
     own, weights = draws.uniform(), weights / weights.sum(1, keepdim=True)
-    weights = torch.cat([own[:, None], (1 - own[:, None]) * weights], 1).to(images)
+    weights = torch.cat([own[:, None], (1 - own[:, None]) * weights], 1)
+    weights = to_device(weights, images.device).to(images)
     mixed = weights[:, 0].view(-1, 1, 1, 1) * images
     for chain in range(3):
         out, depth = images, draws.whole(3)

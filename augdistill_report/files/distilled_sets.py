@@ -27,7 +27,7 @@ KINDS_OF_LABELS = ("hard", "probabilities", "logits", "experts")  # what `--labe
 
 KIND_OF_SET, CARD, PAIR = "distilled set", "card.json", "images_best.pt"
 
-MOST = 1 << 34  # bytes that a file may claim to hold
+MOST_BYTES = 1 << 34  # bytes that a file may claim to hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +183,8 @@ def from_named(tensors: dict[str, Tensor], kind: str, path: Path, card: dict) ->
 def from_npz(path: Path, kind: str) -> DistilledSet:
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MOST:
-                raise ValueError(f"it claims to hold more than {MOST:,} bytes")
+            if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
+                raise ValueError(f"it claims to hold more than {MOST_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as archive:  # objects would be pickles, which may hold code
             arrays = {name: archive[name] for name in archive.files}
         card = strict_json(str(arrays.pop("card"))) if "card" in arrays else {}

@@ -5,6 +5,7 @@ Pillow draws them 10 times as fast as matplotlib: fast enough to redraw 20 image
 
 import io
 import itertools
+import re
 import unicodedata
 import zlib
 from functools import lru_cache
@@ -15,9 +16,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL = 84  # approximate width of an image in pixels: it is enlarged by an integer factor
+CELL = 84  # most pixels of an image's width: it is enlarged by an integer factor, or a larger one is made smaller
 
 GAP, LINE = 6, 18  # pixels between images, and height of a text line in pixels
+
+COLUMNS, NAMES = 10, 190  # most images in a row that one can still see on a page, and most pixels of a row's name
+
+SIZES = (13, 11, 9)  # of letters: a name that does not fit is wrapped, then gets smaller letters
 
 INK, PAPER = "#111111", "#ffffff"
 
@@ -34,13 +39,44 @@ def printable(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in bad else c for c in text)
 
 
-def shortened(text: str, width: int, size: int) -> str:
-    """The beginning of a text that fits into `width` pixels at a font size."""
-    if font(size).getlength(text) <= width:
-        return text
-    while text and font(size).getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+def fitted(text: str, width: int, lines: int) -> tuple[str, int]:
+    """`text` as at most `lines` lines of `width` pixels, and its font size, one of `SIZES`.
+
+    It is broken behind spaces and signs, then in smaller letters, then inside words, and only at last cut.
+    """
+    words = re.findall(r"[^\s_/,-]*[\s_/,-]*", text)
+    for pieces, size in [*((words, size) for size in SIZES), (list(text), SIZES[-1])]:
+        rows, wide = [""], font(size).getlength
+        for piece in pieces:
+            if rows[-1] and wide((rows[-1] + piece).rstrip()) > width:
+                rows.append("")
+            rows[-1] += piece
+        if len(rows) <= lines and all(wide(row.rstrip()) <= width for row in rows):
+            break
+    else:
+        rows = rows[:lines]
+        while rows[-1] and wide(rows[-1] + "…") > width:
+            rows[-1] = rows[-1][:-1]
+        rows[-1] += "…"
+    return "\n".join(row.rstrip() for row in rows), size
+
+
+def readable_choice(labels: Tensor, each: int = 2) -> tuple[Tensor, str]:
+    """Positions `[k]` in `labels` `[n]` of the images that a grid shows, and a note on what it leaves out ("" = none).
+
+    At most `COLUMNS` classes, evenly spread over all that there are, and at most `each` images of a class: fewer, if
+    that would be more than `COLUMNS` images.
+    """
+    known, sizes = (found.tolist() for found in labels.cpu().unique(return_counts=True))
+    count = min(len(known), COLUMNS)
+    each = max(1, min(each, COLUMNS // count))
+    kept = [known[round(place * (len(known) - 1) / max(count - 1, 1))] for place in range(count)]
+    index = torch.cat([(labels == c).nonzero().flatten()[:each] for c in kept])
+    parts = [f"{count} of {len(known)} classes"] if count < len(known) else []
+    if max(sizes) > each:
+        most = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
+        parts.append(f"{each} of {most} images a class")
+    return index, ", ".join(parts) and f"shown: {', '.join(parts)}"
 
 
 def difference_image(change: Tensor) -> Tensor:
@@ -54,30 +90,36 @@ def image_grid(rows: dict[str, Tensor], columns: list[str], cell: int = CELL, ti
     Grey (C = 1) and RGB rows can be mixed, and rows may have different lengths. Names may be any text.
     """
     rows = {printable(name): images for name, images in rows.items()}
-    columns, title = [printable(name) for name in columns], printable(title)
-    height, width = next(iter(rows.values())).shape[-2:]
-    scale = max(1, cell // width)
-    high, wide = height * scale + GAP, width * scale + GAP
-    left = max(int(font(13).getlength(name)) for name in rows) + 2 * GAP
-    top = LINE * (bool(title) + any(columns)) + GAP
-    sheet = Image.new("RGB", (left + wide * len(columns), top + high * len(rows)), PAPER)
+    title, (height, width) = printable(title), next(iter(rows.values())).shape[-2:]
+    scale = cell // width or cell / width
+    size = round(width * scale), max(1, round(height * scale))
+    filter = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
+    high, wide = size[1] + GAP, max(size[0], min(cell, 60)) + GAP  # room for a class name above small images
+    heads = [fitted(printable(name), wide - 2, 4) for name in columns]
+    names = {name: fitted(name, NAMES, max(1, high // LINE)) for name in rows}
+    top = max([0, *(len(text.split("\n")) * (size + 5) for text, size in heads if text)])
+    top += LINE * bool(title) + GAP
+    left = max(int(font(size).getlength(line)) for text, size in names.values() for line in text.split("\n")) + 2 * GAP
+    whole = max(left + wide * len(columns), GAP + int(font(13).getlength(title)) + GAP if title else 0)
+    sheet = Image.new("RGB", (whole, top + high * len(rows)), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((left, GAP // 2), title, fill=INK, font=font(13))
-    for place, name in enumerate(columns):
-        text = shortened(name, wide, 13)
-        draw.text((left + wide * place + (wide - GAP) // 2, top - GAP // 2), text, fill=INK, font=font(13), anchor="ms")
+        start = left if left + font(13).getlength(title) < whole else GAP
+        draw.text((start, GAP // 2), title, fill=INK, font=font(13))
+    for place, (text, letters) in enumerate(heads):
+        middle = left + wide * place + (wide - GAP) // 2, top - 1
+        draw.text(middle, text, fill=INK, font=font(letters), anchor="md", align="center", spacing=1)
     for line, (name, images) in enumerate(rows.items()):
-        middle = top + high * line + (high - GAP) // 2
-        draw.text((left - GAP, middle), name, fill=INK, font=font(13), anchor="rm")
+        text, letters = names[name]
+        middle = left - GAP, top + high * line + (high - GAP) // 2
+        draw.text(middle, text, fill=INK, font=font(letters), anchor="rm", align="right", spacing=1)
         if not len(images):
             continue
         bytes_ = (images.detach().clamp(0, 1).nan_to_num() * 255).round().to("cpu", torch.uint8)
         bytes_ = bytes_.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         for place, pixels in zip(range(len(columns)), bytes_, strict=False):
-            image = Image.fromarray(pixels.contiguous().numpy())
-            image = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(image, (left + wide * place, top + high * line))
+            image = Image.fromarray(pixels.contiguous().numpy()).resize(size, filter)
+            sheet.paste(image, (left + wide * place + (wide - GAP - size[0]) // 2, top + high * line))
     return sheet
 
 

@@ -13,6 +13,19 @@ WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 TEMPLATES = Path(__file__).parent / "templates"
 
+# the contents list marks the section that is read: the last one that begins in the upper third of the window
+FOLLOW = """
+const links = [...document.querySelectorAll("nav a")];
+function follow() {
+  const top = (a) => document.getElementById(a.hash.slice(1)).getBoundingClientRect().top;
+  const begun = links.filter((a) => top(a) < innerHeight / 3);
+  links.forEach((a) => a.removeAttribute("aria-current"));
+  (begun.at(-1) ?? links[0]).setAttribute("aria-current", "true");
+}
+addEventListener("scroll", follow, { passive: true });
+follow();
+"""
+
 KEY_NOTEBOOK = "03_phi_distillation"  # its key figure stands on the front page, where it was run
 
 QUESTION = (
@@ -125,7 +138,7 @@ def build_report(folder: Path, configuration: str) -> Path:
 <main><header id="front"><h1>Augmentation by distillation</h1><p class="question">{QUESTION}</p>
 {note}{front(folder, {name: ours[name] for name in notebooks}, titles)}</header>
 {"".join(sections)}
-<footer>{footer}</footer></main></body></html>
+<footer>{footer}</footer></main><script>{FOLLOW}</script></body></html>
 """
     target = folder / "report.html"
     write(target, page)

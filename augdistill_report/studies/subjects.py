@@ -83,7 +83,7 @@ def setup_for(settings: Settings, normalisation: Normalisation) -> Setup:
 # --- a set of a file --------------------------------------------------------------------------------------------------
 
 
-def fitted(found: DistilledSet, data: Dataset, name: str) -> DistilledSet:
+def fitted_to(found: DistilledSet, data: Dataset, name: str) -> DistilledSet:
     """The set with labels as positions in the data's classes, and its channels; a `ValueError` if it does not fit."""
     classes = [c.replace("/", "_") for c in data.classes]
     labels, images = found.labels, found.images
@@ -113,7 +113,7 @@ def from_set(found: DistilledSet, name: str, settings: Settings, store: Store, n
     data = settings.select(Setup, zca=False).load()
     if found.positions is not None:
         return from_positions_in(found, name, settings, store, data)
-    found = fitted(found, data, name)
+    found = fitted_to(found, data, name)
     if found.images.dtype == torch.uint8 and normalisation not in ("", "pixels"):
         raise ValueError(f"{name}: its images are bytes, so they are pixels: not --normalisation {normalisation}")
     if normalisation:

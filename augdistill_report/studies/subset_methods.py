@@ -15,9 +15,10 @@ from augdistill_report.show.plots import COLOURS, look
 from augdistill_report.studies.unseen import CONDITIONED, POLICY, Repetition
 from augdistill_report.work.statistics import BASELINE
 
-# groups
-CONTROL, HAND, LEARNED, IMAGES = "control", "hand-designed", "learned on the subset", "distilled images"
-SELECTED = "selected images"
+CONTROL, HAND, SELECTED = "control", "hand-designed", "selected images"
+LEARNED, IMAGES = "learned on the subset", "distilled images"
+
+GROUPS = (CONTROL, HAND, SELECTED, LEARNED, IMAGES)  # in the order of every table and figure
 
 # alternatives that the validation split selects from, as changes of settings; the first wins a tie
 MAGNITUDES = ({"eval_magnitude": 2}, {"eval_magnitude": 9})  # of RandAugment
@@ -31,7 +32,7 @@ USES = tuple(dict(phi_strength=s, phi_probability=p) for s, p in ((1.0, 1.0), (0
 # of initial labels: the experts' share, and the temperature of their probabilities
 MIXES = tuple(dict(label_share=s, label_temperature=t) for s, t in ((0.5, 1.0), (0.5, 2.0), (0.75, 1.0)))
 
-WINDOWS = tuple(dict(window=place) for place in (0.15, 0.3, 0.45, 0.6))  # of difficulty: 0 = easiest, 1 = hardest
+PLACES = tuple(dict(window=place) for place in (0.15, 0.3, 0.45, 0.6))  # of a window: 0 = easiest, 1 = hardest images
 
 COPIES = ({"eval_copies": 10},)  # with so many, a 10 % subset holds as many images as all the data
 
@@ -114,11 +115,6 @@ class Method:
     drift: bool = False
     carried: bool = False
 
-    @property
-    def panel(self) -> str:
-        """Its panel in the accuracy figure, one of two; the baseline is in both."""
-        return PANELS[bool(self.phi) or self.labels == "soft"]
-
     def options(self, settings: Settings) -> list[dict]:
         """All alternatives for the selection on the validation split, as changes of settings (and `window`)."""
         rates = [dict(eval_lr=rate) for rate in settings.lr_list]
@@ -128,8 +124,6 @@ class Method:
             for changes in itertools.product(rates, *self.choices)
         ]
 
-
-PANELS = ("augmentations", "phi, distilled images and soft labels")
 
 NONE, PHI = "none", "phi"  # ids: of the baseline of every gain (no augmentation), and of the run's own phi
 
@@ -152,7 +146,7 @@ def random_ranges(settings: Settings) -> tuple[dict, ...]:
 
 
 def every_method(settings: Settings) -> list[Method]:
-    """Every row that the table can have, in order."""
+    """Every row that the table can have, group by group."""
     given, taught = settings.expert_augment, settings.taught_augment
     crop = "crop" if settings.dataset in NEVER_FLIPPED else "crop and flip"
     of_taught = {"none": (), "randaugment": (MAGNITUDES, APPLIED)}.get(taught, (APPLIED,))
@@ -177,7 +171,7 @@ def every_method(settings: Settings) -> list[Method]:
         Method("randaugment", "RandAugment", HAND, orange, "P", **randaugment, drift=True, carried=True),
         Method("trivialaugment", "TrivialAugment", HAND, brown, "X", augment="trivialaugment", choices=(APPLIED,)),
         # it learns together with the student, also how often it applies each transformation
-        Method("instaaug", "InstaAug", LEARNED, blue, "*", augment="instaaug", choices=(REWARDS,)),
+        Method("instaaug", "InstaAug", LEARNED, brown, "*", augment="instaaug", choices=(REWARDS,)),
         Method(
             "pixels_mtt", "pixels (MTT)", IMAGES, known["pixels (MTT)"], "^", "-", "pixels", by_mtt, given, carried=True
         ),
@@ -223,14 +217,14 @@ def every_method(settings: Settings) -> list[Method]:
             *("unet_learned", f"U-Net, learned labels + {EXPERTS}", LEARNED, "#332288", "o", "-", "labels+unet_noise"),
             **learned | dict(choices=(MIXES, *of_taught, USES), follows=LEARNED_LABELS),
         ),
-        Method("window", "best window", SELECTED, "#882255", "v", choices=(WINDOWS,), asked=True),
+        Method("window", "best window", SELECTED, "#882255", "v", choices=(PLACES,), asked=True),
         Method(
             *("window_augmented", f"best window + {EXPERTS}", SELECTED, "#332288", "s", "--"),
-            **dict(augment=taught, choices=(WINDOWS, *of_taught), follows="window", asked=True),
+            **dict(augment=taught, choices=(PLACES, *of_taught), follows="window", asked=True),
         ),
         Method(
             *("window_mixed", f"best window, mixed labels + {EXPERTS}", SELECTED, "#666699", "o", "-"),
-            **labels | dict(choices=(WINDOWS, MIXES, *of_taught), follows="window_augmented"),
+            **labels | dict(choices=(PLACES, MIXES, *of_taught), follows="window_augmented"),
             **dict(phi="labels_mixed", recipe=one_iteration, experts=taught),
         ),
         Method(
@@ -239,16 +233,17 @@ def every_method(settings: Settings) -> list[Method]:
             **own,
         ),
     ]
-    rows = [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
-    return rows if settings.subset_by == "random" else [in_window(row) for row in rows]
+    known_rows = [row for row in rows if not row.under or row.under in DIFFERENTIABLE]
+    known_rows = known_rows if settings.subset_by == "random" else [in_window(row) for row in known_rows]
+    return sorted(known_rows, key=lambda row: GROUPS.index(row.group))
 
 
 def in_window(row: Method) -> Method:
     """The row on a window of difficulty: where it lies is selected for no augmentation, and kept by all others."""
-    if WINDOWS in row.choices:
+    if PLACES in row.choices:
         return row
     follows = "" if row.id == NONE else row.follows or NONE
-    return dataclasses.replace(row, choices=(*row.choices, WINDOWS), follows=follows)
+    return dataclasses.replace(row, choices=(*row.choices, PLACES), follows=follows)
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:

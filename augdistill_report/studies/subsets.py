@@ -15,19 +15,13 @@ from augdistill_core import DistillConfig, augmented, labels_under, seeded, snap
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.instaaug import InstaAug
 from augdistill_report.settings import Settings
+from augdistill_report.show.image_grids import readable_choice
 from augdistill_report.studies.drift import Drift, shares
 from augdistill_report.studies.subset_methods import (
     CONTROL,
     FULL,
-    HAND,
-    IMAGES,
-    LEARNED,
-    NONE,
-    PANELS,
-    PHI,
     Method,
     methods,
-    shown_rows,
 )
 from augdistill_report.studies.unseen import Repetition
 from augdistill_report.work.difficulty import Difficulty, subset_index
@@ -36,7 +30,6 @@ from augdistill_report.work.experts import load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import EvalConfig, Evaluation, train_student
 from augdistill_report.work.setup import Setup
-from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled
 
 Key = tuple[str, float, int]  # of an evaluation and its score: method id, fraction, number of the repetition
 
@@ -151,51 +144,6 @@ def budgets(settings: Settings) -> dict[str, dict]:
     return {name: how for name, how in {UNTIL: patient, DC_BENCH: dc_bench}.items() if asked[name]}
 
 
-# --- tables, figures and results from the scores ----------------------------------------------------------------------
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:g} %"
-
-
-def at(scores: dict[Key, Accuracy], fraction: float) -> dict[tuple[str, int], Accuracy]:
-    """The scores at one fraction, by method and trial."""
-    return {(id, k): score for (id, f, k), score in scores.items() if f == fraction}
-
-
-def by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Accuracy]]:
-    """The scores pooled over all trials, by method and fraction."""
-    series: dict[str, dict[float, Accuracy]] = {}
-    for f in dict.fromkeys(f for _, f, _ in scores):
-        for id, score in pooled(at(scores, f)).items():
-            series.setdefault(id, {})[f] = score
-    return series
-
-
-def as_results(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
-    """The scores as a notebook stores them: a `summary` by method and fraction."""
-    return {id: {f"{f:g}": score.numbers() for f, score in series.items()} for id, series in by_method(scores).items()}
-
-
-def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
-    """The gain of each method over no augmentation, by method and fraction: mean, half the 95 % interval, over what."""
-    found: dict[str, dict[str, dict]] = {}
-    for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id not in (NONE, FULL.id)):
-        its = difference(at(scores, f), id, NONE)
-        found.setdefault(id, {})[f"{f:g}"] = {"gain": its.mean, "interval": its.half, "over": its.over}
-    return found
-
-
-def panels(settings: Settings, series: dict) -> dict[str, dict[str, dict[float, Accuracy]]]:
-    """The curves of the two panels of the accuracy figure; no augmentation is in both."""
-    rows = shown_rows(settings)
-    found = {
-        title: {id: scores for id, scores in series.items() if id == NONE or rows[id].panel == title}
-        for title in PANELS
-    }
-    return {title: curves for title, curves in found.items() if curves.keys() - {NONE}} or {PANELS[0]: series}
-
-
 def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[float, float]]:
     """CPU seconds to learn each method at each fraction, and of one student epoch; means over trials."""
     found: dict[tuple[str, float], list] = {}
@@ -205,94 +153,6 @@ def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[f
         epoch = run.seconds(job) / c.eval_students / c.steps(images) * -(-images // c.eval_batch)
         found.setdefault((id, f), []).append((learning, epoch))
     return {key: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for key, rows in found.items()}
-
-
-CHOSEN = {  # the keys of an option, as a table names them
-    "eval_lr": "step size",
-    "eval_magnitude": "magnitude",
-    "eval_reward": "reward",
-    "eval_augment_probability": "augmentation probability",
-    "eval_candidate": "candidate",
-    "label_share": "experts' share of labels",
-    "label_temperature": "temperature of labels",
-    "window": "window of difficulty",
-    "phi_strength": "phi strength",
-    "phi_probability": "phi probability",
-}
-
-
-def subset_table(settings: Settings, scores: dict, chosen: dict, cost: dict, fraction: float) -> list[dict]:
-    """The table rows at one fraction: accuracy, gain over no augmentation, CPU seconds, and the selected option."""
-    here, rows = at(scores, fraction), []
-    for id, score in pooled(here).items():
-        learning, epoch = cost[id, fraction]
-        options = chosen[id, fraction]
-        rows.append(
-            {
-                f"{percent(fraction)} subset": shown_rows(settings)[id].label,
-                f"test accuracy (n = {len(score.test)} students)": str(score),
-                GAIN: gain(here, id, NONE),
-                "CPU seconds to learn": f"{learning:.0f}" if learning else "",
-                "CPU seconds per student epoch": f"{epoch:.2f}",
-                "selected on validation": ", ".join(
-                    f"{what} {options[key]:g}" for key, what in CHOSEN.items() if key in options
-                ),
-            }
-        )
-    return rows
-
-
-def side_by_side(settings: Settings, scores: dict, others: dict, budget: str) -> list[dict]:
-    """Accuracy with equal updates and with another budget, by method and fraction."""
-    first, rows = by_method(scores), shown_rows(settings)
-    return [
-        {f"{EQUAL}; {budget}": rows[id].label} | {percent(f): f"{first[id][f]}; {score}" for f, score in series.items()}
-        for id, series in by_method(others).items()
-    ]
-
-
-def verdict(scores: dict, settings: Settings) -> str:
-    """Which method is best at each fraction: paragraphs of Markdown, from the numbers.
-
-    Two methods differ significantly if the 95 % interval of their mean difference over trials (over students, if there
-    is one trial) excludes 0.
-    """
-    said, full, reached, rows = [], pooled(at(scores, 1.0))[FULL.id], [], shown_rows(settings)
-    for f in dict.fromkeys(f for id, f, _ in scores if id != FULL.id):
-        here = {key: score for key, score in at(scores, f).items() if key[0] != FULL.id}
-        means = {id: score.mean for id, score in pooled(here).items()}
-        best = max(means, key=means.get)
-        near = [id for id in means if id != best and not difference(here, best, id).significant]
-        unlike = "significantly different from all others (95 % interval excludes 0)"
-        if near:
-            unlike = "not significantly different from " + ", ".join(f"*{rows[id].label}*" for id in near)
-        said.append(
-            f"**{percent(f)}**: *{rows[best].label}* is best ({100 * means[best]:.1f} %"
-            + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
-            + f"), {unlike}."
-        )
-        learned = [id for id in means if rows[id].group in (LEARNED, IMAGES)]
-        designed = [id for id in means if rows[id].group == HAND]
-        ours, hand = (max(group, key=means.get, default="") for group in (learned, designed))
-        pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
-        pairs |= {pair: "" for pair in [(PHI, hand), *((id, rows[id].follows) for id in means)] if pair not in pairs}
-        said[-1] += "".join(f" {w}{compared(here, *p, rows)}." for p, w in pairs.items() if means.keys() >= {*p})
-        if means[best] >= full.mean - full.std:
-            reached.append(f"{percent(f)} with *{rows[best].label}*")
-    within = ", ".join(reached) or "no subset with any method"
-    return "\n\n".join([*said, f"{FULL.label}: {full}. At most one standard deviation below: {within}."])
-
-
-def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
-    """A sentence that compares one method with another."""
-    its = difference(here, one, other)
-    word = "not significantly different"
-    if its.significant:
-        word = f"significantly {'better' if its.mean > 0 else 'worse'}"
-    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its} points, {word}"
-
-
-# --- other students, images, drifts -----------------------------------------------------------------------------------
 
 
 def other_students(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], Evaluation]:
@@ -307,35 +167,15 @@ def other_students(run, fraction: float, chosen: dict) -> dict[tuple[str, str, i
     }
 
 
-def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[tuple[str, int], Accuracy]]:
-    """The scores of each student, by method and trial."""
-    found: dict[str, dict[tuple[str, int], Accuracy]] = {}
-    for (student, id, k), score in carried.items():
-        found.setdefault(student, {})[id, k] = score
-    return found
-
-
-def carried_over(settings: Settings, carried: dict[tuple[str, str, int], Accuracy]) -> list[dict]:
-    """One row per student: the accuracy of each method, with its gain over no augmentation (points) in brackets."""
-    rows, table = shown_rows(settings), []
-    for student, here in by_student(carried).items():
-        cells = {
-            rows[id].label: f"{score}" if id == NONE else f"{score} ({gain(here, id, NONE)})"
-            for id, score in pooled(here).items()
-        }
-        table.append({"student": student} | cells)
-    return table
-
-
 @torch.no_grad()
-def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The same images augmented by each method: pixels in [0, 1] by label, and class names.
+def pictures(run, fraction: float, chosen: dict) -> tuple[dict[str, torch.Tensor], list[str], str]:
+    """The same images augmented by each method: pixels in [0, 1] by label, class names, and what is left out.
 
-    One image of each of the first `count` classes of the subset; without controls, which do not change images.
+    One image of a class (`readable_choice`); without controls, which do not change images.
     """
     settings, data, first = run.settings, run.data, trials(run.settings)[0]
     train = data.train.take(first.subset(fraction).index(data))
-    index = torch.tensor([int((train.labels == c).nonzero()[0]) for c in range(min(count, len(data.classes)))])
+    index, note = readable_choice(train.labels, each=1)
     x, labels = train.images[index], train.labels[index]
     rows = {"x": data.pixels(x)}
     for id, method in methods(settings, fraction).items():
@@ -353,7 +193,7 @@ def pictures(run, fraction: float, chosen: dict, count: int = 8) -> tuple[dict[s
             rows[method.label] = data.pixels(augmented(augment, images, labels, index, own))
             if (soft := labels_under(phi, labels, index)).ndim == 2:
                 rows[f"{method.label}: labels"] = label_bars(soft, images)
-    return rows, run.titles(train.take(index))
+    return rows, run.titles(train.take(index)), note
 
 
 def label_bars(labels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -389,13 +229,3 @@ def drifts(run, fraction: float, chosen: dict) -> dict[int, dict[str, tuple[floa
     every, last = snapshots_every(len(run.data.train), setup)[0], load_trajectories(setup, run.store).snapshots - 2
     found = run.probe({start: Drift(setup, start, jobs) for start in (0, last // 2, last)})
     return {start * every: shares(f) for start, f in found.items()}
-
-
-def drift_table(settings: Settings, found: dict[int, dict[str, tuple]], fraction: float) -> list[dict]:
-    """One row per method, one column per start on the expert trajectory."""
-    rows, table = shown_rows(settings), {}
-    for step, by_name in found.items():
-        for id, (value, error) in by_name.items():
-            row = table.setdefault(id, {f"{percent(fraction)} subset": rows[id].label if id in rows else id})
-            row[f"from step {step}"] = f"{value:.2f}" + (f" ± {error:.2f}" if error is not None else "")
-    return list(table.values())

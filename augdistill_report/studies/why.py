@@ -97,11 +97,14 @@ class Case(Task):
 def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str, str], list[Case]]]:
     """The cells of a grid, one dict each, as `augdistill sweep` of `one_phi.ipynb` would find them.
 
-    Also returns the cases by (panel, row), in the order of their seeds.
+    Only the first `why_repeats` seeds of the grid are run. Also returns the cases by (panel, row), in the order of
+    their seeds.
     """
     settings = run.settings
     changes = {"iterations": settings.why_iterations} if settings.why_iterations else {}
-    cases = {choice: Case(choice.settings) for choice in grid.choices(settings, changes, short)}
+    seeds = grid.axes["seed"][: settings.why_repeats]
+    choices = [choice for choice in grid.choices(settings, changes, short) if choice.point["seed"] in seeds]
+    cases = {choice: Case(choice.settings) for choice in choices}
     run.make(
         [job for setup in dict.fromkeys(c.setup for c in cases.values()) for job in missing_experts(setup)], "experts"
     )
@@ -139,10 +142,11 @@ def losses(cells: list[dict]) -> list[dict]:
     return rows
 
 
-def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list]]:
+def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[tuple[str, str], list]]:
     """The matching loss against alpha before training: for x after N steps, and for untrained phis.
 
-    `case` gives the setup; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels.
+    `case` gives the setup; `run` makes and stores the probes. Curves by name, `[(alpha, loss), ...]`, in two panels; a
+    name is (what is drawn, with what).
     """
     n = case.settings.syn_steps
     images = [("identity", steps) for steps in (max(1, n // 3), n, 3 * n)]
@@ -159,9 +163,9 @@ def reach(run: Run, case: Case, alphas: list[float]) -> dict[str, dict[str, list
         return [(alpha, float(np.mean(found[phi, steps, alpha]["loss"]))) for alpha in alphas]
 
     return {
-        "real images": {f"x, {steps} steps": curve(phi, steps) for phi, steps in images},
+        "real images": {("x", f"{steps} steps"): curve(phi, steps) for phi, steps in images},
         f"untrained phis, {n} steps": {
-            f"x, {n} steps" if phi == "identity" else f"{phi}, untrained": curve(phi, steps) for phi, steps in phis
+            ("x", f"{n} steps") if phi == "identity" else (phi, "untrained"): curve(phi, steps) for phi, steps in phis
         },
     }
 

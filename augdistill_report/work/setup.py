@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from augdistill_core import ConvNet, ExpertConfig, knob, snapshots_every
+from augdistill_core import PRECISIONS, ConvNet, ExpertConfig, knob, snapshots_every
 from augdistill_report.data.augmentations import AUGMENTATIONS, DIFFERENTIABLE, Choices
 from augdistill_report.data.datasets import Dataset, check_name, load_data
 from augdistill_report.files.expert_files import FLOATS, SETUP_KEYS, ExpertFile, experts_of_setup
@@ -46,11 +46,18 @@ class Setup(ExpertConfig):
     )
     seed: int = knob(0, "the seed of all random numbers", low=0)
     device: str = knob("cpu", "cpu, or a CUDA device", choices=("cpu", "cuda"))
+    precision: str = knob(
+        "float32",
+        "number type of the ConvNet's convolutions, in experts, unroll and evaluation; tf32 needs a CUDA device",
+        choices=tuple(PRECISIONS),
+    )
     threads: int = knob(1, "CPU threads of each process (another number changes the rounding)", low=1, high=1024)
 
     def __post_init__(self):
         super().__post_init__()
         check_name(self.dataset)
+        if self.precision == "tf32" and self.device == "cpu":
+            raise ValueError("precision='tf32': a CPU does not have it; use device=cuda, or float32 or bf16")
         # absolute, since a notebook runs in another working directory
         name, colon, path = self.dataset.partition(":")
         object.__setattr__(self, "dataset", name + colon + absolute(path))
@@ -63,7 +70,7 @@ class Setup(ExpertConfig):
 
     def student(self, data: Dataset) -> ConvNet:
         """A new student for images `[B, C, size, size]` of `data`."""
-        return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth)
+        return ConvNet(data.shape[0], len(data.classes), self.size, self.width, self.depth, self.precision)
 
     def expert_key(self) -> dict:
         """The settings that an expert's file must share to be used here. The data set is named by its fingerprint."""

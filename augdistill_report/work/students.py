@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from augdistill_core import flatten, logits_of, unflatten
+from augdistill_core import arithmetic, flatten, logits_of, unflatten
 from augdistill_report.data.datasets import Split
 from augdistill_report.work.networks import alexnet, convnet3, vgg11
 
@@ -23,7 +23,8 @@ def accuracy(student: nn.Module, theta: Tensor, split: Split) -> float:
     pieces = unflatten(student, theta)
     right = 0
     for batch in split.batches(512):
-        logits = logits_of(student, pieces, batch.images)
+        with arithmetic(student):
+            logits = logits_of(student, pieces, batch.images)
         right += int(((logits.argmax(1) == batch.labels) & logits.isfinite().all(1)).sum())
     return right / len(split)
 

@@ -154,7 +154,7 @@ def test_a_truncated_or_changed_file_is_refused_by_name(form, tmp_path):
 
 def test_an_archive_that_claims_too_much_is_not_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((10, 1, 64, 64), np.float32), labels=np.arange(10))
-    monkeypatch.setattr("augdistill_report.files.distilled_sets.MOST", 1000)
+    monkeypatch.setattr("augdistill_report.files.distilled_sets.MOST_BYTES", 1000)
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
     with pytest.raises(ValueError, match="claims to hold more than 1,000 bytes"):
         read_set(tmp_path / "bomb.npz")

@@ -86,7 +86,7 @@ def test_the_file_says_what_made_it_and_not_where(run, jobs, saved):
     assert about["phi"] == "unet_noise+policy" and about["shape"] == [1, 8, 8] and about["base_images"] == 10
     assert about["classes"] == list("0123456789") and about["torch"] == torch.__version__
     assert about["data"]["name"] == "digits" and about["data"]["fingerprint"] == run.data.fingerprint
-    assert about["subset"] == {"seed": 0, "per_class": 1, "fraction": None, "skip": 0.0}
+    assert about["subset"] == {"seed": 0, "per_class": 1, "fraction": None, "skip": 0.0, "window": None}
     assert about["config"] == job.config.to_dict() and about["setup"] == job.setup.to_dict()
     assert about["own_source"] == "" and about["stopped"] == {}
     augment = load_phi(saved["unet_noise+policy"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from toys import STUDENTS, Shared, assert_near, built, mlp, toy
+from toys import STUDENTS, Shared, StandIn, assert_near, built, mlp, toy
 
 from augdistill_core import (
     ExpertConfig,
@@ -19,6 +19,8 @@ from augdistill_core import (
     train_experts,
     train_together,
 )
+from augdistill_method import student as student_module
+from augdistill_method.capture import Captured
 from augdistill_report.data.augmentations import DSA
 
 
@@ -135,9 +137,21 @@ def test_a_time_budget_stops_an_expert_at_the_end_of_an_epoch(snapshot_steps, le
         assert torch.equal(cut, whole[:length])
 
 
-@pytest.mark.parametrize("options", [{}, dict(expert_momentum=0.9, expert_decay=0.01, snapshot_steps=2)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "images", "captured"),
+    [
+        ({}, 512, False),
+        (dict(expert_momentum=0.9, expert_decay=0.01, snapshot_steps=2), 8, True),
+        (dict(expert_momentum=0.9, expert_decay=0.01), 1, True),
+    ],
+    ids=["all at once", "two at once, captured", "one after the other, captured"],
+)
 @pytest.mark.parametrize("build", STUDENTS.values(), ids=STUDENTS)
-def test_experts_trained_together_are_those_trained_alone(build, options):
+def test_experts_trained_together_are_those_trained_alone(build, options, images, captured, monkeypatch):
+    monkeypatch.setattr(student_module, "IMAGES_AT_ONCE", images)
+    recorder = StandIn()
+    if captured:  # as on a CUDA device
+        monkeypatch.setattr(student_module, "launched", lambda step, device: Captured(step, recorder))
     student, config, reports = built(build), experts_config(**options), []
     ways = train_together(
         student, *toy(10), config, 3, [4, 0, 1], augment=DSA(), on_snapshot=lambda *a: reports.append(a)
@@ -150,6 +164,7 @@ def test_experts_trained_together_are_those_trained_alone(build, options):
         torch.testing.assert_close(way, expected, rtol=1e-9, atol=1e-12)
         assert [n for n, _ in reports] == [n for n, _ in alone]
         assert [float(losses[column]) for _, losses in reports] == pytest.approx([loss for _, loss in alone], rel=1e-9)
+    assert recorder.recordings == 2 * captured  # whole batches, and the last of an epoch
 
 
 def test_experts_of_which_not_all_fit_are_trained_in_parts(monkeypatch):
@@ -168,6 +183,9 @@ def test_experts_of_which_not_all_fit_are_trained_in_parts(monkeypatch):
     )
     assert parts[:3] == [5, 3, 2] and set(parts[3:]) == {2}  # found once, kept
     monkeypatch.setattr(torch, "vmap", lambda function, chunk_size: small(function, 9))
+    two = train_together(student, *toy(10), experts_config(), 0, range(2))  # one after the other
+    torch.testing.assert_close(two, whole[:2], rtol=1e-12, atol=0)
+    monkeypatch.setattr(student_module, "logits_of", lambda *given: small(None, 9))
     with pytest.raises(torch.OutOfMemoryError):
         train_together(student, *toy(10), experts_config(), 0, range(2))
 

@@ -3,14 +3,19 @@
 Its derivatives are written by hand: each is held against autograd through the layers, and against finite differences.
 """
 
+import functools
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from augdistill_core import ConvNet, initial_parameters, logits_of, seeded, unflatten
+from augdistill_method import fused
+from augdistill_method.capture import Captured
 from augdistill_method.fused import norm_relu_pool
-from augdistill_method.unroll import eager
+from augdistill_method.unroll import Steps, eager, step_gradient
 
 SHAPES = [(3, 4, 6, 6), (1, 3, 2, 2), (2, 3, 4, 8), (2, 3, 8, 4)]
 
@@ -115,3 +120,69 @@ def test_torch_func_takes_a_convnet():
     together = torch.vmap(lambda theta: logits_of(student, unflatten(student, theta), images))(thetas)
     for theta, logits in zip(thetas, together, strict=True):
         torch.testing.assert_close(logits_of(student, unflatten(student, theta), images), logits, rtol=1e-12, atol=0)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The formulas as on a CUDA device, but for inductor: dynamo traces them, and torch runs what it traced."""
+    traced = []
+
+    def backend(graph, example):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(fused, "compiles", lambda z: not torch._C._len_torch_dispatch_stack())
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield traced
+    fused.compiled.cache_clear()
+    fused.FAILED.clear()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_formulas_are_exact_captured_ones_too(compiled, monkeypatch, layout):
+    student = ConvNet(1, 3, 8, width=4, depth=2).double()
+    images = torch.randn(5, 1, 8, 8, generator=seeded(0), dtype=torch.float64).to(memory_format=layout)
+    theta, v = (initial_parameters(student, k).double() for k in (0, 1))
+    labels = torch.arange(5) % 3
+
+    def derivatives(steps):
+        found = steps.gradient(theta, images, labels), *steps.product(theta, images, labels, v)
+        return [t.clone() for t in found if t is not None]
+
+    steps = eager(student)
+    found = derivatives(steps)
+    assert len(compiled) == 8  # forward, backward, the tangent and its backward: of two layers
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = [Captured(f, lambda run: (run, run())) for f in (steps.gradient, steps.product)]
+        of_captured = derivatives(Steps(student, *captured))
+    graph = graph_of_gradient(student, theta, images, labels, v)
+    assert len(compiled) == 10  # and backward through the gradient
+    monkeypatch.undo()
+    expected = derivatives(steps)
+    for one, other in ((found, expected), (of_captured, expected), (graph, expected[1:])):
+        for a, b in zip(one, other, strict=True):
+            assert_near([a], [b])
+
+
+def graph_of_gradient(student, theta, images, labels, v):
+    """g . v and its derivatives in images and theta, by backward through the gradient's graph."""
+    theta, images = theta.clone().requires_grad_(), images.clone().requires_grad_()
+    g = torch.cat([a.flatten() for a in step_gradient(student, unflatten(student, theta), images, labels, True)])
+    return (g @ v).detach(), *torch.autograd.grad(g @ v, [images, theta])
+
+
+def test_without_inductor_the_formulas_run_as_they_are_with_one_warning(monkeypatch):
+    def refuse(*given, **options):
+        raise torch._dynamo.exc.BackendCompilerFailed(refuse, RuntimeError("no C compiler\nfound"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *given, **options: refuse)
+    monkeypatch.setattr(fused, "compiles", lambda z: not fused.FAILED)
+    z = torch.randn(2, 3, 4, 4, generator=seeded(0))
+    with pytest.warns(UserWarning, match="run without inductor, so they are slower: .*no C compiler") as caught:
+        found = [norm_relu_pool(z, torch.ones(3), torch.zeros(3)) for _ in range(2)]
+    assert len(caught) == 1
+    for one in found:
+        torch.testing.assert_close(one, layers(z, torch.ones(3), torch.zeros(3)))
+    fused.compiled.cache_clear()
+    fused.FAILED.clear()

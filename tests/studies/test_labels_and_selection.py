@@ -12,7 +12,7 @@ from augdistill_report.data.augmentations import RANDOM_RANGES, augmentation
 from augdistill_report.data.datasets import load
 from augdistill_report.files.phi_files import load_phi, open_phi, rebuilt
 from augdistill_report.settings import resolve
-from augdistill_report.studies import subsets
+from augdistill_report.studies import subset_tables, subsets
 from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
 from augdistill_report.work.difficulty import Difficulty
 from augdistill_report.work.scoring import EvalConfig, Evaluation, teacher_of, train_student
@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 def test_every_row_is_scored_and_compared_with_the_one_it_follows(world):
     run, chosen, jobs, scores = world
     assert {id for id, _, _ in scores} >= {*ASKED, NONE}
-    text = subsets.verdict(scores, run.settings)
+    text = subset_tables.verdict(scores, run.settings)
     rows = methods(run.settings, 0.1)
     for one in ASKED:
         if other := rows[one].follows:
@@ -94,9 +94,9 @@ def test_learned_labels_are_saved_with_the_images_and_drawn(world):
     assert (phi.phis[0].change != 0).any() and labels_under(phi, labels, index).requires_grad
     with pytest.raises(ValueError, match="bound to the base images"):
         load_phi(path)(torch.rand(2, 1, 8, 8))
-    pictures, _ = subsets.pictures(run, 0.1, chosen)
+    pictures, *_ = subsets.pictures(run, 0.1, chosen)
     of_labels = {name for name in pictures if name.endswith(": labels")}
-    assert len(of_labels) == 5 and all(pictures[name].shape == (8, 1, 8, 8) for name in pictures)
+    assert len(of_labels) == 5 and len({shown.shape for shown in pictures.values()}) == 1
     bars = subsets.label_bars(torch.tensor([[0.5, 0.0, 1.0, 0.26]]), torch.zeros(1, 3, 4, 8))[0, 0]
     dark = (bars < 0.5).sum(0).tolist()
     assert dark == [2, 2, 0, 0, 4, 4, 1, 1] and bars[-1, 0] < 0.5 < bars[0, 0]

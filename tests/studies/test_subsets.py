@@ -12,8 +12,8 @@ from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.preflight import preflight
 from augdistill_report.data.datasets import Sealed, load
 from augdistill_report.settings import Settings, resolve
-from augdistill_report.show import plots
-from augdistill_report.studies import drift, subset_methods, subsets
+from augdistill_report.show import plots, subset_plots
+from augdistill_report.studies import drift, subset_methods, subset_tables, subsets
 from augdistill_report.studies.subset_methods import FULL, HAND, LEARNED, Method, every_method, methods
 from augdistill_report.work import scoring, students
 from augdistill_report.work.experts import load_trajectories
@@ -207,7 +207,7 @@ def test_a_table_may_have_some_rows_only(world):
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
     assert set(learned(settings)) == {"policy", "identity"}
     few = {key: score for key, score in world["scores"].items() if key[0] in ("none", "policy", "all")}
-    assert "compared with" not in subsets.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
+    assert "compared with" not in subset_tables.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
 
 
 # --- until it stops improving -----------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def made_up():
 
 
 def test_differences_and_words_are_those_of_the_numbers():
-    here, rows = subsets.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
+    here, rows = subset_tables.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
     its = difference(here, "phi", "none")
     assert (its.mean, its.half, its.over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
     assert its.significant
@@ -317,23 +317,33 @@ def test_differences_and_words_are_those_of_the_numbers():
     its = difference(here, "randaugment", "none")
     assert its.mean == pytest.approx(0.04 / 3) and its.half == pytest.approx(12.706 * 0.02, rel=1e-3)
     assert not its.significant
-    assert subsets.compared(here, "randaugment", "none", rows) == (
+    assert subset_tables.compared(here, "randaugment", "none", rows) == (
         "*RandAugment* compared with *no augmentation*: +1.3 ± 25.4 points, not significantly different"
     )
-    assert subsets.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
-    assert subsets.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
+    assert subset_tables.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
+    assert subset_tables.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     run, scores = world["run"], world["scores"]
     cost, methods_here = subsets.seconds(run, world["jobs"]), methods(run.settings, 0.1)
-    table = subsets.subset_table(run.settings, scores, world["chosen"], cost, 0.1)
-    pooled, stored, gains = subsets.by_method(scores), subsets.as_results(scores), subsets.gains_by_method(scores)
-    assert [row["10 % subset"] for row in table] == [method.label for method in methods_here.values()]
+    table = subset_tables.subset_table(run.settings, scores, 0.1)
+    costs = subset_tables.cost_table(run.settings, world["chosen"], cost, 0.1)
+    pooled, stored, gains = (
+        subset_tables.by_method(scores),
+        subset_tables.as_results(scores),
+        subset_tables.gains_by_method(scores),
+    )
+    first = "10 % (12 to 13 images a class)"
+    groups = dict.fromkeys(f"**{method.group}**" for method in methods_here.values())
+    assert [row[first] for row in table if len(row) == 1] == list(groups)
+    assert [row[first] for row in costs] == [row[first] for row in table]
+    table = [row for row in table if len(row) > 1]
+    assert [row[first] for row in table] == [method.label for method in methods_here.values()]
     for row, (id, method) in zip(table, methods_here.items(), strict=True):
         assert row["test accuracy (n = 4 students)"] == str(pooled[id][0.1])
         assert stored[id]["0.1"]["values"] == pooled[id][0.1].test
-        assert row[GAIN] == gain(subsets.at(scores, 0.1), id, "none")
+        assert row[GAIN] == gain(subset_tables.at(scores, 0.1), id, "none")
         if id != "none":
             found = gains[id]["0.1"]
             assert row[GAIN] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
@@ -341,15 +351,15 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
         learning, epoch = cost[id, 0.1]
         assert epoch > 0 and (learning > 0) == bool(method.phi)
     assert markdown_table(table).count("\n") == len(table) + 2
-    words = subsets.verdict(scores, run.settings)
+    words = subset_tables.verdict(scores, run.settings)
     best = max((id for id in pooled if id != FULL.id), key=lambda id: pooled[id][0.1].mean)
-    assert f"**10 %**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
-    assert f"{FULL.label}: {pooled[FULL.id][1.0]}." in words
+    assert f"**{first}**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    assert f"All the data, no augmentation: {pooled[FULL.id][1.0]}." in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
-    words = subsets.verdict(scores | perfect, run.settings)
+    words = subset_tables.verdict(scores | perfect, run.settings)
     assert "*identity* is best" in words and "*identity* compared" not in words  # it has learned nothing
-    both = subsets.side_by_side(run.settings, scores, scores, "until it stops")
-    assert both[0]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[-1]["100 %"]
+    both = subset_tables.side_by_side(run.settings, scores, scores, "until it stops")
+    assert both[1]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[4]["100 %"]
 
 
 def test_the_published_table_is_of_equal_updates():
@@ -393,19 +403,21 @@ def test_a_method_is_added_in_one_place(world, monkeypatch):
     # what tables and pictures say
     chosen, ids = world["chosen"] | {(id, 0.1): option for id in ("mine", "quiet")}, ("mine", "quiet")
     scores = world["scores"] | {(id, 0.1, k): Accuracy([0.9, 0.9], [0.9, 0.9]) for id in ids for k in (0, 1)}
-    cost = {(id, f): (1.0, 1.0) for id, f, _ in scores}
-    table = subsets.subset_table(settings, scores, chosen, cost, 0.1)
-    assert [row["10 % subset"] for row in table][-2:] == ["my method", "quiet"]
-    assert "*my method* is best" in subsets.verdict(scores, settings)
-    series, rows = subsets.by_method(scores), subsets.shown_rows(settings)
+    table = subset_tables.subset_table(settings, scores, 0.1)
+    here = [row["10 % (12 to 13 images a class)"] for row in table]
+    assert here.index("**learned on the subset**") < here.index("my method") == here.index("quiet") - 1
+    assert "*my method* is best" in subset_tables.verdict(scores, settings)
+    series, rows = subset_tables.by_method(scores), subset_tables.shown_rows(settings)
     full = series.pop(FULL.id)[1.0]
-    panels = subsets.panels(settings, series)
-    assert "mine" in panels["phi, distilled images and soft labels"] and "quiet" in panels["augmentations"]
+    panels = subset_tables.panels(settings, series)
+    assert {"mine", "quiet"} < {id for title, ids in panels.items() if title.startswith(LEARNED) for id in ids}
+    assert all("none" in ids and len(ids) <= 5 for ids in panels.values())  # and all the data: six lines
     history = [{"iteration": 0, "loss": 0.5, "alpha": 0.1}]
+    moved = {0: {drift.NOISE: (0.1, None), "mine": (0.2, 0.1)}}
     for figure, label in (
-        (plots.by_fraction(panels, full, rows), "my method"),
+        (subset_plots.by_fraction(panels, full, {0.1: "10 %"}, rows), "my method"),
         (plots.curves({("mine", "10 %"): history}, rows=rows), "my method, 10 %"),
-        (plots.drift_panels({"": {0: {drift.NOISE: (0.1, None), "mine": (0.2, 0.1)}}}, drift.NOISE, rows), "my method"),
+        (subset_plots.drift_panels({"": {"": moved}}, drift.NOISE, rows), "my method"),
     ):
         lines = [
             h for axis in figure.axes for h, its in zip(*axis.get_legend_handles_labels(), strict=True) if its == label
@@ -429,8 +441,9 @@ def test_methods_are_told_apart_in_every_picture(dataset):
     rows = every_method(settings)
     for key in ("id", "label"):
         assert len({getattr(row, key) for row in rows}) == len(rows)
-    for panel in subset_methods.PANELS:
-        assert len({row.colour for row in rows if row.panel == panel}) == sum(row.panel == panel for row in rows)
+    for group in subset_methods.GROUPS:
+        its = [row for row in rows if row.group == group or row.id == "none"]
+        assert len({row.colour for row in its}) == len(its)
     assert len({row.colour for row in rows if row.drift}) == sum(row.drift for row in rows)
     assert all(row.colour == plots.COLOURS[row.label] for row in rows if row.label in plots.COLOURS)
     assert {row.id for row in rows if row.group == LEARNED and not row.phi} == {"instaaug"}
@@ -440,10 +453,11 @@ def test_methods_are_told_apart_in_every_picture(dataset):
 
 def test_pictures_show_each_method_on_the_same_images(world):
     run = world["run"]
-    images, titles = subsets.pictures(run, 0.1, world["chosen"])
+    images, titles, note = subsets.pictures(run, 0.1, world["chosen"])
     changed = {row.label for row in methods(run.settings, 0.1).values() if row.group != "control"}
-    assert titles == list("01234567") and set(images) == {"x", *changed} and len(changed) == 15
-    assert all(shown.shape == (8, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
+    assert titles == list("0123456789") and note == "shown: 1 of 12 to 13 images a class"
+    assert set(images) == {"x", *changed} and len(changed) == 15
+    assert all(shown.shape == (10, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
     assert not any(torch.equal(images[name], images["x"]) for name in images if name != "x")
     insta = subsets.trained_instaaug(world["jobs"]["instaaug", 0.1, 0])
     assert not torch.equal(
@@ -515,16 +529,16 @@ def test_drifts_are_of_the_rows_that_follow_the_same_experts(world):
     for by_name in found.values():
         assert list(by_name) == [drift.NOISE, *rows]
         assert all(error is not None for _, error in by_name.values())
-    table = subsets.drift_table(run.settings, found, 0.1)
+    table = subset_tables.drift_table(run.settings, found, 0.1)
     labels = [methods(run.settings, 0.1)[id].label for id in rows]
-    assert [row["10 % subset"] for row in table] == [drift.NOISE, *labels]
+    assert [row["10 % (12 to 13 images a class)"] for row in table if len(row) > 1] == [drift.NOISE, *labels]
     value, error = found[0]["none"]
-    assert table[1]["from step 0"] == f"{value:.2f} ± {error:.2f}"
+    assert table[2]["from step 0"] == f"{value:.2f} ± {error:.2f}"
 
 
 def test_one_size_is_a_picture_of_its_own():
     scores = {name: Accuracy([0.5, 0.52, 0.54], [0.5] * 3) for name in ("no augmentation", "policy")}
-    (axis,) = plots.accuracy_dots(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
+    (axis,) = subset_plots.accuracy_dots(scores, Accuracy([0.6, 0.62], [0.6, 0.6])).axes
     assert [t.get_text() for t in axis.get_yticklabels()] == [f"{name}   52.0 ± 2.0 %" for name in scores]
     assert 0.5 < axis.get_xlim()[1] - axis.get_xlim()[0] < 20 and axis.get_xlim()[0] > 40  # near to one another
 

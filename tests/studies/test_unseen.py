@@ -25,7 +25,7 @@ from augdistill_report.data.augmentations import RandomAffine
 from augdistill_report.files.store import Store
 from augdistill_report.run import picture
 from augdistill_report.settings import Settings, resolve
-from augdistill_report.show import plots
+from augdistill_report.show import plots, subset_plots
 from augdistill_report.studies import unseen
 from augdistill_report.studies.grid import sweep_table
 from augdistill_report.work import statistics
@@ -222,12 +222,12 @@ def test_ranges_over_the_last_quarter():
     found = unseen.recovered(histories)
     assert found["rotation"] == pytest.approx([0.1 * 2**-6.5, 0.2]) and found["flip"] == pytest.approx([0.5, 0.25])
     assert statistics.mean_and_std([0.1, 0.2], ".3f") == "0.150 ± 0.071"
-    figure = plots.ranges({"a": histories, "b": histories[1:]}, {"rotation": 0.15})
+    figure = subset_plots.ranges({"a": histories, "b": histories[1:]}, {"rotation": 0.15})
     assert [len(axis.lines) for axis in figure.axes] == [5, 3]  # kinds by histories, and one truth
-    unknown = plots.ranges({"a": histories}, {})
-    assert {t.get_text() for t in unknown.axes[0].get_legend().get_texts()} == {"rotation", "flip"}
+    unknown = subset_plots.ranges({"a": histories}, {})
+    assert {t.get_text() for t in unknown.axes[0].get_legend().get_texts()} == {"rotation (rad)", "flip (probability)"}
     assert {t.get_text() for t in figure.axes[1].get_legend().get_texts()} == {
-        "rotation",
+        "rotation (rad)",
         "not in the experts' augmentation",
     }
 
@@ -281,4 +281,4 @@ def test_valleys_are_paired_by_segment():
     mean, error = curves["rotation"][0.0]
     assert mean == pytest.approx(0.2) and error == pytest.approx(torch.tensor([0.1, 0.3, 0.2, 0.2]).std().item() / 2)
     assert curves["rotation"][1.0] == (0.0, 0.0)
-    assert plots.range_losses(curves).axes[0].get_xlabel().startswith("range")
+    assert subset_plots.range_losses(curves).axes[0].get_xlabel().startswith("range")

@@ -1,0 +1,257 @@
+"""What notebook 05 shows of its scores: tables, panels of figures, and a verdict in words, group by group.
+
+Every method of the table is in one of few groups. A table has a line before each group, a figure a panel for each.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from augdistill_report.settings import Settings
+from augdistill_report.studies.drift import NOISE
+from augdistill_report.studies.subset_methods import (
+    CONTROL,
+    FULL,
+    GROUPS,
+    HAND,
+    IMAGES,
+    LEARNED,
+    NONE,
+    PHI,
+    Method,
+    shown_rows,
+)
+from augdistill_report.studies.subsets import EQUAL, Key
+from augdistill_report.work.distillation import Distillation
+from augdistill_report.work.jobs import Subset
+from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def sized(settings: Settings, fraction: float) -> str:
+    """A fraction with what it is: "1 % (4 images a class)", or "(4 to 5 images a class)" where classes differ."""
+    data = settings.load()
+    sizes = torch.bincount(data.train.labels[Subset(settings.seed, fraction=fraction).index(data)]).tolist()
+    count = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
+    return f"{percent(fraction)} ({count} image{'s' * (max(sizes) > 1)} a class)"
+
+
+def at(scores: dict[Key, Accuracy], fraction: float) -> dict[tuple[str, int], Accuracy]:
+    """The scores at one fraction, by method and trial."""
+    return {(id, k): score for (id, f, k), score in scores.items() if f == fraction}
+
+
+def by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Accuracy]]:
+    """The scores pooled over all trials, by method and fraction."""
+    series: dict[str, dict[float, Accuracy]] = {}
+    for f in dict.fromkeys(f for _, f, _ in scores):
+        for id, score in pooled(at(scores, f)).items():
+            series.setdefault(id, {})[f] = score
+    return series
+
+
+def as_results(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
+    """The scores as a notebook stores them: a `summary` by method and fraction."""
+    return {id: {f"{f:g}": score.numbers() for f, score in series.items()} for id, series in by_method(scores).items()}
+
+
+def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
+    """The gain of each method over no augmentation, by method and fraction: mean, half the 95 % interval, over what."""
+    found: dict[str, dict[str, dict]] = {}
+    for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id not in (NONE, FULL.id)):
+        its = difference(at(scores, f), id, NONE)
+        found.setdefault(id, {})[f"{f:g}"] = {"gain": its.mean, "interval": its.half, "over": its.over}
+    return found
+
+
+MOST = 6  # lines in one panel of a picture that one can still follow, with no augmentation and all the data
+
+
+def by_group(settings: Settings, ids: Iterable[str]) -> dict[str, list[str]]:
+    """The methods of each panel of a picture, by its title, the group: no augmentation is in each."""
+    rows, found = shown_rows(settings), {}
+    for group in GROUPS:
+        members = [id for id in ids if id in rows and id not in (NONE, FULL.id) and rows[id].group == group]
+        found |= {title: [NONE, *part] for title, part in titled(group, members, MOST - 2).items()}
+    return found or {CONTROL: [NONE]}
+
+
+def titled(title: str, names: list, most: int) -> dict[str, list]:
+    """The names in order, in as few and as equal panels as possible, each of at most `most`, by the panel's title."""
+    count = -(-len(names) // most)
+    ends = [round(len(names) * k / count) for k in range(count + 1)] if count else []
+    parts = [names[start:end] for start, end in itertools.pairwise(ends)]
+    return {title if count == 1 else f"{title} ({k} of {count})": part for k, part in enumerate(parts, 1)}
+
+
+def panels(settings: Settings, series: dict) -> dict[str, dict[str, dict[float, Accuracy]]]:
+    """The curves of each panel of the accuracy figure (`by_group`)."""
+    return {title: {id: series[id] for id in ids} for title, ids in by_group(settings, series).items()}
+
+
+def drift_groups(settings: Settings, found: dict[int, dict[str, tuple]]) -> dict[str, dict[int, dict[str, tuple]]]:
+    """What `drifts` found, for each panel of its figure (`by_group`)."""
+    ids = list(dict.fromkeys(id for by_name in found.values() for id in by_name))
+    return {
+        title: {step: {id: by_name[id] for id in [NOISE, *members]} for step, by_name in found.items()}
+        for title, members in by_group(settings, ids).items()
+    }
+
+
+def loss_curves(settings: Settings, learned: dict[Key, Distillation], results: dict, draws: int) -> dict[str, dict]:
+    """Histories of the phis that match trajectories with so many draws, in the first trial, by panel and (id, size).
+
+    A panel is a subset, with at most `MOST` lines.
+    """
+    rows, found = shown_rows(settings), {}
+    for (id, f, k), job in learned.items():
+        how = (job.config.objective, job.config.draws)
+        if k == 0 and rows[id].group != CONTROL and how == ("trajectory", draws):
+            found.setdefault(f, []).append(id)
+    return {
+        title: {id: results[id, f, 0].history for id in part}
+        for f, ids in found.items()
+        for title, part in titled(sized(settings, f), ids, MOST).items()
+    }
+
+
+def grouped(settings: Settings, rows: dict[str, dict]) -> list[dict]:
+    """Rows of a table by method id, group by group: a line with its name comes before each group."""
+    table, known = [], shown_rows(settings)
+    for group in GROUPS:
+        members = [row for id, row in rows.items() if id in known and known[id].group == group]
+        table += [{next(iter(members[0])): f"**{group}**"}, *members] if members else []
+    return table
+
+
+CHOSEN = {  # the keys of an option, as a table names them
+    "eval_lr": "step size",
+    "eval_magnitude": "magnitude",
+    "eval_reward": "reward",
+    "eval_augment_probability": "augmentation probability",
+    "eval_candidate": "candidate",
+    "label_share": "experts' share of labels",
+    "label_temperature": "temperature of labels",
+    "window": "window of difficulty",
+    "phi_strength": "phi strength",
+    "phi_probability": "phi probability",
+}
+
+
+def subset_table(settings: Settings, scores: dict, fraction: float) -> list[dict]:
+    """The table rows at one fraction: accuracy, and gain over no augmentation."""
+    here, known = at(scores, fraction), shown_rows(settings)
+    rows = {
+        id: {
+            sized(settings, fraction): known[id].label,
+            f"test accuracy (n = {len(score.test)} students)": str(score),
+            GAIN: gain(here, id, NONE),
+        }
+        for id, score in pooled(here).items()
+    }
+    return grouped(settings, rows)
+
+
+def cost_table(settings: Settings, chosen: dict, cost: dict, fraction: float) -> list[dict]:
+    """The table rows at one fraction: CPU seconds, and the selected option."""
+    rows, known = {}, shown_rows(settings)
+    for (id, f), (learning, epoch) in cost.items():
+        if f == fraction and id != FULL.id:
+            options = [f"{what} {chosen[id, f][key]:g}" for key, what in CHOSEN.items() if key in chosen[id, f]]
+            rows[id] = {
+                sized(settings, fraction): known[id].label,
+                "CPU seconds to learn": f"{learning:.0f}" if learning else "",
+                "CPU seconds per student epoch": f"{epoch:.2f}",
+                "selected on validation": ", ".join(options),
+            }
+    return grouped(settings, rows)
+
+
+def side_by_side(settings: Settings, scores: dict, others: dict, budget: str) -> list[dict]:
+    """Accuracy with equal updates and with another budget, by method and fraction."""
+    first, rows = by_method(scores), shown_rows(settings)
+    table = {
+        id: {f"{EQUAL}; {budget}": rows[id].label}
+        | {percent(f): f"{first[id][f]}; {score}" for f, score in series.items()}
+        for id, series in by_method(others).items()
+    }
+    return grouped(settings, table)
+
+
+MOST_NAMED = 4  # most methods that a sentence lists
+
+
+def verdict(scores: dict, settings: Settings) -> str:
+    """Which method is best at each fraction: paragraphs of Markdown, from the numbers.
+
+    Two methods differ significantly if the 95 % interval of their mean difference over trials (over students, if there
+    is one trial) excludes 0.
+    """
+    said, full, reached, rows = [], pooled(at(scores, 1.0))[FULL.id], [], shown_rows(settings)
+    for f in dict.fromkeys(f for id, f, _ in scores if id != FULL.id):
+        here = {key: score for key, score in at(scores, f).items() if key[0] != FULL.id}
+        means = {id: score.mean for id, score in pooled(here).items()}
+        best = max(means, key=means.get)
+        near = [id for id in means if id != best and not difference(here, best, id).significant]
+        unlike = "significantly different from all others (95 % interval excludes 0)"
+        if near:
+            unlike = "not significantly different from " + ", ".join(f"*{rows[id].label}*" for id in near)
+        if len(near) > MOST_NAMED:
+            baseline = f", *{rows[NONE].label}* among them" if NONE in near else ""
+            unlike = f"not significantly different from {len(near)} of {len(means) - 1} others{baseline}"
+        said.append(
+            f"**{sized(settings, f)}**: *{rows[best].label}* is best ({100 * means[best]:.1f} %"
+            + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
+            + f"), {unlike}."
+        )
+        learned = [id for id in means if rows[id].group in (LEARNED, IMAGES)]
+        designed = [id for id in means if rows[id].group == HAND]
+        ours, hand = (max(group, key=means.get, default="") for group in (learned, designed))
+        pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
+        pairs |= {pair: "" for pair in [(PHI, hand), *((id, rows[id].follows) for id in means)] if pair not in pairs}
+        said[-1] += "".join(f" {w}{compared(here, *p, rows)}." for p, w in pairs.items() if means.keys() >= {*p})
+        if means[best] >= full.mean - full.std:
+            reached.append(f"{percent(f)} with *{rows[best].label}*")
+    within = ", ".join(reached) or "no subset with any method"
+    return "\n\n".join([*said, f"{FULL.label.capitalize()}: {full}. At most one standard deviation below: {within}."])
+
+
+def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
+    """A sentence that compares one method with another."""
+    its = difference(here, one, other)
+    word = "not significantly different"
+    if its.significant:
+        word = f"significantly {'better' if its.mean > 0 else 'worse'}"
+    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its} points, {word}"
+
+
+def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[tuple[str, int], Accuracy]]:
+    """The scores of each student, by method and trial."""
+    found: dict[str, dict[tuple[str, int], Accuracy]] = {}
+    for (student, id, k), score in carried.items():
+        found.setdefault(student, {})[id, k] = score
+    return found
+
+
+def carried_over(settings: Settings, carried: dict[tuple[str, str, int], Accuracy]) -> list[dict]:
+    """One column per student: the accuracy of each method, with its gain over no augmentation (points) in brackets."""
+    rows, table = shown_rows(settings), {}
+    for student, here in by_student(carried).items():
+        for id, score in pooled(here).items():
+            row = table.setdefault(id, {"test accuracy (gain in points, 95 % CI)": rows[id].label})
+            row[student] = f"{score}" if id == NONE else f"{score} ({gain(here, id, NONE)})"
+    return grouped(settings, table)
+
+
+def drift_table(settings: Settings, found: dict[int, dict[str, tuple]], fraction: float) -> list[dict]:
+    """One row per method, one column per start on the expert trajectory."""
+    rows, table = shown_rows(settings), {}
+    for step, by_name in found.items():
+        for id, (value, error) in by_name.items():
+            row = table.setdefault(id, {sized(settings, fraction): rows[id].label if id in rows else id})
+            row[f"from step {step}"] = f"{value:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+    return [table.pop(NOISE), *grouped(settings, table)]
