@@ -8,7 +8,7 @@ from pathlib import Path
 import anywidget
 import traitlets
 
-from augdistill_report.explorer.uploads import MOST_BYTES, MOST_IMAGES
+from augdistill_report.explorer.uploads import MOST_IMAGES, UPLOAD_BYTES
 
 STATIC = Path(__file__).parent / "static"
 
@@ -37,4 +37,4 @@ class Upload(anywidget.AnyWidget):
 
     _esm = STATIC / "upload.js"
     most_images = traitlets.Int(MOST_IMAGES).tag(sync=True)
-    most_bytes = traitlets.Int(MOST_BYTES).tag(sync=True)
+    most_bytes = traitlets.Int(UPLOAD_BYTES).tag(sync=True)

@@ -20,7 +20,7 @@ from augdistill_report.run import Run
 from augdistill_report.studies.unseen import SEGMENTS, truth
 from augdistill_report.work.probes import probe
 
-LEAST = 1e-6  # the smallest range, as in `Policy.hold`: its logarithm must be finite
+SMALLEST = 1e-6  # the smallest range, as in `Policy.hold`: its logarithm must be finite
 
 DEGREE = 180 / math.pi
 
@@ -98,10 +98,10 @@ def limits(phi: Phi) -> list[float | None]:
 
 def level_of(value: float, limit: float | None) -> float:
     """What a phi adds up to make a range: its logarithm, or the logit of its share of the limit."""
-    value = max(value, LEAST)
+    value = max(value, SMALLEST)
     if limit is None:
         return math.log(value)
-    share = min(value / limit, 1 - LEAST)
+    share = min(value / limit, 1 - SMALLEST)
     return math.log(share / (1 - share))
 
 

@@ -10,7 +10,7 @@ from augdistill_report.data.folders import read_image
 
 MOST_IMAGES = 20  # that can be shown at once
 
-MOST_BYTES = 8_000_000  # of a file: the page's connection to its kernel takes 10 MB at a time
+UPLOAD_BYTES = 8_000_000  # of a file: the page's connection to its kernel takes 10 MB at a time
 
 
 class File(io.BytesIO):
@@ -46,8 +46,8 @@ def read_own(name: str, content: bytes, shape: tuple[int, int, int], size_of_fil
     """
     channels, size, _ = shape
     heavy = max(len(content), size_of_file if type(size_of_file) is int else 0)
-    if heavy > MOST_BYTES:
-        raise ValueError(f"{name}: has {heavy / 1e6:.1f} MB; must have at most {MOST_BYTES / 1e6:g} MB")
+    if heavy > UPLOAD_BYTES:
+        raise ValueError(f"{name}: has {heavy / 1e6:.1f} MB; must have at most {UPLOAD_BYTES / 1e6:g} MB")
     if channels not in (1, 3):
         raise ValueError(f"{name}: the data set's images have {channels} channels; a picture has 1 or 3")
     pixels = read_image(File(name, content), size).float()[None] / 255

@@ -21,7 +21,7 @@ from augdistill_report.explorer.controls import LINE_LENGTH, one_line
 from augdistill_report.explorer.page import Page
 from augdistill_report.explorer.ranges import learned_ranges, links_of, loss_along
 from augdistill_report.explorer.state import Explorer, View
-from augdistill_report.explorer.uploads import MOST_BYTES, Own, read_own
+from augdistill_report.explorer.uploads import UPLOAD_BYTES, Own, read_own
 from augdistill_report.studies.unseen import SEGMENTS
 from augdistill_report.work.probes import probe
 
@@ -206,7 +206,7 @@ def test_what_is_no_image_is_refused_by_name_and_what_is_one_is_shown(run, opene
 
     for name, content, more, line in (
         ("letter.png", b"no picture", {}, "letter.png is not a readable image"),
-        ("big.png", b"", {"size": MOST_BYTES + 1}, r"big.png: has 8.0 MB; must have at most 8 MB"),
+        ("big.png", b"", {"size": UPLOAD_BYTES + 1}, r"big.png: has 8.0 MB; must have at most 8 MB"),
         ("film.gif", film_of(3), {}, "film.gif is not a readable image .it has 3 frames"),
         ("empty.png", b"", {"size": "much"}, "empty.png is not a readable image"),
     ):
