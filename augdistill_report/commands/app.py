@@ -80,7 +80,7 @@ class Server(Voila):
         self.template_paths.insert(0, str(TEMPLATE))
 
     def init_settings(self):
-        """A waiting kernel counts as used once its page is asked for: else it may be culled before the page connects."""
+        """A waiting kernel counts as used once its page is asked for: else it may be culled before that connects."""
         settings, take = super().init_settings(), self.kernel_manager.get_rendered_notebook
 
         async def taken(*arguments, **options):
