@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import webbrowser
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
@@ -77,6 +78,18 @@ class Server(Voila):
     def setup_template_dirs(self):
         super().setup_template_dirs()
         self.template_paths.insert(0, str(TEMPLATE))
+
+    def init_settings(self):
+        """A waiting kernel counts as used once its page is asked for: else it may be culled before that connects."""
+        settings, take = super().init_settings(), self.kernel_manager.get_rendered_notebook
+
+        async def taken(*arguments, **options):
+            *rendered, kernel = await take(*arguments, **options)
+            self.kernel_manager.get_kernel(kernel).last_activity = datetime.now(UTC)
+            return *rendered, kernel
+
+        self.kernel_manager.get_rendered_notebook = taken
+        return settings
 
     def launch_browser(self):
         address = f"{self.connection_url}?token={self.token}"

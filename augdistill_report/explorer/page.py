@@ -216,8 +216,9 @@ class Page:
             by_hand = ", ranges turned by hand" if chosen.values or chosen.off else ""
             title = html.escape(chosen.choice.name)
             lines.append(f"<b>{name}{title}</b>{at}{by_hand}: relative change of x {change:.2f}")
-        mark = ". ● phi was trained on it" if any("●" in column for column in look.columns) else ""
-        self.caption.value = "<br>".join(lines) + mark
+        if any("●" in column for column in look.columns):
+            lines[0] += ". ● phi was trained on it"
+        self.caption.value = "<br>".join(lines)
         if "augdistill-error" in self.status.value:
             self.say("")
 

@@ -59,7 +59,7 @@ def served(tmp_path_factory):
     own |= {"JUPYTER_CONFIG_DIR": str(folder / "jupyter")}
     serve = f"""
 from augdistill_report.commands import app
-app.CULL = {{"idle_timeout": 8, "interval": 1}}
+app.CULL = {{"idle_timeout": 15, "interval": 1}}
 app.app("smoke", {str(run)!r}, browser=False)
 """
     command = [sys.executable, "-c", serve]
