@@ -133,7 +133,11 @@ class DistillConfig(Config):
     alpha_momentum: float = knob(0.0, "momentum of alpha's optimizer, if it has one", low=0, high=1)
     label_share: float = knob(0.5, "share of the experts in the initial labels of a phi", low=0, high=1)
     label_temperature: float = knob(1.0, "temperature of the experts in these labels", low=0.01, high=100)
-    memory: str = knob("auto", "memory mode of the unroll; auto = graph if it fits", choices=(*MEMORY, "auto"))
+    memory: str = knob(
+        "auto",
+        "memory mode of the unroll; auto = captured on a CUDA device, else graph if it fits",
+        choices=(*MEMORY, "auto"),
+    )
     real_batch: int = knob(256, "real images on which real_loss is computed", low=1)
     minutes: float = knob(0.0, "time limit in minutes: the run stops after it; 0 = no limit", low=0)
 

@@ -1,6 +1,7 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `publish` copies a run
 to figures/, `campaign` makes a list of results in order of value within a time limit, `app` serves the explorer, `data`
-checks or downloads a data set, `experts` trains, checks or imports experts, `apply` augments images with a phi."""
+checks or downloads a data set, `experts` trains, checks or imports experts, `apply` augments images with a phi, `score`
+says what a distilled set is worth, `export` writes one."""
 
 import argparse
 import contextlib
@@ -55,6 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     apply.add_argument("--probability", type=float, metavar="P", help="of applying phi; default: as in the file")
     apply.add_argument("--set", action="append", default=[], metavar="phis=FILE", help="files that register your phis")
     apply.add_argument("--data", default="", metavar="DIR", help="its folder (AUGDISTILL_DATA, or the cache)")
+    add_score(commands.add_parser("score", help="test students trained on a distilled set, and what stands beside it"))
+    add_export(commands.add_parser("export", help="write what a run has distilled, in a form that others read"))
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
     check = data.add_parser("check", help="read a complete data set and describe it")
@@ -84,6 +87,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         what = "the output folder" if needed else "the run's folder (runs/<preset>)"
         command.add_argument("--out", default="", required=needed, metavar="DIR", help=what)
     return parser.parse_args(arguments)
+
+
+def add_score(command: argparse.ArgumentParser) -> None:
+    what = "images_best.pt (MTT), .npz, .safetensors, a folder, positions (.npy, .txt), a phi, or RUN/NOTEBOOK/ROW"
+    command.add_argument("what", metavar="WHAT", help=what)
+    command.add_argument("--on", default="", metavar="DATA", help="the data set to test on (a row has its own)")
+    command.add_argument("--protocol", default="ours", metavar="NAME", help="ours, mtt, dc-bench, dd-ranking ...")
+    command.add_argument("--preset", default="digits", help="of all other settings: the ConvNet, the experts (digits)")
+    command.add_argument("--student", default="", metavar="NAME", help="convnet3, resnet18, vgg11, alexnet ...")
+    command.add_argument("--students", type=int, default=0, metavar="N", help="students of each row")
+    command.add_argument("--labels", default="", metavar="KIND", help="hard, probabilities, logits, or experts")
+    command.add_argument("--normalisation", default="", metavar="NAME", help="pixels, own, zca, cifar10 ...")
+    command.add_argument("--lr", type=float, default=0.0, help="the step size learned with the images, for mtt")
+    command.add_argument("--size", type=int, default=0, help="image size in pixels, for positions")
+    command.add_argument("--beside", default="random,bytes,window,all", metavar="ROWS", help="what else is scored")
+    command.add_argument("--name", default="", help="what the result is called")
+    command.add_argument("--out", default="", metavar="DIR", help="the folder of results (runs/<preset>)")
+    command.add_argument("--publish", action="store_true", help="also write it to figures/scoreboard (committed code)")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("row", metavar="ROW", help="RUN/NOTEBOOK/ROW, or the file of a saved phi")
+    command.add_argument("--format", required=True, metavar="FORM", help="mtt, folder, npz or safetensors")
+    command.add_argument("--out", required=True, metavar="PATH", help="the file or folder to write")
+    command.add_argument("--draws", type=int, default=1, metavar="K", help="draws of a stochastic phi (1)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting (phis, data)"
+    )
 
 
 def add_cluster(command: argparse.ArgumentParser) -> None:
@@ -151,9 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     from augdistill_report.work.scratch import scratch
 
     if options.command != "campaign":  # which runs without the packages of the notebooks
+        from augdistill_report.commands import export, score, sweep
         from augdistill_report.commands import publish as gallery
         from augdistill_report.commands import report as runner
-        from augdistill_report.commands import sweep
 
     own = contextlib.ExitStack()
     try:
@@ -207,6 +239,12 @@ def main(arguments: list[str] | None = None) -> int:
             how = apply.How(options.copies, options.count, options.seed)
             augment = apply.load_phi(options.phi, options.strength, options.probability)
             print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
+        elif options.command == "score":
+            rest = {key: value for key, value in vars(options).items() if key not in ("command", "what", "set")}
+            print(score.score(options.what, changes=settings_changes(options.set), **rest))
+        elif options.command == "export":
+            arguments = (options.row, options.format, options.out, options.draws, settings_changes(options.set))
+            print(f"export: {export.export(*arguments)}")
         else:
             print(f"published: {gallery.publish(options.preset, options.out, options.only, options.name)}")
     except ValueError as error:

@@ -68,6 +68,25 @@ JSON_KINDS = {
     ),
     "timings": JsonKind({"seconds": {str: float}}, "delete it and run the report again, which measures them again"),
     "tracked": JsonKind({"sent": {str: str}}, "delete it and run the notebooks again: everything is sent again"),
+    "card": JsonKind(
+        {"data": str, "classes": [str], "normalisation": dict, "lr": float, "content": str, "environment": CODE_STATE},
+        "export the set again, or remove the card",
+    ),
+    "score": JsonKind(
+        {
+            "name": str,
+            "data": str,
+            "size": int,
+            "protocol": dict,
+            "rows": dict,
+            "command": str,
+            "environment": CODE_STATE,
+        },
+        "delete it and score the set again",
+    ),
+    "row": JsonKind(
+        {"row": str, "store": str, "setup": dict, "phi": str, "subset": dict, "config": dict}, "run its notebook again"
+    ),
     "apply": JsonKind({"phi": str, "to": str, "of": str, "state": str}, "delete its folder, or choose an empty one"),
 }
 

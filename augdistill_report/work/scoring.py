@@ -236,7 +236,7 @@ class Score(Job):
 
     def work(self, store, tick):
         models, validation = self.evaluation.students(store, tick)
-        test = self.data.test.opened().made()
+        test = self.evaluation.data.test.opened().made()
         accuracies = {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
         return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
 
