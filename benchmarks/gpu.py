@@ -54,11 +54,11 @@ from augdistill_core import (
     unroll,
 )
 from augdistill_method.capture import warn_once
-from augdistill_report.commands.campaign import alarm, device_works
+from augdistill_report.commands.campaign import alarm, device_works, in_one_line
 from augdistill_report.data.augmentations import DSA
 from augdistill_report.data.datasets import Split
 from augdistill_report.files.store import OutOfTime, as_json, write
-from augdistill_report.show.plots import PALETTE, new_figure
+from augdistill_report.show.plots import PALETTE, log_scale, new_figure
 from augdistill_report.work.provenance import environment
 from augdistill_report.work.scoring import EvalConfig, evaluate, train_student, train_students
 
@@ -259,6 +259,15 @@ class Bench:
         numbers = {"seconds": statistics.median(seconds[1:]), "n": len(seconds) - 1, "first seconds": seconds[0]}
         return {"batch": batch} | numbers | {"memory MB": self.peak() - before}
 
+    def memory_by_steps(self, batch: int, until: float) -> dict:
+        """The peak memory of an iteration with N and with N / 5 student steps, in MB: replay's hardly grows with N."""
+        found: dict = {"batch": batch}
+        for steps in (max(self.sizes.steps // 5, 1), self.sizes.steps):
+            bench = dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, steps=steps, repeats=2))
+            row = bench.iterations(batch, bench.ours(batch, *self.fast), until)
+            found[f"memory MB at N = {steps}"] = row.get("memory MB")
+        return found
+
     def fresh(self) -> float:
         """Return unused memory, reset the peak, and return what is allocated in MB."""
         if self.device != "cuda":
@@ -349,6 +358,8 @@ def plan(bench: Bench) -> list[tuple[str, float, Callable[[float], dict]]]:
     rows += [("experts together", 1, lambda until: bench.experts("together"))]
     rows += [("students on 10 images", 0.5, lambda until: bench.students(10, 1000))]
     rows += [("students on all the data", 1, lambda until: bench.students(all_data, 17600))]
+    middle = bench.sizes.batches[1]
+    rows += [("memory and N", 0.5, lambda until: bench.memory_by_steps(middle, until))]
     rows += [("experts one by one", 0.5, lambda until: bench.experts("one by one"))]
     rows += [("the card", 0.2, lambda until: bench.card())]
     others = [(m, p) for m in bench.memories for p in bench.precisions if p != "bf16" and (m, p) != bench.fast]
@@ -379,8 +390,8 @@ def measure_all(bench: Bench, seconds: float, out: Path, goes_on: bool) -> list[
                 row |= measure(until)
         except OutOfTime:
             row["stopped"] = "its share of the time was over"
-        except (RuntimeError, ValueError) as error:  # torch's, for example without memory
-            row["stopped"] = " ".join(str(error).split())[:300]
+        except Exception as error:  # whatever it is, it must not cost the other rows
+            row["stopped"] = in_one_line(error)
         if texts := {str(w.message) for w in warned if not str(w.message).startswith("iteration")}:  # of a random loss
             row["warnings"] = sorted(texts)[:5]
         row["measured in"] = round(time.monotonic() - began, 1)
@@ -429,7 +440,8 @@ def figure(rows: list[dict], device: str, steps: int):
     left.set(ylabel="milliseconds an iteration", title=f"N = {steps}, {device}")
     right.set(ylabel="peak memory in MB")
     for axis in (left, right):
-        axis.set(xlabel="images in a student step", xscale="log", yscale="log")
+        axis.set(xlabel="images in a student step", xscale="log")
+        log_scale(axis)
         axis.set_xticks(sorted({row["batch"] for row in rows}))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")

@@ -41,6 +41,7 @@ def test_a_run_that_is_cut_short_keeps_its_rows_and_goes_on(tmp_path):
             row = rows[f"{batch} images a step, {variant}"]
             assert row["seconds"] > 0 and row["n"] == 3 and row["memory MB"] >= 0
         assert f"{batch} images a step: " in whole.stdout and "times as fast as official" in whole.stdout
+    assert rows["memory and N"]["memory MB at N = 1"] >= 0 and "memory MB at N = 3" in rows["memory and N"]
     assert all(rows[f"experts {how}"]["experts a minute"] > 0 for how in ("together", "one by one"))
     assert (
         rows["students on 10 images"]["students a minute"] > rows["students on all the data"]["students a minute"] > 0

@@ -119,8 +119,8 @@ def make(row: Row, folder: Path, store: Store, show) -> None:
             row.state, row.accuracy = DONE, Accuracy(**jobs[-1].stored(store)[1])
     except OutOfTime:  # between two jobs
         row.state = "stopped by the time limit between two jobs"
-    except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, for example without memory
-        row.state = f"{FAILED}{' '.join(str(error).split())[:300]}"
+    except Exception as error:  # whatever it is, it must not cost the other pieces
+        row.state = FAILED + in_one_line(error)
     finally:
         row.seconds = time.monotonic() - began
 
@@ -147,6 +147,12 @@ def run_until(job: Job, store: Store, show) -> str:
         return f"stopped by the time limit in {job.kind} at {100 * share:.0f} %{whole}"
 
 
+def in_one_line(error: Exception) -> str:
+    """An exception's message, with its type if that is not `ValueError`, whose messages are made for people."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"
+
+
 def device_works(device: str) -> bool:
     """Whether a device still computes: after an invalid kernel a process gets nothing but errors from it."""
     try:
@@ -157,12 +163,20 @@ def device_works(device: str) -> bool:
 
 @contextlib.contextmanager
 def alarm(moment: float) -> Iterator[None]:
-    """Raise `OutOfTime` in this thread at a moment of `time.monotonic`, for work that does not look at the clock."""
+    """Raise `OutOfTime` in this thread at a moment of `time.monotonic`, for work that does not look at the clock.
+
+    An import is let finish, since a module that was imported by half cannot be used later.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):  # Windows
         yield
         return
 
-    def late(*_):
+    def late(_, frame):
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                return
+            frame = frame.f_back
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, late)

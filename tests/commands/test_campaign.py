@@ -1,6 +1,7 @@
 """Campaigns: the shipped list fits its recipe, and what a time limit or a kill stops goes on from where it was."""
 
 import dataclasses
+import sys
 import time
 
 import pytest
@@ -102,17 +103,28 @@ def test_at_its_deadline_a_job_keeps_its_state_and_ends_as_if_it_had_not_been_st
         assert all(ours[name].equal(undisturbed[name]) for name in ours)
 
 
-def test_students_that_cannot_finish_in_time_are_given_up_and_work_without_progress_is_stopped(tmp_path):
-    config = small().select(EvalConfig, eval_students=4, eval_steps=2, eval_lr=0.02)
-    setup = small().select(Setup)
-    score = Score(setup, Evaluation(setup, Subset(0, per_class=1), config))
-    state = campaign.run_until(score, Store(tmp_path, time.monotonic()), lambda share: None)
-    assert state.startswith("stopped by the time limit in accuracy at 25 %, all of it takes about")
+def test_work_without_progress_is_stopped_but_no_import(tmp_path, monkeypatch):
     with pytest.raises(OutOfTime), campaign.alarm(time.monotonic() + 0.05):
         time.sleep(60)
     with campaign.alarm(time.monotonic() + 0.05):
         pass
     time.sleep(0.1)  # the alarm is off
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.3)\nwhole = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(OutOfTime), campaign.alarm(time.monotonic() + 0.05):
+        import slow_to_import
+
+        assert slow_to_import.whole
+        time.sleep(60)
+    assert sys.modules["slow_to_import"].whole
+
+
+def test_students_that_cannot_finish_in_time_are_given_up(tmp_path):
+    config = small().select(EvalConfig, eval_students=4, eval_steps=2, eval_lr=0.02)
+    setup = small().select(Setup)
+    score = Score(setup, Evaluation(setup, Subset(0, per_class=1), config))
+    state = campaign.run_until(score, Store(tmp_path, time.monotonic()), lambda share: None)
+    assert state.startswith("stopped by the time limit in accuracy at 25 %, all of it takes about")
 
 
 LINES = (

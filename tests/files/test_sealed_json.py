@@ -45,6 +45,17 @@ CONTENT = {
             {"row": "b", "point": {"seed": 0}, "settings": {"phi": "mlp"}, "error": "RuntimeError: ill"},
         ],
     },
+    "campaign": {
+        "campaign": "mine",
+        "preset": "smoke",
+        "tiny": True,
+        "settings": {"iterations": 10},
+        "environment": ENVIRONMENT,
+        "rows": [
+            {"row": "DSA", "images": "10 %", "seed": 0, "state": "done", "test": SCORE, "settings": {}},
+            {"row": "DSA", "images": "1 %", "seed": 0, "state": "not started", "settings": {"eval_steps": 4}},
+        ],
+    },
     "timings": {"seconds": {"01_a": 12.3, "02_b": 4}},
     "tracked": {"sent": {"03/pictures": "0123456789ab", "03/unet": "ba9876543210"}},
     "card": {
@@ -329,4 +340,4 @@ def test_published_results_are_sealed():
     for path in sorted((ROOT / "figures").glob("*/*.json")):
         if path.parent.name != "benchmarks":  # nothing reads those
             kind = json.loads(path.read_text())["kind"]
-            assert kind in ("results", "sweep", "score") and read_json(path, kind)
+            assert kind in ("results", "sweep", "score", "campaign") and read_json(path, kind)
