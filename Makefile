@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test fuzz lab app figures bench clean
+.PHONY: report test fuzz lab app bench clean
 
 report: $(READY)  ## run the notebooks and write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
@@ -31,9 +31,6 @@ clean-notebooks:
 
 app: $(READY)  ## serve the explorer (notebook 06) as a page without code, on this machine; prints its address
 	$(BIN)/augdistill app --preset $(PRESET)
-
-figures: $(READY)  ## publish a finished run's pictures and numbers to figures/$(PRESET) and docs/results.md
-	$(BIN)/augdistill figures --preset $(PRESET)
 
 bench: $(READY)  ## time and memory of the unroll and of experts, compared with reference implementations; a sweep by Dask
 	$(BIN)/python benchmarks/unroll.py --out figures/benchmarks

@@ -89,6 +89,7 @@ class Run:
         self.numbers: dict = {}
         self.figures: list[str] = []
         self.films: list[str] = []
+        self.jobs: dict[Path, Task] = {}  # that this notebook's numbers come from, by file
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -113,6 +114,8 @@ class Run:
     def make(self, jobs: list[Task], what: str) -> None:
         """Run the jobs whose results the store lacks; `what` names them in the progress bar."""
         run_jobs(jobs, self.store, self.settings.pool, Progress(what))
+        if what != "experts":  # they are made once for many runs
+            self.jobs |= {self.store.path(job.kind, job.spec()): job for job in jobs}
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
         """The expert trajectories, and for each the validation accuracy by snapshot, in [0, 1]."""
@@ -227,7 +230,7 @@ class Run:
         display.display(display.HTML(f'<img alt="{name.replace("_", " ")}" src="{source}">'))
 
     def finish(self, *, headline: str = "", figure: str = ""):
-        """Write results/<notebook>.json: the numbers, with their settings, versions and commit.
+        """Write results/<notebook>.json: the numbers, with settings, versions, commit, and CPU seconds of the jobs.
 
         `headline` states the notebook's finding in one sentence. `figure` names the figure that shows it, one that
         `Run.figure` has saved (else a `ValueError`). Returns a folded table of the numbers, for the last cell.
@@ -239,6 +242,8 @@ class Run:
             raise ValueError(f"finish(figure={figure!r}): must be a figure that this notebook made ({made})")
         results = {
             "notebook": self.notebook,
+            **made_by(self.folder, self.settings),
+            "seconds": sum(self.store.seconds(job.kind, job.spec()) for job in self.jobs.values()),
             "headline": headline,
             "figure": figure,
             "settings": self.settings.public(),
@@ -259,6 +264,19 @@ class Run:
 def fold(markdown: str, summary: str) -> str:
     """Markdown that a reader opens by a click on its summary."""
     return f"<details><summary>{summary}</summary>\n\n{markdown}\n</details>"
+
+
+def made_by(folder: Path, settings: Settings) -> dict:
+    """The preset of a run's folder, and how its settings differ from it: what repeats the run."""
+    if not (folder / "config.json").exists():  # a `Run` that no `open_run` made
+        return {"preset": "", "changes": {}}
+    preset = folder_config(folder)["preset"]
+    count = "images_per_class"  # a preset may choose its settings by it
+    before, now = resolve(preset, {count: getattr(settings, count)}).public(), settings.public()
+    before[count] = getattr(resolve(preset), count)
+    unimportant = [*WorkConfig.names(), "track", "data"]
+    changes = {key: now[key] for key in now if now[key] != before[key] and key not in unimportant}
+    return {"preset": Path(preset).stem, "changes": changes}
 
 
 def picture(figure) -> bytes:

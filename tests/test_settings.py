@@ -175,36 +175,6 @@ def test_a_grid_takes_a_recipe_as_it_is(tmp_path, capsys):
 
 # --- presets that are like others -------------------------------------------------------------------------------------
 
-# Digests of what the settings of each preset were when each was a file of its own (for each number of images a class),
-# where they are not the defaults (and subset_rows by the ids that rows have now).
-BEFORE = {
-    "cifar10-baseline": {None: "8f3fcb4a8321"},
-    "cifar10-long": {None: "952f541608f7"},
-    "cifar10-labels": {None: "ad2a3839bf8c"},
-    "cifar10-small": {None: "5405039b37de"},
-    "cifar10-subsets": {None: "60eb5a9f9a49"},
-    "cifar10": {1: "69de3fd62e5e", 10: "b6dd9aee306f", 50: "7dad17f65077"},
-    "cifar100": {1: "db7fadf2c144", 10: "5006fb00d1d3", 50: "9ee22f4bb0a0"},
-    "digits": {None: "fc80121f701a"},
-    "fashion-long": {None: "90f03fea8685"},
-    "fashion-small": {None: "7d8c7c427ca7"},
-    "fashion": {1: "e62f59782306", 10: "c41256a5bfc7", 50: "aaf0c4a279c3"},
-    "mnist-small": {None: "5772e0fed5fb"},
-    "mnist": {1: "5204283b8ebf", 10: "8baa1ec71c3f", 50: "bc3c9f9743f3"},
-    "smoke": {None: "9460b2521443"},
-}
-
-
-def test_every_preset_is_what_it_was():
-    found, defaults = {}, Settings().to_dict()
-    for path in PRESETS.glob("*.yaml"):
-        for count in read_preset(path.stem)[1] or [None]:
-            settings = resolve(path.stem, {"images_per_class": count} if count else {}).to_dict()
-            other = {key: value for key, value in settings.items() if value != defaults[key]}
-            digest = hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:12]
-            found.setdefault(path.stem, {})[count] = digest
-    assert found == BEFORE
-
 
 def test_no_preset_is_a_copy():
     """A line that changes nothing of what a preset takes over is left out."""

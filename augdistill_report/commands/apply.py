@@ -215,5 +215,6 @@ def write_images(augment: Augment, images: dict[str, Tensor], out: Path, how: Ho
                 done += len(files)
                 line.show(f"{out}: {done} of {total} images")
     before, after = (torch.stack(images) for images in zip(*shown.values(), strict=True))
-    write(out / GRID, picture(image_grid({"x": before, "phi(x)": after}, list(shown))))
+    title = f"shown: {len(shown)} of {len(images)} classes" if len(shown) < len(images) else ""
+    write(out / GRID, picture(image_grid({"x": before, "phi(x)": after}, list(shown), title=title)))
     return total

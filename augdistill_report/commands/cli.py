@@ -1,6 +1,6 @@
-"""The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `figures` publishes a
-run, `app` serves the explorer, `data` checks or downloads a data set, `experts` trains, checks or imports experts,
-`apply` augments images with a saved phi."""
+"""The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `publish` copies a run
+to figures/, `app` serves the explorer, `data` checks or downloads a data set, `experts` trains, checks or imports
+experts, `apply` augments images with a saved phi."""
 
 import argparse
 import contextlib
@@ -30,11 +30,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (report, sweep):
         again = "repeat finished cells" if command is sweep else "repeat finished work"
         command.add_argument("--fresh", action="store_true", help=again)
-    figures = commands.add_parser("figures", help="publish a finished run to figures/ and docs/results.md")
-    figures.add_argument("--sweeps", action="store_true", help="only the results of its sweeps")
-    for command in (report, figures):
-        command.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
-    for command in (report, sweep, figures, app):
+    publish = commands.add_parser("publish", help="copy a finished run to figures/, and write docs/results.md")
+    publish.add_argument("--as", dest="name", default="", metavar="NAME", help="its folder in figures/ (the preset's)")
+    report.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
+    publish.add_argument("--only", default="", metavar="02,03", help="only these notebooks, or: sweeps")
+    for command in (report, sweep, publish, app):
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")
         command.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
@@ -190,11 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             augment = apply.load_phi(options.phi, options.strength, options.probability)
             print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
         else:
-            if options.sweeps and options.only:
-                raise ValueError("--sweeps and --only: cannot be combined; choose one")
-            only = {} if options.sweeps else {"only": options.only}
-            publish = gallery.publish_sweeps if options.sweeps else gallery.publish
-            print(f"published: {publish(options.preset, options.out, **only)}")
+            print(f"published: {gallery.publish(options.preset, options.out, options.only, options.name)}")
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,13 @@
-"""`augdistill figures`: publishes the pictures and numbers of a finished run, or of its sweeps, in figures/<preset>.
+"""`augdistill publish`: copies the pictures and numbers of a finished run, and of its sweeps, to figures/<preset>.
 
-The same run gives the same bytes. Results of uncommitted code are refused, since nobody could reproduce them.
-Everything is read and checked before anything is written.
+It also writes the tables of README and docs/results.md, and figures/README.md, which shows every picture with the
+command, commit and versions that made it. The same run gives the same bytes. Results of uncommitted code are refused,
+since nobody could reproduce them. Everything is read and checked before anything is written.
 """
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from augdistill_report.commands.report import notebooks
@@ -15,58 +18,52 @@ from augdistill_report.run import configuration, folder_config, run_folder
 from augdistill_report.settings import Settings, preset_path
 from augdistill_report.show.page import finished
 from augdistill_report.studies.grid import read_grid
+from augdistill_report.studies.subset_methods import FULL, NONE
 from augdistill_report.studies.why import gain_points, values
-from augdistill_report.work.statistics import markdown_table, over_seeds, row_label, shown
+from augdistill_report.work.statistics import markdown_table, mean_and_std, over_seeds, row_label, shown
 
-FIGURES, RESULTS = ROOT / "figures", ROOT / "docs" / "results.md"
+FIGURES, PAGES = ROOT / "figures", (ROOT / "docs" / "results.md", ROOT / "README.md")
 
 
-def publish(preset: str, out: str = "", gallery: Path | None = None, only: str = "") -> Path:
-    """Copy a finished run's pictures and results to `gallery`/<preset>, and its sweeps; returns that folder.
+def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery: Path = FIGURES) -> Path:
+    """Copy a finished run's results and pictures, and its sweeps, to `gallery`/<name>; returns that folder.
 
-    Without a `gallery` that is figures/, and the tables of docs/results.md are updated. `only` publishes just the
-    notebooks whose numbers it lists ("01,02"), and no sweeps. A `ValueError` if results are missing or damaged, or
-    come from other settings, uncommitted code or several commits.
+    `name` is the preset's by default. `only` lists what to publish: numbers of notebooks ("01,02"), or "sweeps". The
+    pages are written if the gallery is figures/. A `ValueError` if results are missing or damaged, or come from other
+    settings, uncommitted code or several commits.
     """
-    folder, target = run_folder(preset, out), (gallery or FIGURES) / preset_path(preset).stem
-    ours = run_results(folder, preset, only)
-    files: dict[Path, Path] = {}  # source by target
-    for name, result in ours.items():
-        files[target / f"{name}.json"] = folder / "results" / f"{name}.json"
-        pictures = [*(f"{figure}.png" for figure in result["figures"]), *(f"{film}.gif" for film in result["films"])]
-        files |= {target / picture: folder / "figures" / picture for picture in pictures}
-    swept = {} if only else sweep_results(folder)
-    files |= sweep_files(swept, target)
-    now = {f"{target.name}/{name}": result for name, result in ours.items()} | named(swept, target)
-    copy_all(files, fill(RESULTS.read_text(encoding="utf-8"), now) if gallery is None else "")
-    return target
-
-
-def publish_sweeps(preset: str, out: str = "", gallery: Path | None = None) -> Path:
-    """Copy the JSON and the picture of every sweep in a run's folder to `gallery`/<preset>; returns that folder.
-
-    A `ValueError` if there is no sweep, or one that is damaged or of uncommitted code.
-    """
-    folder, target = run_folder(preset, out), (gallery or FIGURES) / preset_path(preset).stem
-    swept = sweep_results(folder)
-    if not swept:
+    folder, target = run_folder(preset, out), gallery / (name or preset_path(preset).stem)
+    if target.parent != gallery:
+        raise ValueError(f"as={name!r}: must be the name of a folder in {gallery}, without a path")
+    ours = {} if only == "sweeps" else run_results(folder, preset, only)
+    swept = sweep_results(folder) if only in ("", "sweeps") else {}
+    if not ours and not swept:
         raise ValueError(f"{folder} holds no sweep: make one first (augdistill sweep GRID.yaml --preset {preset})")
-    tables = fill(RESULTS.read_text(encoding="utf-8"), named(swept, target)) if gallery is None else ""
-    copy_all(sweep_files(swept, target), tables)
-    return target
-
-
-def copy_all(files: dict[Path, Path], tables: str) -> None:
-    """Read every source of `files` (by target), then write all targets, and docs/results.md if there is a text."""
+    files: dict[Path, Path] = {}  # source by target
+    for title, result in ours.items():
+        files[target / f"{title}.json"] = folder / "results" / f"{title}.json"
+        files |= {target / picture: folder / "figures" / picture for picture in picture_files(result)}
+    files |= {target / file.name: file for path in swept for file in (path, path.with_suffix(".png"))}
+    now = {f"{target.name}/{title}": result for title, result in ours.items()}
+    now |= {f"{target.name}/{path.stem}": result for path, result in swept.items()}
+    pages = {page: fill(page.read_text(encoding="utf-8"), now) for page in PAGES if gallery == FIGURES}
     contents = {}
-    for target, source in files.items():
+    for copy, source in files.items():
         if not source.is_file():
             raise ValueError(f"{source}: is missing; run augdistill report (or sweep) again, then publish")
-        contents[target] = source.read_bytes()
-    for target, content in contents.items():
-        write(target, content)
-    if tables:
-        write(RESULTS, tables)
+        contents[copy] = source.read_bytes()
+    for copy, content in contents.items():
+        write(copy, content)
+    for page, text in pages.items():
+        write(page, text)
+    if pages:
+        write(FIGURES / "README.md", gallery_page())
+    return target
+
+
+def picture_files(result: dict) -> list[str]:
+    """The files of a notebook's figures and films."""
+    return [*(f"{figure}.png" for figure in result["figures"]), *(f"{film}.gif" for film in result["films"])]
 
 
 def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:
@@ -109,24 +106,14 @@ def read_sweep(path: Path) -> dict:
     return result
 
 
-def sweep_files(swept: dict[Path, dict], target: Path) -> dict[Path, Path]:
-    """The sweeps' files to copy: source by target."""
-    return {target / file.name: file for path in swept for file in (path, path.with_suffix(".png"))}
-
-
 def is_committed(result: dict) -> bool:
     """Whether a result was made by committed code."""
     return bool(result["environment"]["commit"]) and not result["environment"]["uncommitted"]
 
 
-# --- the tables of docs/results.md ------------------------------------------------------------------------------------
+# --- the tables of README and docs/results.md -------------------------------------------------------------------------
 
 STUDY = "why_phi_failed"
-
-
-def named(swept: dict[Path, dict], target: Path) -> dict[str, dict]:
-    """What sweeps found, by preset and name, as tables refer to it."""
-    return {f"{target.name}/{path.stem}": result for path, result in swept.items()}
 
 
 def fill(text: str, now: dict[str, dict] | None = None) -> str:
@@ -177,6 +164,30 @@ def subsets_table(found: dict[str, dict]) -> list[dict]:
     ]
 
 
+FRONT_ROWS = {  # of README's table: how it names a row, and the row's id
+    "no augmentation": "none",
+    "RandAugment": "randaugment",
+    "distilled pixels (MTT)": "pixels_mtt",
+    "phi: U-Net with noise": "phi",
+    "phi: free images + policy": "pixels_policy",
+    "phi: free images + the experts' augmentation": "pixels_augmented",
+}
+
+
+def front_table(found: dict[str, dict]) -> list[dict]:
+    """README's table: test accuracy by method, a column for each subset of each data set (notebook 05)."""
+    rows = {label: {"test accuracy in % (mean ± standard deviation)": label} for label in [*FRONT_ROWS, FULL.label]}
+    for result in found.values():
+        scores = result["numbers"]["test accuracy"]["equal updates"]
+        for fraction in sorted(set(scores[NONE]), key=float):
+            size = result["settings"]["size"]
+            column = f"{result['settings']['dataset']} {size}x{size}, {100 * float(fraction):g} %"
+            for label, id in [*FRONT_ROWS.items(), (FULL.label, FULL.id)]:
+                score = scores.get(id, {}).get("1" if id == FULL.id else fraction)
+                rows[label][column] = "" if score is None else mean_and_std([100 * v for v in score["values"]])
+    return list(rows.values())
+
+
 def unseen_table(found: dict[str, dict]) -> list[dict]:
     """Test accuracy on a few images that no phi has seen (notebook 07)."""
     (result,) = found.values()
@@ -200,4 +211,57 @@ def study_table(found: dict[str, dict]) -> list[dict]:
     ]
 
 
-TABLES = {"images": images_table, "subsets": subsets_table, "unseen": unseen_table, "study": study_table}
+TABLES = {
+    "front": front_table,
+    "images": images_table,
+    "subsets": subsets_table,
+    "unseen": unseen_table,
+    "study": study_table,
+}
+
+
+# --- figures/README.md ------------------------------------------------------------------------------------------------
+
+BENCHMARKS = "benchmarks"  # the folder of what `make bench` writes
+
+
+def gallery_page() -> str:
+    """figures/README.md: for each published file the command, commit, versions and CPU time; and the pictures."""
+    parts = [
+        "# Published figures and numbers\n",
+        "Written by `augdistill publish`. A JSON file holds the numbers behind the pictures of its line, with n, "
+        "settings and versions. The command makes all of them again; the commit is that of the code that did. "
+        "`augdistill publish --preset NAME` then copies them here. The time is that of the jobs on one core, without "
+        "the experts.\n",
+    ]
+    for folder in sorted(path for path in FIGURES.iterdir() if path.is_dir()):
+        files = sorted(folder.glob("*.json"))
+        rows = [origin_row(path) for path in files]
+        images = sorted([*folder.glob("*.png"), *folder.glob("*.gif")])
+        shown = [
+            f'<a href="{folder.name}/{p.name}"><img src="{folder.name}/{p.name}" height="150"></a>' for p in images
+        ]
+        parts += [f"## {folder.name}\n", f"{markdown_table(rows)}\n", *([" ".join(shown) + "\n"] if shown else [])]
+    return "\n".join(parts)
+
+
+def origin_row(path: Path) -> dict:
+    """A published JSON file's line in figures/README.md."""
+    link = f"[{path.stem}]({path.parent.name}/{path.name})"
+    if path.parent.name == BENCHMARKS:
+        facts, command = json.loads(path.read_text(encoding="utf-8")), "make bench"
+    elif "grid" in (raw := json.loads(path.read_text(encoding="utf-8"))):
+        facts = read_sweep(path)
+        command = f"augdistill sweep notebooks/sweeps/{raw['grid']} --preset {raw['preset']}"
+        command += " --short" if raw["short"] else ""
+        facts["seconds"] = sum(cell.get("seconds", 0.0) for cell in raw["cells"])
+    else:
+        facts = read_json(path, "results")
+        changes = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in facts["changes"].items())
+        command = f"augdistill report --preset {facts['preset']} --only {path.stem[:2]}{changes}"
+    about = facts["environment"]
+    minutes = f"{facts['seconds'] / 60:.0f}" if facts.get("seconds") else ""
+    versions = f"Python {about['python']}, torch {about['torch']}, {about['device']}"
+    return {"numbers": link, "command": f"`{command}`", "commit": about["commit"][:8], "versions": versions} | {
+        "minutes": minutes
+    }

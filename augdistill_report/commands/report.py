@@ -54,6 +54,7 @@ class NotebookTask(Task):
     notebook: Path
     folder: Path  # of the run
     parameters: dict
+    configuration: str  # of the run: the page shows its notebooks
     cost: float = 0.0  # seconds of its last run
 
     kind = "notebook"
@@ -71,6 +72,7 @@ class NotebookTask(Task):
         with store.lock(timings):  # other notebooks may be running
             seconds = notebook_seconds(self.folder) | {name: round(time.monotonic() - start, 1)}
             write_json(timings, "timings", {"seconds": seconds})
+            build_report(self.folder, self.configuration)  # a reader need not wait for the last notebook
 
 
 class Cells:
@@ -135,7 +137,8 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     # papermill takes literals only: pass what differs from the preset, and the notebook resolves it again
     parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
     typical = sum(before.values()) / len(before) if before else 1.0
-    tasks = [NotebookTask(path, folder, parameters, before.get(path.stem, typical)) for path in chosen]
+    ours = configuration(settings)
+    tasks = [NotebookTask(path, folder, parameters, ours, before.get(path.stem, typical)) for path in chosen]
     if at_once > 1:  # first the experts, which several notebooks need: else those would wait for each other
         everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
         with Line() as line:
@@ -144,4 +147,4 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
         run_jobs(tasks, store, Pool(at_once), functools.partial(line.count, "notebooks"))
     for path in chosen:
         print(f"{path.stem}: {notebook_seconds(folder)[path.stem]:.0f} s", file=sys.stderr)
-    return build_report(folder, configuration(settings))
+    return folder / "report.html"

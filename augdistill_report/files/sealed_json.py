@@ -30,6 +30,9 @@ JSON_KINDS = {
     "results": JsonKind(
         {
             "notebook": str,
+            "preset": str,
+            "changes": dict,  # of the preset's settings
+            "seconds": float,  # CPU time of its jobs, without the experts
             "settings": dict,
             "fingerprint": str,
             "configuration": str,

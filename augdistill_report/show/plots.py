@@ -50,7 +50,7 @@ COLOURS = {  # of names in notebooks 01 to 04 and 07; methods of 05 define their
     "two draws": "#0072b2",
     "ordinary loss": "#d55e00",
     # phis of notebook 07
-    "class-blind U-Net": "#8c6d31",
+    "class-blind U-Net": "#6a3d9a",
     "class-blind MLP": "#56b4e9",
     "conditioned U-Net": "#0072b2",
     "conditioned U-Net of a blank image": "#cc79a7",
@@ -217,7 +217,7 @@ def expert_curves(validation: list[list[float]], theta: Tensor, chance: float = 
     left.set(xlabel="snapshot (0: initialisation)", ylabel="validation accuracy (%)")
     left.set_ylim(0, min(100, 108 * max(highest, chance)))
     right.set(xlabel="snapshot (0: initialisation)", ylabel="distance to the previous snapshot\n(norm of weights)")
-    right.set_ylim(0, None)
+    right.set_ylim(0, 1.08 * steps.max().item())
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(left, columns=3)

@@ -97,11 +97,14 @@ class Case(Task):
 def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str, str], list[Case]]]:
     """The cells of a grid, one dict each, as `augdistill sweep` of `one_phi.ipynb` would find them.
 
-    Also returns the cases by (panel, row), in the order of their seeds.
+    Only the first `why_repeats` seeds of the grid are run. Also returns the cases by (panel, row), in the order of
+    their seeds.
     """
     settings = run.settings
     changes = {"iterations": settings.why_iterations} if settings.why_iterations else {}
-    cases = {choice: Case(choice.settings) for choice in grid.choices(settings, changes, short)}
+    seeds = grid.axes["seed"][: settings.why_repeats]
+    choices = [choice for choice in grid.choices(settings, changes, short) if choice.point["seed"] in seeds]
+    cases = {choice: Case(choice.settings) for choice in choices}
     run.make(
         [job for setup in dict.fromkeys(c.setup for c in cases.values()) for job in missing_experts(setup)], "experts"
     )

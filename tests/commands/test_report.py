@@ -6,7 +6,8 @@ import re
 
 import nbformat
 import pytest
-from helpers import NAMES, notebook_of, results
+from helpers import NAMES, make_folder, notebook_of, results
+from PIL import Image
 
 from augdistill_report import settings
 from augdistill_report.commands import publish as gallery
@@ -60,6 +61,8 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
     for name in NAMES:
         assert f'<section id="{name}">' in page
     assert not re.search(r'(src|href)="(https?:)?//', page)
+    contents = re.findall('href="#(.*?)"', page.partition("</nav>")[0])
+    assert contents == ["front", *NAMES] and all(f'id="{name}"' in page for name in contents)
     found = results(smoke)
     # every figure, and each notebook's key figure on its card and at its head, and one on the front page
     shown = sum(len(result["figures"]) for result in found.values()) + 2 * len(NAMES) + 1
@@ -70,6 +73,21 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
     assert page.count('<details class="code">') > 20
     # in the place of the explorer's widgets, which only a kernel brings to life, a line that says how
     assert "widget-view+json" not in page and STATIC_NOTE in page
+
+
+def test_a_hundred_classes_and_one_expert_make_a_picture_that_can_be_read(tmp_path):
+    names = [f"class_of_things_{k}" for k in range(100)]
+    folder, out = make_folder(tmp_path / "things", names, size=(8, 8)), tmp_path / "out"
+    changes = [f"dataset=folder:{folder}", "experts=1", "epochs=3", "max_start_epoch=1", "fractions=0.5"]
+    given = [part for change in changes for part in ("--set", change)]
+    assert main(["report", "--preset", "smoke", "--out", str(out), "--only", "01", *given]) == 0
+    notebook = nbformat.read(out / "notebooks" / "01_expert_trajectories.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [o for o in outputs if o.get("name") == "stderr" or "nan" in str(o.get("data", {}).get("text/markdown"))]
+    with Image.open(out / "figures" / "data.png") as picture:
+        width, height = picture.size
+    assert width < 1100 and height < 600
+    assert json.loads((out / "results" / "01_expert_trajectories.json").read_text())["headline"].startswith("1 expert ")
 
 
 def test_results_of_another_configuration_are_not_reused(tmp_path):

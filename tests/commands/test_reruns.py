@@ -23,7 +23,8 @@ def test_a_second_run_reuses_finished_work_and_gives_the_same_bytes(smoke, tmp_p
         return {p: p.read_bytes() for sub in ("results", "figures", "curves") for p in (smoke / sub).rglob("*.*")}
 
     before, artefacts = contents(), {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()}
-    assert main(["report", "--preset", "smoke", "--out", str(smoke)]) == 0
+    # those with the most kinds of jobs: a kernel for each notebook takes longer than their jobs
+    assert main(["report", "--preset", "smoke", "--out", str(smoke), "--only", "02,04,05,07"]) == 0
     assert contents() == before
     assert {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()} == artefacts
 

@@ -21,6 +21,9 @@ CONTENT = {
     "run": {"preset": "smoke", "settings": resolve("smoke").to_dict()},
     "results": {
         "notebook": "02_baseline_mtt",
+        "preset": "smoke",
+        "changes": {"iterations": 10},
+        "seconds": 12.5,
         "headline": "Pixels teach — ten images, 91.5 %",
         "figure": "curves",
         "settings": {"iterations": 10, "alpha": 0.02},
@@ -241,7 +244,7 @@ def test_results_that_are_about_to_be_replaced_may_be_damaged(run, monkeypatch):
 
 def test_publishing_reads_everything_before_it_writes_anything(run, tmp_path):
     (run / "sweeps" / "mine" / "mine.png").write_bytes(b"a picture")
-    target = gallery.publish_sweeps("smoke", str(run), tmp_path / "gallery")
+    target = gallery.publish("smoke", str(run), "sweeps", gallery=tmp_path / "gallery")
     assert sorted(p.name for p in target.iterdir()) == ["mine.json", "mine.png"]
     assert same(read_json(target / "mine.json", "sweep"), CONTENT["sweep"])
     write_json(run / "sweeps" / "other" / "other.json", "sweep", CONTENT["sweep"] | {"grid": "other.yaml"})
@@ -252,11 +255,11 @@ def test_publishing_reads_everything_before_it_writes_anything(run, tmp_path):
     ):
         break_it(run / "sweeps" / "other" / "other.json")
         with pytest.raises(ValueError, match=message):
-            gallery.publish_sweeps("smoke", str(run), tmp_path / "new")
+            gallery.publish("smoke", str(run), "sweeps", gallery=tmp_path / "new")
         assert not (tmp_path / "new").exists()
     hurt(run / "results" / "02_baseline_mtt.json")
     with pytest.raises(ValueError, match=r"02_baseline_mtt.json: is damaged"):
-        gallery.publish("smoke", str(run), tmp_path / "new", only="01")
+        gallery.publish("smoke", str(run), "01", gallery=tmp_path / "new")
 
 
 def test_a_sweep_refuses_a_damaged_cell_before_the_others_run(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from matplotlib.transforms import Bbox
 
 from augdistill_core import seeded
 from augdistill_report.show import plots, subset_plots
+from augdistill_report.studies import unseen
 from augdistill_report.work.statistics import Accuracy
 
 
@@ -20,6 +21,24 @@ def test_a_name_has_one_look_and_a_row_brings_its_own():
     assert plots.look(("mine", "10 %"), rows) == plots.Style("my method, 10 %", "#123456", "^", ":")
     assert plots.look(("pixels (MTT)", "step size .01")).colour == plots.look("pixels (MTT)").colour == "#d55e00"
     assert plots.look("a phi on 10 %").colour != plots.look("a phi").colour  # names are not parsed
+
+
+REPORT = ["distnet2, SGD 1000", "distnet2, SGD .01", "distnet2, Adam"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["real images", "identity", "pixels (MTT)", *REPORT, "unet_noise"],
+        ["SGD .01", "SGD 10", "SGD 1000", "Adam for phi", "log alpha, Adam"],
+        ["x", "distnet2", "distnet3", "distnet5"],
+        ["two draws", "ordinary loss"],
+        ["no augmentation", "experts' augmentation", *unseen.OF_EPISODES, *unseen.ALONE, "soft labels"],
+        [*subset_plots.UNITS],
+    ],
+)
+def test_names_of_one_picture_have_different_colours(names):
+    assert set(names) <= set(plots.COLOURS) and len({plots.look(name).colour for name in names}) == len(names)
 
 
 # --- whatever the data: nothing overlaps, and axes cover what there is ------------------------------------------------
@@ -64,10 +83,9 @@ def by_fraction(level, groups):
     return subset_plots.by_fraction(dict.fromkeys(groups, series), Accuracy([2 * level] * 2, []), SIZES, ROWS, 0.01)
 
 
-def drifts(error):
+def drifts(error, *groups):
     found = {step: {"noise": (0.4, error)} | dict.fromkeys(ROWS, (0.5, error)) for step in (0, 120, 2400)}
-    groups = dict.fromkeys(("hand-designed (1 of 2)", "distilled images"), found)
-    return subset_plots.drift_panels(dict.fromkeys(SIZES.values(), groups), "noise", ROWS)
+    return subset_plots.drift_panels(dict.fromkeys(SIZES.values(), dict.fromkeys(groups, found)), "noise", ROWS)
 
 
 def policy(kinds, truth):
@@ -97,8 +115,8 @@ PICTURES = {
     "subsets": lambda: by_fraction(0.03, ["control", "hand-designed (1 of 2)", "learned on the subset", "images"]),
     "one group": lambda: by_fraction(0.4, ["control"]),
     "dots": lambda: subset_plots.accuracy_dots(accuracies(0.03, ROWS), Accuracy([0.05, 0.06], []), ROWS, 0.01),
-    "drifts": lambda: drifts(0.1),
-    "drifts of one expert": lambda: drifts(None),
+    "drifts": lambda: drifts(0.1, "hand-designed (1 of 2)", "distilled images"),
+    "drifts of one expert": lambda: drifts(None, "control"),
     "ranges": lambda: policy(KINDS, {"rotation": 0.15, "shift_x": 0.1, "flip": 0.5}),
     "unknown ranges": lambda: policy(KINDS, {}),
     "losses of ranges": lambda: subset_plots.range_losses({k: {0.0: (0.1, 0.01), 1.0: (0.0, 0.0)} for k in KINDS}),
