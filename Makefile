@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: report test fuzz lab app bench clean
+.PHONY: report test fuzz lab app bench gpu-bundle clean
 
 report: $(READY)  ## run the notebooks and write runs/$(PRESET)/report.html
 	$(BIN)/augdistill report --preset $(PRESET)
@@ -38,6 +38,9 @@ bench: $(READY)  ## time and memory of the unroll and of experts, compared with 
 	$(BIN)/python benchmarks/cluster.py --out figures/benchmarks
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/zca.py --out figures/benchmarks)
 	$(if $(AUGDISTILL_DATA),$(BIN)/python benchmarks/explorer.py --out figures/benchmarks)
+
+gpu-bundle: $(READY)  ## pack all that a machine with a GPU and no network needs; GPU_PYTHON=3.12 names its Python
+	$(BIN)/python bundle/make.py --python "$(GPU_PYTHON)"
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs

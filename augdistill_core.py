@@ -61,8 +61,18 @@ from augdistill_method.phi import (
 )
 from augdistill_method.precision import PRECISIONS, arithmetic
 from augdistill_method.random import draw_base, minibatches, randn, seeded, to_device
-from augdistill_method.state import DistillState, StepSize
-from augdistill_method.student import ConvNet, check_images, flatten, initial_parameters, logits_of, sgd, unflatten
+from augdistill_method.state import STATES, DistillState, StepSize, record_of
+from augdistill_method.student import (
+    ConvNet,
+    check_images,
+    flatten,
+    initial_parameters,
+    logits_of,
+    sgd,
+    sgd_together,
+    unflatten,
+    with_parameters,
+)
 from augdistill_method.transforms import affine, color, flip, turn_hue, warp
 from augdistill_method.unroll import MEMORY, choose_memory, gradient_cosine, unroll
 from augdistill_method.zoo.labels import start_labels, teacher_of
@@ -123,7 +133,11 @@ class DistillConfig(Config):
     alpha_momentum: float = knob(0.0, "momentum of alpha's optimizer, if it has one", low=0, high=1)
     label_share: float = knob(0.5, "share of the experts in the initial labels of a phi", low=0, high=1)
     label_temperature: float = knob(1.0, "temperature of the experts in these labels", low=0.01, high=100)
-    memory: str = knob("auto", "memory mode of the unroll; auto = graph if it fits", choices=(*MEMORY, "auto"))
+    memory: str = knob(
+        "auto",
+        "memory mode of the unroll; auto = captured on a CUDA device, else graph if it fits",
+        choices=(*MEMORY, "auto"),
+    )
     real_batch: int = knob(256, "real images on which real_loss is computed", low=1)
     minutes: float = knob(0.0, "time limit in minutes: the run stops after it; 0 = no limit", low=0)
 
@@ -131,13 +145,6 @@ class DistillConfig(Config):
 EXPLODED = 100.0  # norm ratio phi(x) / x: such a phi(x) is no longer an image, so the run stops
 
 LOST = 1e6  # a loss this large stops it too: the student ends 1,000 times as far from the target as it started
-
-STATES = {  # of an iteration from which phi cannot learn, whatever the loss is
-    "exploded": "phi(x) is over 10 times as large as x, which instance norm hides in the loss; use a smaller phi_lr",
-    "alpha below zero": "the student ascends its loss; use alpha_mode log or fixed",
-    "alpha at zero": "the student hardly moves (less than 2 % of the distance to the target), so the loss is 1 for any "
-    "phi; use a larger alpha, alpha_mode fixed, or a smaller alpha_lr",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,19 +170,6 @@ class Distilled:
     alpha: float
     history: list[dict]
     stopped: Stop | None = None
-
-
-def dead_state(scale: float, alpha: float, moved: float | None) -> str:
-    """The entry of `STATES` that describes an iteration, "" if phi can learn from it.
-
-    `scale` is the norm ratio of phi(x) and x. `moved` is ||theta_N - theta_0|| / ||target - theta_0||: if it is below
-    .02, the loss is between .98^2 and 1.02^2.
-    """
-    if scale > 10:
-        return "exploded"
-    if alpha < 0:
-        return "alpha below zero"
-    return "alpha at zero" if moved is not None and moved < 0.02 else ""
 
 
 def alpha_is_held(config: DistillConfig, history: list[dict]) -> bool:
@@ -208,28 +202,6 @@ def check_distill(phi: Phi, images: Tensor, labels: Tensor, experts: Trajectorie
         fewest = int(labels.unique(return_counts=True)[1].min())
         if config.episode > fewest:
             raise ValueError(f"episode={config.episode}: the smallest class has {fewest} images; use at most that")
-
-
-def record_of(run: DistillState, loss: Tensor, alpha: Tensor, start_epoch: int, sizes, moved) -> tuple[dict, bool]:
-    """Append an iteration's record to the history, once its gradient is known; warn at the first of each state.
-
-    `sizes` are those of `draw_batches`, `moved` a number or None. Returns the record, and whether every gradient is
-    finite. On a device the only wait of an iteration is here: for all of its numbers at once.
-    """
-    squares = [p.grad.square().sum() for p in run.of_phi]
-    checks = [p.grad.isfinite().all() for p in run.learned]
-    known = [loss, alpha] if moved is None else [loss, alpha, moved]
-    numbers, parts = iter(at_once(*known, *squares, *checks, *sizes)), (known, squares, checks)
-    known, squares, checks = (list(itertools.islice(numbers, len(part))) for part in parts)
-    record = dict(iteration=len(run.history), loss=known[0], alpha=known[1], start_epoch=start_epoch)
-    record |= {"phi": watched} if (watched := getattr(run.phi, "report", dict)()) else {}
-    record["grad_norm"] = sum(squares) ** 0.5
-    moved, scale = None if moved is None else known[2], largest_scale(list(numbers))
-    state = dead_state(scale, record["alpha"], moved)
-    if state and state not in {r["state"] for r in run.history}:
-        warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
-    run.history.append(record | dict(scale=scale, moved=moved, state=state))
-    return run.history[-1], all(checks)
 
 
 def distill(

@@ -3,7 +3,7 @@
 At ten images a batch a student's step on a GPU takes as long as Python needs to launch its hundreds of small kernels.
 A recorded step needs one launch, on buffers that always have the same addresses.
 
-`record_on_cuda` has **not been run on a CUDA device yet**. All else here runs in the tests, on the CPU, with a stand-in
+`OnCuda` has **not been run yet**, for want of a CUDA device. The tests run all else here on the CPU, with a stand-in
 that calls the function again where a GPU would replay it.
 """
 
@@ -49,24 +49,25 @@ class CaptureCheck(TorchDispatchMode):
         return out
 
 
-@functools.cache
-def memory_pool():
-    """The memory of all graphs: they run one after the other, and none needs another's intermediate values."""
-    return torch.cuda.graph_pool_handle()
+class OnCuda:
+    """Records functions as CUDA graphs, which share the memory of what is not an output: only one runs at a time."""
 
+    def __init__(self):
+        self.pool = None
 
-def record_on_cuda(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
-    """Record `run`; returns a function that replays it, and the outputs that each replay overwrites."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):  # torch's rule: no recording of what has not run on another stream before
-        for _ in range(WARM_UP):
-            run()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory_pool()):
-        outputs = run()
-    return graph.replay, outputs
+    def __call__(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
+        """Record `run`; returns a function that replays it, and the outputs that each replay overwrites."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # torch's rule: what is recorded has run before, on another stream
+            for _ in range(WARM_UP):
+                run()
+        current.wait_stream(side)
+        # the outer block gives the current stream back if the recording fails
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self.pool):
+            outputs = run()
+        return graph.replay, outputs
 
 
 @functools.cache
@@ -81,8 +82,8 @@ class Captured:
     warning that says why.
     """
 
-    def __init__(self, function: Callable, record: Callable = record_on_cuda):
-        self.function, self.record = function, record
+    def __init__(self, function: Callable, record: Callable | None = None):
+        self.function, self.record = function, record or OnCuda()
         self.recorded: dict[tuple, tuple | None] = {}
 
     def prepare(self, *given: Tensor) -> tuple | None:

@@ -7,8 +7,9 @@ For every image and channel, with x = (z - mean) / std over its n pixels: y = re
 norm's derivatives lie in the span of 1, x and one or two more images. So each costs a few sums over the pixels
 (`[B, C]` below) and one weighted sum of images. x is not stored: it is rstd (z - mean).
 
-On a CUDA device inductor makes one or two kernels of each formula (`by_inductor`; **not run on one yet**). On a CPU
-that is slower than torch's own kernels: 1.15 to 1.3 times the official time of an unroll.
+On a CUDA device inductor compiles each formula (`by_inductor`; **not run on one yet**). Compiled on a CPU, the
+student's gradient and products equal the uncompiled ones to 2e-15 in float64, in channels_last too; but there it is
+slower than torch's own kernels: 1.15 to 1.3 times the official time of an unroll.
 """
 
 import functools

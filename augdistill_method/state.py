@@ -1,16 +1,28 @@
-"""The state of a `distill` run: a run resumed from it ends with the same bits as one without interruption."""
+"""The state of a `distill` run: a run resumed from it ends with the same bits as one without interruption.
+
+Its history has a record of each iteration, which says if phi cannot learn from it (`STATES`).
+"""
 
 import copy
+import itertools
 import math
 import time
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from augdistill_method.config import Config
-from augdistill_method.measures import gradients
+from augdistill_method.measures import at_once, gradients, largest_scale
 from augdistill_method.optimizers import load_optimizer_state, make_optimizer, optimizer_state
 from augdistill_method.random import seeded
+
+STATES = {  # of an iteration from which phi cannot learn, whatever the loss is
+    "exploded": "phi(x) is over 10 times as large as x, which instance norm hides in the loss; use a smaller phi_lr",
+    "alpha below zero": "the student ascends its loss; use alpha_mode log or fixed",
+    "alpha at zero": "the student hardly moves (less than 2 % of the distance to the target), so the loss is 1 for any "
+    "phi; use a larger alpha, alpha_mode fixed, or a smaller alpha_lr",
+}
 
 
 class StepSize(nn.Module):
@@ -111,3 +123,38 @@ class DistillState:
             self.begun = time.monotonic() - state["seconds"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: not a state of this phi and these optimizers ({error})") from None
+
+
+def dead_state(scale: float, alpha: float, moved: float | None) -> str:
+    """The entry of `STATES` that describes an iteration, "" if phi can learn from it.
+
+    `scale` is the norm ratio of phi(x) and x. `moved` is ||theta_N - theta_0|| / ||target - theta_0||: if it is below
+    .02, the loss is between .98^2 and 1.02^2.
+    """
+    if scale > 10:
+        return "exploded"
+    if alpha < 0:
+        return "alpha below zero"
+    return "alpha at zero" if moved is not None and moved < 0.02 else ""
+
+
+def record_of(run: DistillState, loss: Tensor, alpha: Tensor, start_epoch: int, sizes, moved) -> tuple[dict, bool]:
+    """Append an iteration's record to the history, once its gradient is known; warn at the first of each state.
+
+    `sizes` are those of `draw_batches`, `moved` a number or None. Returns the record, and whether every gradient is
+    finite. On a device the only wait of an iteration is here: for all of its numbers at once.
+    """
+    squares = [p.grad.square().sum() for p in run.of_phi]
+    checks = [p.grad.isfinite().all() for p in run.learned]
+    known = [loss, alpha] if moved is None else [loss, alpha, moved]
+    numbers, parts = iter(at_once(*known, *squares, *checks, *sizes)), (known, squares, checks)
+    known, squares, checks = (list(itertools.islice(numbers, len(part))) for part in parts)
+    record = dict(iteration=len(run.history), loss=known[0], alpha=known[1], start_epoch=start_epoch)
+    record |= {"phi": watched} if (watched := getattr(run.phi, "report", dict)()) else {}
+    record["grad_norm"] = sum(squares) ** 0.5
+    moved, scale = None if moved is None else known[2], largest_scale(list(numbers))
+    state = dead_state(scale, record["alpha"], moved)
+    if state and state not in {r["state"] for r in run.history}:
+        warnings.warn(f"iteration {record['iteration']}: {state}: {STATES[state]}", stacklevel=3)
+    run.history.append(record | dict(scale=scale, moved=moved, state=state))
+    return run.history[-1], all(checks)

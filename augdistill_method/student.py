@@ -178,7 +178,7 @@ def sgd(
         yield model, loss.detach()
 
 
-IMAGES_AT_ONCE = 512  # students with fewer images a step share kernels (`vmap`); an estimate, not measured
+IMAGES_AT_ONCE = 256  # students with fewer images a step share kernels (`vmap`); an estimate, not measured
 
 
 def sgd_together(

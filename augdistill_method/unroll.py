@@ -21,7 +21,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augdistill_method.capture import Captured, record_on_cuda
+from augdistill_method.capture import Captured
 from augdistill_method.precision import arithmetic
 from augdistill_method.student import check_student, flatten, logits_of, unflatten
 
@@ -204,7 +204,7 @@ def eager(student: nn.Module) -> Steps:
         with forward_ad.dual_level():
             moving = [forward_ad.make_dual(p, t) for p, t in zip(theta, v, strict=True)]
             logits, tangents = forward_ad.unpack_dual(logits_of(student, moving, images))
-        soft = labels  # `F.one_hot` would ask the device for the largest label
+        soft = labels  # `F.one_hot` reads the labels on a CPU, which a captured step must not
         if not soft.is_floating_point():
             soft = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)).to(logits.dtype)
         slope = logits.softmax(1) * soft.sum(1, keepdim=True) - soft  # of the cross entropy
@@ -231,8 +231,8 @@ def _prepare_forward_mode() -> None:
 
 
 @functools.lru_cache(maxsize=2)  # the graphs serve all unrolls of a student
-def captured(student: nn.Module, record: Callable = record_on_cuda) -> Steps:
-    """The step functions of `eager`, recorded by `record` for each shape of a batch."""
+def captured(student: nn.Module, record: Callable | None = None) -> Steps:
+    """The step functions of `eager`, each recorded once for each shape of a batch (by `record`: see `Captured`)."""
     steps = eager(student)
     gradient, product = Captured(steps.gradient, record), Captured(steps.product, record)
 

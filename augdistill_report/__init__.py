@@ -19,6 +19,7 @@ _DEFINED_IN = {
     "phi_images": "augdistill_report.work.probes",
     "read_grid": "augdistill_report.studies.grid",
     "repetitions": "augdistill_report.studies.unseen",
+    "score": "augdistill_report.commands.score",
     "stop_mark": "augdistill_report.work.statistics",
     "student_path": "augdistill_report.work.probes",
     "summary": "augdistill_report.work.statistics",

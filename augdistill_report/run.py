@@ -5,8 +5,8 @@
     run.number("real images", scores["real images"])
     run.finish(headline="...", figure="pixels")       # the last cell: writes results/02_baseline_mtt.json
 
-A run's folder holds config.json, results/, curves/, figures/, notebooks/, phis/ (saved phis), and artefacts/ (the store
-of finished jobs).
+A run's folder holds config.json, results/, curves/, rows/, figures/, notebooks/, phis/ (saved phis), scores/ (of
+`augdistill score`), and artefacts/ (the store of finished jobs).
 """
 
 import base64
@@ -139,6 +139,7 @@ class Run:
             lines = "".join(json.dumps(record) + "\n" for record in result.history)
             write(self.folder / "curves" / self.notebook / f"{file_name(name)}.jsonl", lines)
             job = rows[name]
+            self.remember(name, job)
             about = job.config.to_dict() | {
                 "phi": job.phi,
                 "seed": job.setup.seed,
@@ -146,6 +147,11 @@ class Run:
             }
             self.tracker.curve(file_name(name), about, result.history)
         return results
+
+    def remember(self, name, job: Distillation) -> None:
+        """Write what a row is to rows/<notebook>/, so that `augdistill score` and `export` find it by its name."""
+        row = {"row": file_name(name), "store": str(self.store.folder), **dataclasses.asdict(job)}
+        write_json(row_file(self.folder / self.notebook / file_name(name)), "row", row)
 
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
         """The job that scores a distilled phi on a subset; without a phi, the images without augmentation."""
@@ -292,6 +298,29 @@ def file_name(name: str | tuple) -> str:
     """A row's name (a text or a tuple of texts) as a file name."""
     name = name if isinstance(name, str) else ", ".join(map(str, name))
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def row_file(row: Path) -> Path:
+    """The file that says what a row is, for the name RUN/NOTEBOOK/ROW (ROW as a notebook calls it)."""
+    return row.parent.parent / "rows" / row.parent.name / f"{file_name(row.name)}.json"
+
+
+def stored_row(row: Path) -> tuple[Distillation, Store]:
+    """The job of a finished row, by its name RUN/NOTEBOOK/ROW, and the store that holds its result.
+
+    A `ValueError` if there is no such row (it lists those there are), or its result is gone.
+    """
+    path = row_file(row)
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
+        raise ValueError(f"{row}: no such row; finished rows of {row.parent.name}: {there}")
+    found = read_json(path, "row")
+    setup, subset = Setup.from_dict(found["setup"]), Subset(**found["subset"])
+    job = Distillation(setup, found["phi"], subset, DistillConfig.from_dict(found["config"]), own_source(found["phi"]))
+    store = Store(found["store"])
+    if not store.has(job.kind, job.spec()):
+        raise ValueError(f"{row}: {store.folder} has no result of this code for it; run {row.parent.name} again")
+    return job, store
 
 
 def open_run(notebook: str, parameters: dict) -> Run:

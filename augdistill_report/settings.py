@@ -64,6 +64,8 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.memory == "captured" and self.device == "cpu":
+            raise ValueError("memory='captured': needs a CUDA device; use device=cuda, or graph, replay or auto")
         files = (absolute(name.strip()) for name in self.phis.split(","))
         object.__setattr__(self, "phis", ", ".join(file for file in files if file))
         if self.cluster.endswith(".json"):

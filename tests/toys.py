@@ -78,6 +78,25 @@ def toy(count, seed=0, dtype=torch.float64):
     return means[labels] + torch.randn(count, 1, 8, 8, generator=generator, dtype=dtype), labels
 
 
+class StandIn:
+    """Records like a CUDA graph: the outputs of the first call are overwritten by those of each replay."""
+
+    def __init__(self):
+        self.recordings = 0
+
+    def __call__(self, run):
+        self.recordings += 1
+        outputs = run()
+
+        def replay():
+            for own, new in zip(*(torch.utils._pytree.tree_leaves(out) for out in (outputs, run())), strict=True):
+                assert (own is None) == (new is None)
+                if own is not None:
+                    own.copy_(new)
+
+        return replay, outputs
+
+
 def assert_near(actual, expected, scale, rel=1e-12):
     """The distance of two vectors, relative to the length of `scale`."""
     assert (actual - expected).norm() <= rel * scale.norm() and scale.norm() > 0

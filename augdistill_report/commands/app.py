@@ -11,15 +11,20 @@ import threading
 import webbrowser
 from pathlib import Path
 
+import nbformat
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from tornado import web
 from voila.app import Voila
 
+from augdistill_report.explorer import front
 from augdistill_report.places import NOTEBOOKS
 from augdistill_report.run import run_folder
 from augdistill_report.settings import preset_path, resolve
 
+TEMPLATE = Path(front.__file__).parent / "voila"  # the page around the notebook
+
 PROTOCOL = "v1.kernel.websocket.jupyter.org"
+PREHEAT = ["--preheat_kernel=True", "--pool_size=1"]  # a kernel waits with the page's cells run: starting takes seconds
 CULL = {"idle_timeout": 120, "interval": 30}  # seconds until an idle kernel ends, and between checks
 
 
@@ -38,15 +43,24 @@ def app(preset: str, out: str = "", changes: dict | None = None, port: int = 886
         papermill.execute_notebook(
             NOTEBOOKS / "06_phi_explorer.ipynb", notebook, parameters, prepare_only=True, progress_bar=False
         )
+        keep_tagged(notebook)
         server = Server()
         cull = [f"--MappingKernelManager.cull_{key}={value}" for key, value in CULL.items()]
-        server.initialize([str(notebook), f"--port={port}", *cull])
+        server.initialize([str(notebook), f"--port={port}", *PREHEAT, *cull])
         # set here, so that no configuration file of Jupyter or voila can weaken them
         server.token = secrets.token_urlsafe(24)
         server.tornado_settings = {"allow_remote_access": False, "local_hostnames": ["localhost"]}
         server.kernel_websocket_connection_class = CheckedConnection
         server.ip, server.browser_wanted, server.folder = "127.0.0.1", browser, Path(folder)
         server.start()
+
+
+def keep_tagged(notebook: Path) -> None:
+    """Leave only the cells that the page needs, by their tags: the rest of the notebook can take minutes."""
+    content = nbformat.read(notebook, as_version=4)
+    tags = {"parameters", "injected-parameters", "app"}
+    content.cells = [cell for cell in content.cells if tags & set(cell.metadata.get("tags", []))]
+    nbformat.write(content, notebook)
 
 
 def preset_for_kernel(preset: str) -> str:
@@ -59,6 +73,10 @@ class Server(Voila):
 
     log_level = 30  # warnings
     open_browser = True  # makes voila call `launch_browser` as soon as the server listens
+
+    def setup_template_dirs(self):
+        super().setup_template_dirs()
+        self.template_paths.insert(0, str(TEMPLATE))
 
     def launch_browser(self):
         address = f"{self.connection_url}?token={self.token}"

@@ -1,6 +1,7 @@
 """The command `augdistill`: `report` runs the notebooks, `sweep` runs one notebook over a grid, `publish` copies a run
-to figures/, `app` serves the explorer, `data` checks or downloads a data set, `experts` trains, checks or imports
-experts, `apply` augments images with a saved phi."""
+to figures/, `campaign` makes a list of results in order of value within a time limit, `app` serves the explorer, `data`
+checks or downloads a data set, `experts` trains, checks or imports experts, `apply` augments images with a phi, `score`
+says what a distilled set is worth, `export` writes one."""
 
 import argparse
 import contextlib
@@ -20,12 +21,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("grid", metavar="GRID.yaml", help="the grid: the notebook, and the settings that vary")
     sweep.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; repeatable")
     sweep.add_argument("--short", action="store_true", help="only the rows that the grid lists under `short`")
+    campaign = commands.add_parser("campaign", help="make a list of results in order of value, within a time limit")
+    campaign.add_argument("name", metavar="NAME", help="a list in notebooks/campaigns, or a .yaml file")
+    campaign.add_argument("--minutes", type=float, default=7.0, metavar="M", help="the time limit (7)")
+    campaign.add_argument("--device", default="", metavar="cpu|cuda", help="default: as in the preset")
+    campaign.add_argument("--tiny", action="store_true", help="a trial in a minute, with numbers that mean nothing")
+    campaign.add_argument("--out", default="", metavar="DIR", help="the run's folder (runs/<preset>)")
     app = commands.add_parser("app", help="serve the explorer (notebook 06) to a browser on this machine")
     app.add_argument("--port", type=int, default=8866, metavar="N", help="or one near it, if it is in use (8866)")
     app.add_argument("--no-browser", action="store_true", help="only print the address, with its token")
     for command in (report, sweep):
         add_cluster(command)
-    for command in (report, sweep, app):
+    for command in (report, sweep, campaign, app):
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     for command in (report, sweep):
         again = "repeat finished cells" if command is sweep else "repeat finished work"
@@ -49,6 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     apply.add_argument("--probability", type=float, metavar="P", help="of applying phi; default: as in the file")
     apply.add_argument("--set", action="append", default=[], metavar="phis=FILE", help="files that register your phis")
     apply.add_argument("--data", default="", metavar="DIR", help="its folder (AUGDISTILL_DATA, or the cache)")
+    add_score(commands.add_parser("score", help="test students trained on a distilled set, and what stands beside it"))
+    add_export(commands.add_parser("export", help="write what a run has distilled, in a form that others read"))
     data = commands.add_parser("data", help="check a data set, or download one")
     data = data.add_subparsers(dest="what", required=True)
     check = data.add_parser("check", help="read a complete data set and describe it")
@@ -78,6 +87,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         what = "the output folder" if needed else "the run's folder (runs/<preset>)"
         command.add_argument("--out", default="", required=needed, metavar="DIR", help=what)
     return parser.parse_args(arguments)
+
+
+def add_score(command: argparse.ArgumentParser) -> None:
+    what = "images_best.pt (MTT), .npz, .safetensors, a folder, positions (.npy, .txt), a phi, or RUN/NOTEBOOK/ROW"
+    command.add_argument("what", metavar="WHAT", help=what)
+    command.add_argument("--on", default="", metavar="DATA", help="the data set to test on (a row has its own)")
+    command.add_argument("--protocol", default="ours", metavar="NAME", help="ours, mtt, dc-bench, dd-ranking ...")
+    command.add_argument("--preset", default="digits", help="of all other settings: the ConvNet, the experts (digits)")
+    command.add_argument("--student", default="", metavar="NAME", help="convnet3, resnet18, vgg11, alexnet ...")
+    command.add_argument("--students", type=int, default=0, metavar="N", help="students of each row")
+    command.add_argument("--labels", default="", metavar="KIND", help="hard, probabilities, logits, or experts")
+    command.add_argument("--normalisation", default="", metavar="NAME", help="pixels, own, zca, cifar10 ...")
+    command.add_argument("--lr", type=float, default=0.0, help="the step size learned with the images, for mtt")
+    command.add_argument("--size", type=int, default=0, help="image size in pixels, for positions")
+    command.add_argument("--beside", default="random,bytes,window,all", metavar="ROWS", help="what else is scored")
+    command.add_argument("--name", default="", help="what the result is called")
+    command.add_argument("--out", default="", metavar="DIR", help="the folder of results (runs/<preset>)")
+    command.add_argument("--publish", action="store_true", help="also write it to figures/scoreboard (committed code)")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("row", metavar="ROW", help="RUN/NOTEBOOK/ROW, or the file of a saved phi")
+    command.add_argument("--format", required=True, metavar="FORM", help="mtt, folder, npz or safetensors")
+    command.add_argument("--out", required=True, metavar="PATH", help="the file or folder to write")
+    command.add_argument("--draws", type=int, default=1, metavar="K", help="draws of a stochastic phi (1)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting (phis, data)"
+    )
 
 
 def add_cluster(command: argparse.ArgumentParser) -> None:
@@ -137,13 +175,17 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else a stop tells of the kernel's pending tasks
     options = parse(arguments)
     # imported late, so that --help and wrong arguments answer at once
-    from augdistill_report.commands import apply, execute, experts, sweep
-    from augdistill_report.commands import publish as gallery
-    from augdistill_report.commands import report as runner
+    from augdistill_report.commands import apply, campaign, experts
+    from augdistill_report.commands.failures import NotebookFailed
     from augdistill_report.data import datasets as data
     from augdistill_report.data import downloads
     from augdistill_report.files import expert_files
     from augdistill_report.work.scratch import scratch
+
+    if options.command != "campaign":  # which runs without the packages of the notebooks
+        from augdistill_report.commands import export, score, sweep
+        from augdistill_report.commands import publish as gallery
+        from augdistill_report.commands import report as runner
 
     own = contextlib.ExitStack()
     try:
@@ -162,6 +204,14 @@ def main(arguments: list[str] | None = None) -> int:
             failed = sum("error" in cell for cell in cells)
             print(f"sweep: {folder} ({len(cells)} cells{f', {failed} failed' if failed else ''})")
             return 1 if failed == len(cells) else 0
+        elif options.command == "campaign":
+            changes = settings_changes(options.set) | given(options, "device")
+            table, rows = campaign.campaign(options.name, options.minutes, options.out, changes, options.tiny)
+            done = sum(row.state == campaign.DONE for row in rows)
+            print(table.read_text())
+            goes_on = "" if done == len(rows) else "; the same command goes on from there"
+            print(f"campaign: {table} ({done} of {len(rows)} pieces done{goes_on})")
+            return 1 if not done and any(row.failed for row in rows) else 0
         elif options.command == "data":
             if options.what == "fetch":
                 options.size, options.data = 0, str(downloads.fetch(options.name, options.mirror, options.data))
@@ -189,12 +239,18 @@ def main(arguments: list[str] | None = None) -> int:
             how = apply.How(options.copies, options.count, options.seed)
             augment = apply.load_phi(options.phi, options.strength, options.probability)
             print(f"apply: {apply.apply(augment, options.to, options.out, how, options.data)}")
+        elif options.command == "score":
+            rest = {key: value for key, value in vars(options).items() if key not in ("command", "what", "set")}
+            print(score.score(options.what, changes=settings_changes(options.set), **rest))
+        elif options.command == "export":
+            arguments = (options.row, options.format, options.out, options.draws, settings_changes(options.set))
+            print(f"export: {export.export(*arguments)}")
         else:
             print(f"published: {gallery.publish(options.preset, options.out, options.only, options.name)}")
     except ValueError as error:
         print(f"augdistill: {error}", file=sys.stderr)
         return 2
-    except (execute.NotebookFailed, OSError) as error:  # OSError: for example a full disk
+    except (NotebookFailed, OSError) as error:  # OSError: for example a full disk
         print(f"augdistill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,17 +18,7 @@ import nbformat
 import traitlets
 from jupyter_client import AsyncKernelManager
 
-
-class NotebookFailed(Exception):
-    """A notebook failed. The message has its name, the cell and the error's last lines; `reason` is the error alone."""
-
-    def __init__(self, message: str, reason: str = ""):
-        super().__init__(message, reason)  # both, so that it can be pickled
-        self.reason = reason
-
-    def __str__(self):
-        return self.args[0]
-
+from augdistill_report.commands.failures import NotebookFailed
 
 QUIET_ASYNCIO = "__import__('logging').getLogger('asyncio').setLevel('CRITICAL')"  # else a stopped kernel lists tasks
 

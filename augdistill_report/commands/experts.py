@@ -1,8 +1,6 @@
 """`augdistill experts`: trains a run's experts, lists and checks their files, imports those of the official code."""
 
 import itertools
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from augdistill_report.commands.preflight import preflight
 from augdistill_report.files.expert_files import EXPERT, FLOATS, ExpertFile, content_of, in_folder, snapshot_tensors
 from augdistill_report.files.store import Store, tensor_digest
+from augdistill_report.files.torch_files import read_torch
 from augdistill_report.run import run_folder, start_folder
 from augdistill_report.settings import resolve
 from augdistill_report.work.experts import expert_jobs, missing_experts, with_accuracy
@@ -70,21 +69,6 @@ def train(preset: str, out: str = "", changes: dict | None = None) -> list[Exper
 # --- the official code's files ----------------------------------------------------------------------------------------
 
 
-def read_buffer(path: Path) -> list:
-    """An official `replay_buffer_*.pt`, its tensors left on disk; a `ValueError` if it may hold code or is damaged."""
-    try:
-        archive = zipfile.is_zipfile(path)  # the format since torch 1.6: tensors can stay on disk
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive or None)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; must be a replay_buffer_*.pt of the official MTT code") from None
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: holds more than tensors, or is cut off: not opened, since it may hold code"
-        ) from None
-    except Exception as error:  # torch's reader raises many types of errors on damaged files
-        raise ValueError(f"{path}: is damaged, or was not written by torch.save ({type(error).__name__})") from None
-
-
 def trajectory_of(snapshots, student: nn.Module) -> Tensor:
     """The trajectory `[snapshots, P]` of one official expert, which is a list of snapshots (lists of parameters).
 
@@ -125,7 +109,7 @@ def import_buffers(buffers: list[str], preset: str, out: str, changes: dict | No
     present = [ExpertFile(path) for path in in_folder(out)]
     number, kept = 1 + max((file.about["expert"] for file in present), default=-1), []
     for b, path in enumerate(map(Path, buffers)):
-        buffer = read_buffer(path)
+        buffer = read_torch(path, "a replay_buffer_*.pt of the official MTT code")
         if not isinstance(buffer, list | tuple) or not buffer:
             raise ValueError(f"{path}: must be a list of experts, as the official MTT code writes it")
         for position, snapshots in enumerate(buffer):

@@ -255,6 +255,9 @@ def origin_row(path: Path) -> dict:
         command = f"augdistill sweep notebooks/sweeps/{raw['grid']} --preset {raw['preset']}"
         command += " --short" if raw["short"] else ""
         facts["seconds"] = sum(cell.get("seconds", 0.0) for cell in raw["cells"])
+    elif raw["kind"] == "score":
+        facts = read_json(path, "score")
+        command = facts["command"]
     else:
         facts = read_json(path, "results")
         changes = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in facts["changes"].items())

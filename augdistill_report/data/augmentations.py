@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from augdistill_core import Config, Phi, affine, color, flip, knob, make_phi, seeded, to_device, warp
@@ -47,16 +48,19 @@ class RandomAffine:
 
 
 # --- the operations of DSA: images [B, C, H, W], then parameters [B], one per image -----------------------------------
-# `crop` is kornia's. The others are not: kornia's scaling and rotation give the identity back only up to rounding, and
-# its erased boxes have the bits of `cutout` but take half as much time again, and as many lines.
+# They are not kornia's: its geometry inverts a matrix, for which a program waits for its GPU, and its scaling and
+# rotation give the identity back only up to rounding. Its erased boxes have the bits of `cutout` but take half as much
+# time again, and as many lines.
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """The image's window shifted `down` and `right` (whole pixels); zero outside the image."""
-    from kornia.geometry import transform  # slow to import
-
-    shift = -torch.stack([right, down], 1).to(images)
-    return transform.translate(images, shift, "nearest", "zeros", align_corners=True)  # exact: no pixel is mixed
+    height, width = images.shape[-2:]
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))  # so that every position is exact
+    matrix = torch.eye(2, 3, dtype=wide.dtype, device=images.device).repeat(len(images), 1, 1)
+    matrix[:, 0, 2], matrix[:, 1, 2] = 2 * right / max(width - 1, 1), 2 * down / max(height - 1, 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=True)
+    return F.grid_sample(wide, grid, "nearest", "zeros", align_corners=True).to(images.dtype)  # no pixel is mixed
 
 
 def cutout(images: Tensor, top: Tensor, left: Tensor, box: tuple[int, int]) -> Tensor:

@@ -92,7 +92,8 @@ class Dataset:
 
     If it is whitened (`whitened`), `mean` `[C, H, W]` is the mean image, `std` is 1, and `colour` `[d, d]` inverts
     `whiten`. `fingerprint` identifies images, labels and split. `where` says where the images were found and, for a
-    folder, how it was split and which files were skipped.
+    folder, how it was split and which files were skipped. `order` `[train + validation]` are the positions of the
+    training images, then of the validation images, in the source: CIFAR-10's own training images are cut into both.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Dataset:
     std: Tensor
     fingerprint: str
     where: str
+    order: Tensor
     colour: Tensor | None = None
 
     @property
@@ -243,16 +245,18 @@ def standardised(name: str, classes, raw: Tensor, labels: Tensor, indices, where
         raise ValueError(f"dataset={name!r}: a channel of its training images is constant ({where})")
     kinds = Split, Split, Sealed
     splits = [kind(raw[i], labels[i], zero, unit) for kind, i in zip(kinds, indices, strict=True)]
-    return Dataset(name, classes, *splits, zero / full, unit / full, fingerprint(splits), where)
+    order = torch.cat([indices[0], indices[1]])
+    return Dataset(name, classes, *splits, zero / full, unit / full, fingerprint(splits), where, order)
 
 
-def whitened(data: Dataset) -> Dataset:
+def whitened(data: Dataset, as_official: bool = False) -> Dataset:
     """`data` with ZCA-whitened instead of standardised images; fitted on the training images (MTT's recipe).
 
-    The official code fits on all 50,000 images of CIFAR-10; here the validation images are left out.
+    The official code fits on all 50,000 images of CIFAR-10 (`as_official`); else the validation images are left out.
     """
     full = 255 if data.train.raw.dtype == torch.uint8 else 1
-    found = cached_fit(data.train.raw, data.fingerprint)
+    raw = torch.cat([data.train.raw, data.validation.raw]) if as_official else data.train.raw
+    found = cached_fit(raw, data.fingerprint)
     one = torch.ones(1, 1, 1)
     changes = {"zero": full * found["mean"], "unit": full * one, "whiten": found["matrix"]}
     splits = {k: dataclasses.replace(getattr(data, k), **changes) for k in SPLITS}

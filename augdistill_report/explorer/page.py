@@ -1,97 +1,90 @@
-"""The explorer's page: sliders, buttons and pictures around an `Explorer` and its `Training`s.
+"""The explorer's page: controls and pictures around an `Explorer`. Each panel in its own module has one idea.
 
 Pictures are PNG images in fixed widgets: nothing flickers, and no memory leaks. An error in a callback becomes one line
 on the page (and an entry of `Page.errors`, for tests). Long work runs in the background and can be stopped.
 """
 
-import dataclasses
-import functools
 import html
 import threading
-from pathlib import Path
+from collections.abc import Callable
 
 import ipywidgets as widgets
 
-from augdistill_core import PHIS, Config, DistillConfig
-from augdistill_report.explorer.state import Choice, Explorer, View, presets, run_beside
-from augdistill_report.explorer.training import Asked, Background, Training, found_by
-from augdistill_report.files.phi_files import save_phi
-from augdistill_report.run import Run, file_name, picture, start_folder
-from augdistill_report.settings import MENDED, REPORT_NETWORK, STUDENT_REPORT
-from augdistill_report.show import plots
+from augdistill_report.explorer.choices import HAND_DESIGNED, Choice, by_hand, presets, run_beside
+from augdistill_report.explorer.controls import (
+    button,
+    dropdown,
+    guarded,
+    image,
+    one_line,
+    put,
+    row,
+    section,
+    set_options,
+    slider,
+    styled,
+    within,
+)
+from augdistill_report.explorer.front import Front, Upload
+from augdistill_report.explorer.learning import Learning
+from augdistill_report.explorer.range_panel import RangePanel
+from augdistill_report.explorer.share import Share
+from augdistill_report.explorer.state import Explorer, View
+from augdistill_report.explorer.students import Students
+from augdistill_report.explorer.training import Background
+from augdistill_report.explorer.uploads import read_own
+from augdistill_report.run import Run
 from augdistill_report.show.image_grids import png
-from augdistill_report.work.statistics import shown, summary
-
-OPTIMIZERS = ["Adam", "AdamW", "RMSprop", "SGD"]
 
 STATIC_NOTE = (
     "The explorer's page, with its sliders and buttons, appears here when a kernel runs: <code>make app</code> serves "
     "it, <code>make lab</code> opens this notebook. The pictures above and below this line show it as it was saved."
 )
 
-BOX = dict(style={"description_width": "115px"}, layout={"width": "370px"})
+HINT = "Move a slider: the pictures follow. Train teaches a phi here. Share copies a link to what you see."
+
+NOTHING = "nothing"  # to compare with
 
 QUICK = 1  # PNG compression level: a slider must not wait for it
 
 
-def slider(kind, description: str, tooltip: str, **options):
-    return kind(description=description, tooltip=tooltip, continuous_update=False, **options, **BOX)
-
-
-def within(config: type[Config], key: str) -> dict:
-    """A slider's value and bounds: the default and the range of a setting."""
-    setting = config.__dataclass_fields__[key]
-    return dict(value=setting.default, min=setting.metadata["low"], max=setting.metadata["high"])
-
-
-def dropdown(description: str, tooltip: str, options, value):
-    return widgets.Dropdown(description=description, tooltip=tooltip, options=options, value=value, **BOX)
-
-
-def button(description: str, tooltip: str, **options) -> widgets.Button:
-    return widgets.Button(description=description, tooltip=tooltip, layout={"width": "auto"}, **options)
-
-
-def heading(text: str) -> widgets.HTML:
-    return widgets.HTML(f"<h3 style='margin:.2em 0'>{text}</h3>")
-
-
-def guarded(method):
-    """A callback whose error becomes a line on the page."""
-
-    @functools.wraps(method)
-    def call(self, *_):
-        try:
-            with self.lock:
-                return None if self.filling else method(self)
-        except Exception as error:
-            self.fail(error)
-
-    return call
-
-
 class Page:
-    """The page of a run. The last line of a notebook cell shows it; `close` stops its background work."""
+    """The page of a run. The last line of a notebook cell shows it; `close` stops its background work.
 
-    def __init__(self, run: Run):
-        self.home, self.errors = run, []
+    `state`, from the page's "Copy as code", brings back what was seen there; a `ValueError` names what does not fit.
+    """
+
+    def __init__(self, run: Run, state: dict | None = None):
+        self.page, self.home, self.errors = self, run, []
         self.explorer, self.background, self.lock = Explorer(run), Background(), threading.RLock()
-        self.trainings: dict[tuple[Path, str, DistillConfig], Training] = {}
+        self.added: dict[str, Choice] = {}  # kornia's augmentations that the user named
         self.filling = False
         self.make_controls()
         self.make_pictures()
+        self.learning, self.ranges, self.students = Learning(self), RangePanel(self), Students(self)
+        self.share = Share(self)
+        self.arrange()
+        self.open_visibly()
         self.fill_choices()
         self.fill_moments()
-        self.set_training(MENDED)
+        self.learning.set_training()
         self.connect()
+        self.ranges.fill()
         self.paint()
         self.say(self.opening())
+        if state:
+            self.share.restore(state)
+
+    def open_visibly(self) -> None:
+        """Where nothing is trained and phi changes nothing yet, begin with an augmentation whose effect is seen."""
+        if self.explorer.nothing_trained and not self.explorer.look(self.view).change:
+            self.explorer.choose(by_hand(self.run, "affine"))
 
     def opening(self) -> str:
         problems = self.explorer.problems
         text = f"{self.run.data.name}: {sum(c.trained for c in self.explorer.choices.values())} trained phis found."
         if self.explorer.nothing_trained:
-            text = "No phi has been trained on this data yet: you see an untrained one. Train it here (below)."
+            text = "No phi has been trained on this data yet. Train one here: press Train."
         return text + (f" Left out: {'; '.join(problems)}." if problems else "")
 
     # --- controls and pictures ------------------------------------------------------------------------------------
@@ -104,7 +97,7 @@ class Page:
         here = self.home.folder.name
         names = list(dict.fromkeys([here, *presets()]))
         self.data = dropdown("data (preset)", "the preset, which names the data set", names, here)
-        self.phi = dropdown("phi", "trained phis first, then untrained ones", [""], "")
+        self.phi = dropdown("phi", "trained phis, untrained ones, hand-designed augmentations", [""], "")
         whole, real, list_ = widgets.IntSlider, widgets.FloatSlider, widgets.SelectionSlider
         self.moment = slider(list_, "iteration", "phi before this training iteration", options=["0"], value="0")
         self.strength = slider(real, "strength λ", "x + λ (phi(x) - x)", step=0.05, **within(View, "strength"))
@@ -115,63 +108,58 @@ class Page:
         self.count = slider(whole, "images", "number of images", **within(View, "count"))
         self.image = slider(whole, "one image", "its several draws are shown below", **within(View, "image"))
         self.again = button("Look for phis again", "in the folders of all runs: phis trained since the page opened")
-        self.turned = [self.strength, self.noise, self.seed, self.label, self.count, self.image, self.moment]
-
-        self.report = button("The student report's setting", f"{REPORT_NETWORK} by SGD, step size 1000")
-        self.mended = button("The mended setting", f"{REPORT_NETWORK} by Adam, step size .01")
-        self.network = dropdown("phi to train", "any name in PHIS", list(PHIS), REPORT_NETWORK)
-        self.optimizer = dropdown("optimiser", "phi's optimiser", OPTIMIZERS, OPTIMIZERS[0])
-        power = widgets.FloatLogSlider
-        size = dict(value=0.01, min=-5, max=3, step=0.1, readout_format=".3g")
-        self.step = slider(power, "step size", "step size of phi's optimiser", **size)
-        self.alpha = slider(power, "initial alpha", "the student's initial step size", **size | dict(min=-4, max=0))
-        modes = [("learned as log alpha", "log"), ("as log alpha, held until loss < 1", "held")]
-        modes += [("learned directly (raw)", "raw"), ("fixed", "fixed")]
-        self.mode = dropdown("alpha is", "how the student's step size is learned", modes, "log")
-        self.steps = slider(whole, "N (steps)", "student steps in one unroll", **within(Asked, "syn_steps"))
-        self.target = slider(whole, "M (snapshots)", "from start to target", **within(Asked, "expert_epochs"))
-        self.iterations = slider(whole, "k (iterations)", "iterations of one click", **within(Asked, "iterations"))
-        self.others = widgets.HTML()
-        self.train = button("Train k more", "continue, or start if these settings are new", button_style="primary")
-        self.stop = button("Stop", "phi keeps what it has learned so far", disabled=True)
-        self.evaluate = button("Evaluate", "train students on the phi(x) that you see, and on its controls")
-        self.name = widgets.Text("mine", description="name", tooltip="the file's name", **BOX)
-        self.save = button("Save", "in the store for the other notebooks, and as a file for image pipelines")
+        self.other = dropdown("compare with (B)", "a second phi on the same images and seeds", [NOTHING], NOTHING)
+        self.other_moment = slider(list_, "B's iteration", "B before this iteration", options=["0"], value="0")
+        self.kornia = widgets.Text(description="of kornia", placeholder="kornia:RandomAffine(degrees=15)")
+        self.kornia.style.description_width, self.kornia.tooltip = "115px", "any of kornia's augmentations, by name"
+        self.add = button("Compare with it", "with the augmentation that is named there")
+        self.upload = Upload()
+        self.remove = button("Back to the data set's images", "your images leave the page", disabled=True)
+        self.turned = [self.moment, self.strength, self.noise, self.seed, self.label, self.count, self.image]
+        self.turned += [self.other_moment]
 
     def make_pictures(self) -> None:
-        fits = dict(max_width="100%", height="auto", align_self="flex-start")
-        self.grid, self.drawn, self.curves = (widgets.Image(format="png", layout=fits) for _ in range(3))
-        self.caption, self.status, self.scores = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.progress = widgets.FloatProgress(value=0, max=1, description="", layout={"width": "370px"})
-        self.progress.style.bar_color = plots.PALETTE[0]
-        self.curves.layout.display = "none"
+        self.front = styled(Front(), "augdistill-front")
+        self.grid, self.drawn, self.curves = image("images through phi"), image("draws of one image"), image("training")
+        self.valley, self.paths = image("the loss along one range"), image("where students go")
+        self.caption, self.scores = widgets.HTML(), widgets.HTML()
+        self.status = styled(widgets.HTML(), "augdistill-line")
+        self.hint = widgets.HTML(f"<i>{HINT}</i>")
+        self.progress = widgets.FloatProgress(value=0, max=1, layout={"width": "260px"})
+        self.stop = button("Stop", "what was done so far is kept", disabled=True)
+        self.working = row(self.progress, self.stop)
+        self.working.layout.display = "none"
 
-        def row(*items):
-            return widgets.HBox(items, layout={"flex_flow": "row wrap"})
-
-        look = [heading("Explore phi"), self.data, self.phi, *self.turned[-1:], *self.turned[:-1], row(self.again)]
-        learn = [heading("Train phi"), row(self.report, self.mended), self.network, self.optimizer, self.step]
-        learn += [self.alpha, self.mode, self.steps, self.target, self.others, self.iterations]
-        learn += [row(self.train, self.stop, self.evaluate), self.progress, self.name, row(self.save)]
-        left = widgets.VBox([*look, *learn], layout={"width": "390px", "flex": "0 0 auto"})
-        seen = [self.status, self.caption, self.grid, self.drawn, self.scores, self.curves]
-        right = widgets.VBox(seen, layout={"flex": "1 1 600px", "min_width": "0"})
-        self.box = widgets.HBox([left, right], layout={"flex_flow": "row wrap"})
-        self.box.add_class("augdistill-explorer")
+    def arrange(self) -> None:
+        """The page's layout. The browser shows the section whose button is pressed, so that it need not wait for us."""
+        sections = {
+            "Look": section(*self.turned[:-1], row(self.again)),
+            "Ranges": self.ranges.box,
+            "Images": section(self.upload, row(self.remove)),
+            "Compare": section(self.other, self.other_moment, self.kornia, row(self.add)),
+            "Students": self.students.box,
+            "Train": self.learning.box,
+            "Share": self.share.box,
+        }
+        self.sections = styled(widgets.ToggleButtons(options=list(sections)), "augdistill-sections")
+        left = widgets.VBox([self.data, self.phi, self.sections, *sections.values()])
+        pictures = widgets.Box([self.grid, self.drawn, self.valley, self.paths, self.curves, self.scores])
+        seen = [self.status, self.working, self.hint, self.caption, styled(pictures, "augdistill-pictures")]
+        main = widgets.Box([styled(left, "augdistill-controls"), styled(widgets.VBox(seen), "augdistill-seen")])
+        self.box = styled(widgets.VBox([self.front, styled(main, "augdistill-main")]), "augdistill-explorer")
 
     def connect(self) -> None:
         for control in self.turned:
             control.observe(self.draw, "value")
         self.data.observe(self.change_data, "value")
         self.phi.observe(self.change_phi, "value")
+        self.other.observe(self.change_other, "value")
+        self.upload.on_msg(self.take_file)
         for control, action in (
             (self.again, self.look_again),
-            (self.report, self.take_report),
-            (self.mended, self.take_mended),
-            (self.train, self.start_training),
+            (self.add, self.add_kornia),
+            (self.remove, self.remove_own),
             (self.stop, self.end),
-            (self.evaluate, self.start_scoring),
-            (self.save, self.keep),
         ):
             control.on_click(action)
 
@@ -185,11 +173,9 @@ class Page:
     # --- the status line ------------------------------------------------------------------------------------------
 
     def say(self, text: str, error: bool = False) -> None:
-        role, colour = ("alert", plots.PALETTE[1]) if error else ("status", plots.PALETTE[0])
-        kind = "augdistill-error" if error else "augdistill-status"
-        style = f"border-left:4px solid {colour};padding-left:8px;line-height:1.4"
+        role, kind = ("alert", "augdistill-error") if error else ("status", "augdistill-status")
         mark = "<b>Error:</b> " if error else ""
-        self.status.value = f'<div role="{role}" class="{kind}" style="{style}">{mark}{html.escape(text)}</div>'
+        self.status.value = f'<div role="{role}" class="{kind}">{mark}{one_line(text)}</div>' if text else ""
 
     def fail(self, error: Exception) -> None:
         """Show an error as a line on the page; with its type, if it is neither a wrong input nor a file error."""
@@ -204,89 +190,116 @@ class Page:
         values = dict(strength=self.strength.value, noise=self.noise.value, seed=self.seed.value)
         return View(label=self.label.value, count=self.count.value, image=self.image.value, **values)
 
+    @property
+    def moments(self) -> tuple[str, str]:
+        """The moments at which the phi and the one beside it are shown."""
+        return self.moment.value, self.other_moment.value
+
     @guarded
     def draw(self) -> None:
-        """Paint the pictures, then compute what the next one will need."""
+        """Paint the pictures, then compute what the next ones will need."""
+        self.hint.value = ""
+        self.ranges.fill()
         self.paint()
-        self.explorer.prepare(self.view, self.moment.value)
+        self.students.follow()
+        self.explorer.prepare(self.view, *self.moments)
 
     def paint(self) -> None:
-        look = self.explorer.look(self.view, self.moment.value)
-        self.grid.value, self.drawn.value = png(look.sheet(), QUICK), png(look.drawn(), QUICK)
-        name = html.escape(self.explorer.choice.name)
+        look = self.explorer.look(self.view, *self.moments)
+        put(self.grid, png(look.sheet(), QUICK))
+        put(self.drawn, png(look.drawn(), QUICK))
+        lines = []
+        for chosen, moment, change, name in zip(
+            self.explorer.both, self.moments, look.changes, ("A: " if self.explorer.second else "", "B: "), strict=False
+        ):
+            at = "" if len(chosen.moments) == 1 else f", iteration {moment}"
+            by_hand = ", ranges turned by hand" if chosen.values or chosen.off else ""
+            title = html.escape(chosen.choice.name)
+            lines.append(f"<b>{name}{title}</b>{at}{by_hand}: relative change of x {change:.2f}")
         mark = ". ● phi was trained on it" if any("●" in column for column in look.columns) else ""
-        at = "" if len(self.moment.options) == 1 else f", iteration {self.moment.value}"
-        self.caption.value = f"<b>{name}</b>{at}: relative change of x {look.change:.2f}{mark}"
+        self.caption.value = "<br>".join(lines) + mark
         if "augdistill-error" in self.status.value:
             self.say("")
 
-    def fill(self, control, options: list, value) -> None:
-        """Set a control's options and value, without a new picture for each change."""
-        filling, self.filling = self.filling, True
-        try:
-            if list(control.options) != options:
-                control.options = options
-            control.value = value
-        finally:
-            self.filling = filling
-
     def fill_choices(self) -> None:
         classes = [("all", -1), *((name, label) for label, name in enumerate(self.explorer.data.classes))]
-        self.fill(self.label, classes, self.label.value if self.label.value < len(classes) - 1 else -1)
-        self.fill(self.phi, list(self.all_choices()), self.explorer.choice.name)
+        set_options(self, self.label, classes, self.label.value if self.label.value < len(classes) - 1 else -1)
+        names, second = list(self.all_choices()), self.explorer.second
+        set_options(self, self.phi, names, self.explorer.choice.name)
+        set_options(self, self.other, [NOTHING, *names], second.choice.name if second else NOTHING)
 
     def fill_moments(self, moment: str = "") -> None:
-        moments = list(self.explorer.moments)
-        self.fill(self.moment, moments, moment if moment in moments else moments[-1])
+        for control, chosen, wanted in (
+            (self.moment, self.explorer.first, moment),
+            (self.other_moment, self.explorer.second, self.other_moment.value),
+        ):
+            moments = list(chosen.moments) if chosen else ["0"]
+            set_options(self, control, moments, wanted if wanted in moments else moments[-1])
+            control.layout.display = "none" if len(moments) == 1 else ""
 
     def all_choices(self) -> dict[str, Choice]:
-        mine = (self.choice_of(training) for training in self.here())
-        return {choice.name: choice for choice in [*mine, *self.explorer.choices.values()]}
+        mine = (self.learning.choice_of(training) for training in self.learning.here())
+        by_name = {choice.name: choice for choice in [*mine, *self.explorer.choices.values()]}
+        hand = (by_hand(self.run, name) for name in HAND_DESIGNED)
+        return by_name | {choice.name: choice for choice in hand} | self.added
 
-    def here(self) -> list[Training]:
-        """The trainings on this data set."""
-        return [training for (folder, *_), training in self.trainings.items() if folder == self.run.folder]
+    def choice_named(self, name: str) -> Choice:
+        if name not in (found := self.all_choices()):
+            raise ValueError(f"phi {name!r}: was not found here; must be one of those in the list")
+        return found[name]
 
-    def name_of(self, training: Training) -> str:
-        """A training's title, with the settings that differ if an earlier training has the same title."""
-        first = next(other for other in self.here() if other.title == training.title)
-        ours, others = training.job.config.to_dict(), first.job.config.to_dict()
-        return ", ".join([training.title, *(f"{key} {value}" for key, value in ours.items() if value != others[key])])
-
-    def choice_of(self, training: Training) -> Choice:
-        def job():
-            return training.store(), training.run.store
-
-        def alpha():
-            return training.alpha
-
-        return Choice(f"trained here: {self.name_of(training)}", training.run.base, training.moments, alpha, job)
+    def refill(self) -> None:
+        self.fill_choices()
+        self.fill_moments()
 
     @guarded
     def change_phi(self) -> None:
         try:
-            self.explorer.choose(self.all_choices()[self.phi.value])
+            self.explorer.choose(self.choice_named(self.phi.value))
         finally:  # if the new one cannot be read, the old one stays
-            self.fill(self.phi, list(self.all_choices()), self.explorer.choice.name)
-            self.fill_moments()
+            self.refill()
         self.draw()
 
     @guarded
+    def change_other(self) -> None:
+        name = self.other.value
+        try:
+            self.explorer.compare(None if name == NOTHING else self.choice_named(name))
+            self.refill()
+            self.draw()
+        except Exception:
+            self.explorer.compare(None)
+            self.refill()
+            raise
+
+    @guarded
+    def add_kornia(self) -> None:
+        text = self.kornia.value.strip() or self.kornia.placeholder
+        choice = by_hand(self.run, text if text.startswith("kornia:") else f"kornia:{text}")
+        self.added[choice.name] = choice
+        self.fill_choices()
+        self.other.value = choice.name
+
+    @guarded
     def change_data(self) -> None:
+        self.show_data(self.data.value)
+        self.draw()
+        self.say(self.opening())
+
+    def show_data(self, name: str) -> None:
         self.idle()
-        name = self.data.value
         self.say(f"loading {name} ...")
         try:
             run = self.home if name == self.home.folder.name else run_beside(self.home, name)
-            self.explorer = Explorer(run)
+            self.explorer, self.added = Explorer(run), {}
+            self.open_visibly()
         except Exception:
-            self.fill(self.data, list(self.data.options), self.run.folder.name)
+            set_options(self, self.data, self.data.options, self.run.folder.name)
             raise
-        self.fill_choices()
-        self.fill_moments()
-        self.set_training(MENDED)
-        self.draw()
-        self.say(self.opening())
+        set_options(self, self.data, self.data.options, name)
+        self.remove.disabled = True
+        self.refill()
+        self.learning.set_training()
 
     @guarded
     def look_again(self) -> None:
@@ -295,80 +308,61 @@ class Page:
         self.draw()
         self.say(self.opening())
 
-    # --- training -------------------------------------------------------------------------------------------------
-
-    def set_training(self, changes: dict) -> None:
-        """Set the controls to the run's own settings with these changes."""
-        self.setting = config = self.run.settings.select(DistillConfig, **changes, minutes=0.0, iterations=1)
-        self.network.value = REPORT_NETWORK
-        self.fill(self.optimizer, list(dict.fromkeys([*OPTIMIZERS, config.phi_optimizer])), config.phi_optimizer)
-        self.step.value, self.alpha.value, self.mode.value = config.phi_lr, config.alpha, config.alpha_mode
-        self.steps.value, self.target.value = config.syn_steps, config.expert_epochs
-        rest = ("phi_momentum", "alpha_optimizer", "alpha_lr", "noise", "max_start_epoch")
-        self.others.value = f"<small>{', '.join(f'{key} {getattr(config, key)}' for key in rest)}</small>"
+    # --- the user's own images ------------------------------------------------------------------------------------
 
     @guarded
-    def take_report(self) -> None:
-        self.set_training(STUDENT_REPORT)
+    def take_file(self, _, content: dict, buffers: list) -> None:
+        """A message of `Upload`; more images are added to those that are there."""
+        name, size = str(content.get("name", ""))[:100], content.get("size")
+        before = self.explorer.upload
+        try:
+            own = read_own(name, bytes(buffers[0]) if buffers else b"", self.explorer.data.shape, size)
+            self.explorer.upload = before + own if before else own
+        finally:  # one bad file does not keep the others away
+            if content.get("last") and self.explorer.upload:
+                self.show_own(content.get("left_out"))
+
+    def show_own(self, left_out=0) -> None:
+        try:
+            self.paint()
+        except ValueError:
+            self.explorer.upload = None
+            raise
+        self.remove.disabled, channels, size = False, *self.explorer.data.shape[:2]
+        set_options(self, self.count, (), max(self.count.value, len(self.explorer.upload.names)))
+        self.draw()
+        kind = "grey" if channels == 1 else "RGB"
+        text = f"{len(self.explorer.upload.names)} of your images, each as {size} x {size} pixels, {kind}."
+        first = next(iter(self.explorer.moments.values()))
+        if first.conditional:
+            text += f" phi takes them for class {self.explorer.data.classes[max(self.label.value, 0)]}: choose another."
+        if left_out:
+            text += f" {left_out} more were left out."
+        self.say(text)
 
     @guarded
-    def take_mended(self) -> None:
-        self.set_training(MENDED)
+    def remove_own(self) -> None:
+        self.explorer.upload, self.remove.disabled = None, True
+        self.draw()
+        self.say(f"The images of {self.run.data.name} again.")
 
-    def asked(self) -> Asked:
-        return Asked(*(s.value for s in (self.iterations, self.steps, self.target, self.step, self.alpha)))
-
-    def config(self) -> DistillConfig:
-        """The settings that the controls ask for; a `ValueError` if they are impossible."""
-        asked, snapshots = self.asked().to_dict(), self.run.settings.snapshots()
-        del asked["iterations"]
-        if (target := asked["expert_epochs"]) > snapshots:
-            raise ValueError(f"M = {target}: the experts have {snapshots} snapshots after the first; use fewer")
-        return dataclasses.replace(
-            self.setting,
-            phi_optimizer=self.optimizer.value,
-            phi_momentum=self.setting.phi_momentum if self.optimizer.value == self.setting.phi_optimizer else 0.0,
-            alpha_mode=self.mode.value,
-            **asked,
-            max_start_epoch=min(self.setting.max_start_epoch, snapshots - target),
-        )
+    # --- work in the background -----------------------------------------------------------------------------------
 
     def idle(self) -> None:
         if self.background.busy:
             raise ValueError("a training or an evaluation is running: stop it first, or wait")
 
-    @guarded
-    def start_training(self) -> None:
-        self.idle()
-        key = (self.run.folder, self.network.value, self.config())
-        if key not in self.trainings:
-            self.trainings[key] = Training(self.run, *key[1:])
-        training, iterations = self.trainings[key], self.asked().iterations
-        name = self.name_of(training)
-        self.explorer.choose(self.choice_of(training))
-        self.fill_choices()
-        self.fill_moments()
-        self.draw()
-
-        def look(what, part):
-            self.tell(f"{name}: {what}", part)
-            if what == "iterations":
-                self.follow(training)
-
-        def done(error):
-            self.follow(training)
-            went = training.stopped or f"was trained for {len(training.history)} iterations"
-            self.ended(error, f"{name} {went}", wrong=bool(training.stopped))
-
-        if not (self.run.folder / "config.json").exists():
-            start_folder(self.run.folder, self.data.value, self.run.settings)
-        self.begin(lambda: training.more(iterations, self.background.check, look), done)
-
-    def begin(self, work, done) -> None:
-        for control in (self.train, self.evaluate, self.save, self.data):
-            control.disabled = True
-        self.stop.disabled = False
+    def begin(self, work: Callable[[], None], done: Callable[[Exception | None], None]) -> None:
+        """Start work in the background; `done(error)` says what became of it, by `ended`."""
+        self.allow(False)
         self.background.start(work, done)
+
+    def allow(self, on: bool) -> None:
+        """Switch the controls that start work, or must not be touched during it."""
+        for control in (*self.learning.starters, *self.students.starters, *self.ranges.starters, self.data):
+            control.disabled = not on
+        self.stop.disabled, self.progress.value = on, 0
+        self.working.layout.display = "none" if on else ""
 
     # called by the background thread: each holds the page's lock only briefly, and no error is lost
 
@@ -378,72 +372,12 @@ class Page:
                 self.progress.value = part
                 self.say(f"{text} {100 * part:.0f} %")
 
-    def follow(self, training: Training) -> None:
-        """Update the curves, and the pictures if they show this training."""
-        try:
-            with self.lock:
-                if self.explorer.choice.name == self.choice_of(training).name:
-                    moment = self.moment.value
-                    at_end = moment == list(self.explorer.moments)[-1]
-                    self.explorer.choose(self.choice_of(training))
-                    self.fill_moments("" if at_end else moment)
-                    self.paint()
-            histories = {self.name_of(t): t.history for t in self.here() if t.history}
-            if histories:
-                self.curves.value = picture(plots.curves(histories))
-            self.curves.layout.display = "" if histories else "none"
-        except Exception as error:
-            self.fail(error)
-
     def ended(self, error: Exception | None, text: str, wrong: bool = False) -> None:
         with self.lock:
-            for control in (self.train, self.evaluate, self.save, self.data):
-                control.disabled = False
-            self.stop.disabled, self.progress.value = True, 0
+            self.allow(True)
             self.fail(error) if error else self.say(text, error=wrong)
 
     @guarded
     def end(self) -> None:
         self.background.told.set()
         self.say("stopping ...")
-
-    # --- scoring and saving ---------------------------------------------------------------------------------------
-
-    @guarded
-    def start_scoring(self) -> None:
-        self.idle()
-        work, name = self.explorer.scoring(self.view, self.moment.value), self.explorer.choice.name
-
-        def tick(done, total):
-            self.background.check()
-            if self.background.due():
-                self.tell("students", done / total)
-
-        def done(error):
-            self.ended(error, f"{name}: {'stopped' if self.background.told.is_set() else 'evaluated'}")
-
-        self.begin(lambda: self.show_scores(work(tick), name), done)
-
-    def show_scores(self, found: dict, name: str) -> None:
-        rows = {f"{name}, as shown" if row == "phi" else row: summary(values) for row, values in found.items()}
-        cells = (f"<tr><td>{html.escape(row)}</td><td>{shown(values)}</td></tr>" for row, values in rows.items())
-        head = "<tr><th>students trained on its images, augmentation</th><th>validation accuracy</th></tr>"
-        self.scores.value = f"<table class='augdistill-scores'>{head}{''.join(cells)}</table>"
-
-    @guarded
-    def keep(self) -> None:
-        self.idle()
-        choice, name = self.explorer.choice, self.name.value.strip()
-        if choice.job is None:
-            raise ValueError(f"{choice.name}: was not trained here or in a run's store; there is nothing to save")
-        if not name:
-            raise ValueError("name: is empty; give the file a name")
-        path = self.run.folder / "phis" / f"{file_name(name)}.safetensors"
-        if path.exists():
-            raise ValueError(f"name {name!r}: {path} exists already; choose another")
-        strength = self.view.strength  # checked: a client can send a slider any value
-        job, store = choice.job()
-        save_phi(path, job, store, strength)
-        self.explorer.refresh()
-        self.fill_choices()
-        self.say(f"saved, for strength {strength:g}: {path}. {found_by(job, self.run)}")

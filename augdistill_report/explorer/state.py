@@ -1,14 +1,12 @@
-"""What the explorer shows, without widgets: the phis to choose from, and the images that each makes.
+"""What the explorer shows, without widgets: images through one phi or two, and the students that train on them.
 
-A `Choice` is one phi at several moments of its training: stored, untrained, or in training now. A `View` holds the
-sliders' values. `Explorer.look` gives the images, `Explorer.scoring` trains students on them.
+A `View` holds the sliders' values. `Explorer.look` gives the images, `Explorer.paths` where students go, and
+`Explorer.scoring` trains students on them.
 """
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -18,9 +16,9 @@ from augdistill_core import (
     PHIS,
     Applied,
     Config,
-    DistillConfig,
     Distilled,
     Phi,
+    Trajectories,
     Wrapper,
     augmented,
     knob,
@@ -28,19 +26,17 @@ from augdistill_core import (
     rms,
     seeded,
 )
-from augdistill_report.files.phi_files import load_phi, open_phi, unregistered
-from augdistill_report.files.store import Store, open_stored
-from augdistill_report.places import PRESETS
+from augdistill_report.explorer.choices import Choice, find_trained, fresh
+from augdistill_report.explorer.ranges import Dial, checked_turns, dials, links_of, with_ranges
+from augdistill_report.explorer.uploads import Own
+from augdistill_report.files.store import Store
 from augdistill_report.run import Run
-from augdistill_report.settings import resolve
 from augdistill_report.show.image_grids import difference_image, image_grid
 from augdistill_report.work.distillation import Distillation
-from augdistill_report.work.jobs import Subset
-from augdistill_report.work.probes import phi_images
-from augdistill_report.work.provenance import own_source
+from augdistill_report.work.experts import load_trajectories, own_experts
+from augdistill_report.work.probes import phi_images, student_path
 from augdistill_report.work.scoring import Evaluation
 from augdistill_report.work.setup import Setup
-from augdistill_report.work.statistics import stop_mark
 
 MAX_IMAGES = 20  # images in a picture
 
@@ -86,181 +82,82 @@ class Noised(Wrapper):
         return self.mean
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Choice:
-    """A phi to choose: `read` gives it by moment of its training, the last moment last."""
+class Chosen:
+    """A phi that is shown, at all moments of its training, with its ranges as they are turned by hand."""
 
-    name: str
-    subset: Subset  # the training images that it was trained on
-    read: Callable[[], dict[str, Phi]]
-    alpha: Callable[[], float]  # the student's step size that it learned
-    job: Callable[[], tuple[Distillation, Store]] | None = None  # its distillation, and the store with the result
-    trained: bool = True
+    def __init__(self, choice: Choice, run: Run):
+        self.learned = {moment: phi.requires_grad_(False) for moment, phi in choice.read().items()}
+        self.choice, self.run, self.own = choice, run, choice.like.subset.index(run.data)
+        self.moments = {moment: Noised(phi) for moment, phi in self.learned.items()}
+        self.values: dict[str, float] = {}  # of turned ranges
+        self.off: frozenset[int] = frozenset()  # links of a chain
+        few = run.data.train.take(self.own[:MAX_IMAGES])
+        self.rows = {m: dials(choice, phi, run, few.images, few.labels) for m, phi in self.learned.items()}
+
+    def last(self, moment: str = "") -> str:
+        return moment or list(self.moments)[-1]
+
+    @property
+    def bound(self) -> bool:
+        return next(iter(self.learned.values())).bound
+
+    @property
+    def links(self) -> int:
+        """The number of links of a chain, 1 for any other phi."""
+        return len(links_of(next(iter(self.learned.values()))))
+
+    def dials(self, moment: str = "") -> list[Dial]:
+        return self.rows[self.last(moment)]
+
+    def turn(self, values: dict[str, float], off: frozenset[int] = frozenset()) -> None:
+        """Set these ranges (in units, by name) and leave out these links, at all moments; {} is as learned."""
+        values = checked_turns(values, next(iter(self.rows.values())))
+        if not off <= set(range(self.links)):
+            raise ValueError(f"links off {sorted(off)}: this phi has {self.links}")
+        self.values, self.off = values, off
+        self.moments = {m: Noised(with_ranges(phi, self.rows[m], values, off)) for m, phi in self.learned.items()}
+
+    def turned_at(self, name: str, value: float, moment: str) -> Phi:
+        """The phi as it is turned, with one range at another value."""
+        moment = self.last(moment)
+        return with_ranges(self.learned[moment], self.rows[moment], self.values | {name: value}, self.off)
+
+    def through(self, view: View, moment: str, fed: Tensor, labels: Tensor, index: Tensor | None) -> Tensor:
+        """Images `[B, C, H, W]` through the phi; a `ValueError` if the result is not finite."""
+        noised = self.moments[self.last(moment)]
+        noised.noise = view.noise
+        given = dict(labels=labels, index=self.place(index, fed))
+        out = augmented(Applied(noised, view.strength), fed, **given, generator=seeded(view.seed, "explorer"))
+        if not out.isfinite().all():
+            raise ValueError(f"{self.choice.name}: phi(x) is not finite here: choose an earlier iteration")
+        return out
+
+    def place(self, index: Tensor | None, fed: Tensor) -> Tensor:
+        """What a phi gets as the images' index: for a bound phi, their positions in its base set."""
+        return positions_in(index, self.own) if self.bound else torch.arange(len(fed))
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
     """Images in [0, 1] to show: rows by name, and several draws of one image.
 
-    `change` is the relative change of x, ||phi(x) - x|| / ||x||.
+    `changes` are the relative changes of x, ||phi(x) - x|| / ||x||, one for each phi.
     """
 
     rows: dict[str, Tensor]
     columns: list[str]
     draws: dict[str, Tensor]
-    change: float
+    changes: list[float]
 
-    def sheet(self, cell: int = 64) -> Image.Image:
-        return image_grid(self.rows, self.columns, cell)
+    @property
+    def change(self) -> float:
+        return self.changes[0]
+
+    def sheet(self, cell: int = 64, title: str = "") -> Image.Image:
+        return image_grid(self.rows, self.columns, cell, title)
 
     def drawn(self, cell: int = 64) -> Image.Image:
         return image_grid(self.draws, [f"draw {k + 1}" for k in range(len(next(iter(self.draws.values()))))], cell)
-
-
-# --- the phis to choose from ------------------------------------------------------------------------------------------
-
-
-def presets() -> list[str]:
-    """The names of all presets, also of those whose data is not on this machine: `Explorer` says how to get it."""
-    return [path.stem for path in sorted(PRESETS.glob("*.yaml"))]
-
-
-def run_beside(run: Run, preset: str) -> Run:
-    """The run of another preset, in a folder beside this run's, with the user's own phis."""
-    settings = resolve(preset, {"phis": run.settings.phis, "data": run.settings.data})
-    return Run(run.notebook, settings, run.folder.parent / preset)
-
-
-def job_of(spec: dict, run: Run) -> Distillation | None:
-    """The job whose result has this specification; None if its data or its code is not that of `run`."""
-    try:
-        setup, ours = spec["setup"], run.settings.select(Setup)
-        here = {"dataset": run.data.fingerprint, "zca": ours.zca, "device": ours.device}
-        if any(setup[key] != value for key, value in here.items()):
-            return None
-        # a specification holds None for what results do not depend on, and digests for data and experts' files
-        setup = {key: getattr(ours, key) if value is None else value for key, value in setup.items()}
-        setup |= {"dataset": ours.dataset, "expert_files": ours.expert_files if setup["expert_files"] else ""}
-        setup = Setup.from_dict(setup)
-        subset, config = Subset(**spec["subset"]), DistillConfig.from_dict(spec["config"])
-        job = Distillation(setup, spec["phi"], subset, config, own_source(spec["phi"]))
-        return job if job.spec() == spec else None
-    except (ValueError, LookupError, TypeError, AttributeError):  # for example, a setting that no longer exists
-        return None
-
-
-def choice_title(job: Distillation) -> str:
-    """A short title of a distillation."""
-    c, s = job.config, job.subset
-    images = f"{s.per_class} a class" if s.per_class else f"{100 * s.fraction:g} % subset"
-    images = f"episodes of {c.episode} a class" if c.episode else images
-    return f"{job.phi}, {c.phi_optimizer} {c.phi_lr:g}, {images}, {c.iterations} iterations"
-
-
-def choice_titles(jobs: list[Distillation]) -> list[str]:
-    """A title for each job; equal titles are followed by the settings that differ."""
-    names, flat = [choice_title(job) for job in jobs], []
-    for job in jobs:
-        flat.append({k: v for c in (job.setup, job.subset, job.config) for k, v in dataclasses.asdict(c).items()})
-    for name in [name for name, count in Counter(names).items() if count > 1]:
-        same = [k for k, other in enumerate(names) if other == name]
-        differing = [key for key in flat[same[0]] if len({flat[k][key] for k in same}) > 1]
-        for k in same:
-            names[k] = ", ".join([name, *(f"{key} {flat[k][key]}" for key in differing)])
-    return names
-
-
-def from_job(job: Distillation, store: Store, name: str) -> Choice:
-    def read():
-        return job.stored_moments(store)
-
-    return Choice(name, job.subset, read, lambda: job.stored(store)[1]["alpha"], lambda: (job, store))
-
-
-def mark_of(about: dict) -> str:
-    """What follows the name of a stored or saved phi whose run stopped early; "" if it did not."""
-    stopped = about.get("stopped")
-    return stop_mark(stopped.get("kind", "")) if isinstance(stopped, dict) else ""
-
-
-def from_file(path: Path, run: Run) -> Choice:
-    """A saved phi of the run's data; a `ValueError` if the file is damaged."""
-    augment = load_phi(path)
-    moments = {"last": augment.applied.phi.to(run.settings.device)}
-
-    def alpha():
-        raise ValueError(
-            f"{path.name}: does not hold the alpha that it learned, which eval_lr=0 needs; choose the stored phi"
-        )
-
-    return Choice(
-        f"file {path.stem}{mark_of(augment.about)}", Subset(**augment.about["subset"]), lambda: moments, alpha
-    )
-
-
-def fits(about: dict, run: Run) -> bool:
-    """Whether a saved phi with this header was trained on the run's data."""
-    found = about["data"]["fingerprint"], tuple(about["shape"]), about["setup"]["zca"]
-    return found == (run.data.fingerprint, run.data.shape, run.settings.zca)
-
-
-def find_trained(run: Run) -> tuple[list[Choice], list[str]]:
-    """The phis in this run's folder and in those beside it that fit its data, and lines on what was left out.
-
-    A line names each file that cannot be read. Others count the results of other data or code, and those of phis that
-    are not registered here.
-    """
-    jobs, marks, choices, left_out, others, unknown = {}, {}, [], [], Counter(), Counter()
-    for path in sorted(run.folder.parent.glob("*/artefacts/distilled-*.safetensors")):
-        try:
-            about = open_stored(path, Distillation.kind).about
-            spec = about["spec"]
-            if isinstance(spec.get("phi"), str) and (strange := unregistered(spec["phi"])):
-                unknown.update(strange[:1])
-            elif job := job_of(spec, run):
-                jobs.setdefault(job, Store(path.parent))
-                marks.setdefault(job, mark_of(about["meta"]))
-            else:
-                others["results"] += 1
-        except (ValueError, OSError) as error:
-            left_out.append(str(error))
-    # first the result of the run's own settings, then by the number of images, the fewest first
-    jobs = sorted(jobs.items(), key=lambda j: (j[0] != default(run), j[0].subset.about(run.data), choice_title(j[0])))
-    names = choice_titles([job for job, _ in jobs])
-    choices += [from_job(job, store, name + marks[job]) for (job, store), name in zip(jobs, names, strict=True)]
-    for path in sorted(run.folder.parent.glob("*/phis/*.safetensors")):
-        try:
-            about = open_phi(path).about
-            if not fits(about, run):
-                others["saved phis"] += 1
-            elif strange := unregistered(about["phi"]):
-                unknown.update(strange[:1])
-            else:
-                choices.append(from_file(path, run))
-        except (ValueError, OSError) as error:
-            left_out.append(str(error))
-    if unknown:
-        left_out.append(f"{unknown.total()} of phis that are not registered here ({', '.join(sorted(unknown))})")
-    left_out += [f"{count} {what} of other data, or of another version of the code" for what, count in others.items()]
-    return choices, left_out
-
-
-def default(run: Run) -> Distillation:
-    """The distillation that notebook 03 trains with the run's own settings."""
-    return run.distillation(run.settings.phi, run.base)
-
-
-def fresh(run: Run, phi: str) -> Choice:
-    """An untrained phi."""
-    job = run.distillation(phi, run.base)
-
-    def read():
-        return {"0": job.fresh_phi()}
-
-    return Choice(f"untrained {phi}", run.base, read, lambda: job.config.alpha, trained=False)
-
-
-# --- looking ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -276,7 +173,10 @@ class Present:
 
 
 class Explorer:
-    """A run's data set, the phis to choose from, and the chosen one (`choose`)."""
+    """A run's data set, the phis to choose from, the chosen one (`choose`), and one to compare it with (`compare`).
+
+    `upload`, if not None, holds the user's own images, which are shown instead of the data set's.
+    """
 
     def __init__(self, run: Run):
         self.run, self.data = run, run.data
@@ -286,6 +186,8 @@ class Explorer:
             len(self.data.classes), -1
         )
         self.problems: list[str] = []
+        self.second: Chosen | None = None
+        self.upload: Own | None = None
         self.refresh()
         for choice in self.choices.values():  # the first that can be read; an untrained one always can be
             try:
@@ -319,10 +221,27 @@ class Explorer:
 
     def choose(self, choice: Choice) -> None:
         """Show this phi from now on; a `ValueError` if it cannot be read (then the old one stays)."""
-        moments = {moment: Noised(phi.requires_grad_(False)) for moment, phi in choice.read().items()}
-        self.choice, self.moments = choice, moments
-        self.own = choice.subset.index(self.data)
+        self.first = Chosen(choice, self.run)
         self.seen = (None, None)
+
+    def compare(self, choice: Choice | None) -> None:
+        """Show this phi beside the chosen one (None: none); a `ValueError` as in `choose`."""
+        self.second = choice and Chosen(choice, self.run)
+        self.seen = (None, None)
+
+    @property
+    def choice(self) -> Choice:
+        return self.first.choice
+
+    @property
+    def moments(self) -> dict[str, Noised]:
+        return self.first.moments
+
+    @property
+    def both(self) -> list[Chosen]:
+        return [self.first, self.second] if self.second else [self.first]
+
+    # --- looking --------------------------------------------------------------------------------------------------
 
     def index(self, view: View) -> Tensor:
         """Positions `[count]` in the training split of the images that a view shows, the run's base set first.
@@ -330,85 +249,145 @@ class Explorer:
         A phi that is bound to its base images takes only those. A `ValueError` if there is no such class.
         """
         lines = list(self.order)
-        if next(iter(self.moments.values())).bound:
-            labels = self.data.train.labels[self.own]
-            lines = [self.own[labels == c] for c in range(len(self.data.classes))]
+        if bound := [chosen for chosen in self.both if chosen.bound]:
+            if len(bound) == 2 and not torch.equal(bound[0].own, bound[1].own):
+                raise ValueError(f"{bound[1].choice.name}: is bound to other images than {bound[0].choice.name}")
+            own = bound[0].own
+            labels = self.data.train.labels[own]
+            lines = [own[labels == c] for c in range(len(self.data.classes))]
         if view.label >= len(lines):
             raise ValueError(f"label={view.label}: must be a class of {self.data.name}, at most {len(lines) - 1}")
         lines = lines if view.label < 0 else [lines[view.label]]
         rounds = itertools.chain(*itertools.zip_longest(*(line.tolist() for line in lines)))
         return torch.tensor([place for place in rounds if place is not None][: view.count])
 
-    def images(self, view: View) -> tuple[Tensor, Tensor, dict]:
-        """(positions in the training split, images `[count + draws, C, H, W]`, their labels and index for phi).
+    def images(self, view: View) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(positions in the training split, images `[count + draws, C, H, W]`, their labels).
 
-        The last `draws` images are copies of the view's `image`. Equal requests get the same tensors.
+        The last `draws` images are copies of the view's `image`. Positions are None for the user's own images. Equal
+        requests get the same tensors.
         """
-        key = (view.label, view.count, view.image, view.draws)
+        key = (view.label, view.count, view.image, view.draws, self.upload)
         if self.seen[0] != key:
-            index = self.index(view)
-            again = index[min(view.image, len(index)) - 1].expand(view.draws)
-            shown = torch.cat([index, again])
-            split = self.data.train.take(shown)
-            place = (
-                positions_in(shown, self.own) if next(iter(self.moments.values())).bound else torch.arange(len(shown))
-            )
-            self.seen = (key, (index, split.images, {"labels": split.labels, "index": place}))
+            if self.upload:
+                if bound := [chosen.choice.name for chosen in self.both if chosen.bound]:
+                    raise ValueError(f"{bound[0]}: is bound to its base images and takes no others: remove yours")
+                pixels = self.upload.pixels[: view.count]
+                shown = torch.cat([torch.arange(len(pixels)), self.again(view, len(pixels))])
+                images = self.data.standardise(pixels.to(self.data.mean))[shown]
+                self.seen = (key, (None, images, torch.full((len(shown),), max(view.label, 0))))
+            else:
+                index = self.index(view)
+                shown = torch.cat([index, index[self.again(view, len(index))]])
+                split = self.data.train.take(shown)
+                self.seen = (key, (shown, split.images, split.labels))
         return self.seen[1]
 
-    @torch.no_grad()
-    def prepare(self, view: View, moment: str = "") -> None:
-        """Compute the mean of phi's draws now, so that the noise slider need not wait for it."""
-        _, fed, given = self.images(view)
-        phi = self.moments[moment or list(self.moments)[-1]]
-        if phi.stochastic:
-            phi.average(fed, **given)
+    def again(self, view: View, count: int) -> Tensor:
+        """The position of the view's `image` among `count`, as often as it is drawn."""
+        return torch.full((view.draws,), min(view.image, count) - 1)
 
     @torch.no_grad()
-    def look(self, view: View, moment: str = "") -> Look:
-        """The view's images through phi at this moment of its training ("": the last). A `ValueError` if not finite."""
-        index, fed, given = self.images(view)
-        x, labels = fed[: len(index)], given["labels"][: len(index)]
-        phi = self.moments[moment or list(self.moments)[-1]]
-        phi.noise = view.noise
-        out = augmented(Applied(phi, view.strength), fed, **given, generator=seeded(view.seed, "explorer"))
-        out, drawn = out[: len(index)], out[len(index) :]
-        if not out.isfinite().all():
-            raise ValueError(f"{self.choice.name}: phi(x) is not finite here: choose an earlier iteration")
-        before, after = self.data.pixels(x), self.data.pixels(out)
-        rows = {"x": before, "phi(x)": after, "difference": difference_image(after - before)}
-        if self.pixels is not None:
-            of_base = self.run.base.index(self.data)
-            here = torch.isin(index, of_base)
-            made = torch.ones_like(before)  # white where no image was distilled
-            made[here] = self.data.pixels(self.pixels[positions_in(index[here], of_base)])
-            rows |= {"pixels (MTT)": made} if here.any() else {}
-        own = torch.isin(index, self.own).tolist() if self.choice.trained else [False] * len(index)
-        columns = [self.data.classes[c] + " ●" * mine for c, mine in zip(labels.tolist(), own, strict=True)]
-        one = f"image {min(view.image, len(index))}"
-        return Look(rows, columns, {one: self.data.pixels(drawn)}, rms(out - x) / (rms(x) or 1.0))
+    def prepare(self, view: View, moment: str = "", other: str = "") -> None:
+        """Compute the mean of phi's draws now, so that the noise slider need not wait for it."""
+        shown, fed, labels = self.images(view)
+        for chosen, at in zip(self.both, (moment, other), strict=False):
+            phi = chosen.moments[chosen.last(at)]
+            if phi.stochastic:
+                phi.average(fed, labels=labels, index=chosen.place(shown, fed))
+
+    @torch.no_grad()
+    def look(self, view: View, moment: str = "", other: str = "") -> Look:
+        """The view's images through phi at this moment of its training ("": the last). A `ValueError` if not finite.
+
+        With a second phi, taken at the moment `other`, both are shown on the same images and seeds.
+        """
+        shown, fed, labels = self.images(view)
+        count = len(fed) - view.draws
+        x = fed[:count]
+        outs = [c.through(view, at, fed, labels, shown) for c, at in zip(self.both, (moment, other), strict=False)]
+        before, *after = (self.data.pixels(images[:count]) for images in (fed, *outs))
+        drawn, one = [self.data.pixels(out[count:]) for out in outs], f"image {min(view.image, count)}"
+        if self.second:
+            rows = {"x": before, "A": after[0], "B": after[1], "B - A": difference_image(after[1] - after[0])}
+            draws = {f"{one}, {name}": its for name, its in zip("AB", drawn, strict=True)}
+        else:
+            rows = {"x": before, "phi(x)": after[0], "difference": difference_image(after[0] - before)}
+            draws = {one: drawn[0]}
+        if shown is None:
+            columns = self.upload.names[:count]
+        else:
+            index = shown[:count]
+            rows |= self.pixels_row(index, before)
+            own = torch.isin(index, self.first.own).tolist() if self.choice.trained else [False] * count
+            marked = zip(labels[:count].tolist(), own, strict=True)
+            columns = [self.data.classes[c] + " ●" * mine for c, mine in marked]
+        return Look(rows, columns, draws, [rms(out[:count] - x) / (rms(x) or 1.0) for out in outs])
+
+    def pixels_row(self, index: Tensor, before: Tensor) -> dict[str, Tensor]:
+        """A row of the distilled pixels where there are some; white for other images."""
+        if self.pixels is None or self.second:
+            return {}
+        of_base = self.run.base.index(self.data)
+        here = torch.isin(index, of_base)
+        made = torch.ones_like(before)
+        made[here] = self.data.pixels(self.pixels[positions_in(index[here], of_base)])
+        return {"pixels (MTT)": made} if here.any() else {}
+
+    # --- students -------------------------------------------------------------------------------------------------
+
+    def experts(self) -> Trajectories | None:
+        """The expert trajectories of the chosen phi's setup; None while some must be trained."""
+        setup, store = self.choice.like.setup, self.run.store
+        if all(store.has(job.kind, job.spec()) for job in own_experts(setup)):
+            return load_trajectories(setup, store)
+        return None
+
+    def paths(self, view: View, experts: Trajectories, moment: str = "", other: str = "") -> dict[str, list[Tensor]]:
+        """Where students go, by row name: paths `[N + 1, P]` from two snapshots of the first expert, on phi's images.
+
+        Strength and noise are the view's, N and alpha the phi's own. Without augmentation, alpha is the first phi's.
+        """
+        like, expert, seed = self.choice.like, experts.trajectories[0], view.seed
+        starts = [expert[t] for t in sorted({0, like.config.max_start_epoch})]
+        rows = {"no augmentation": (None, self.choice, self.first.own)}
+        for chosen, at, name in zip(self.both, (moment, other), ("A" if self.second else "phi", "B"), strict=False):
+            noised = chosen.moments[chosen.last(at)]
+            noised.noise = view.noise
+            rows[name] = Applied(noised, view.strength), chosen.choice, chosen.own if chosen.bound else self.first.own
+        found = {}
+        for name, (phi, choice, own) in rows.items():
+            base = self.data.train.take(own[: like.config.batch_syn or len(own)])
+            given = (phi, base, choice.alpha(), like.config.syn_steps, seed)
+            found[name] = [student_path(experts.student, start, *given) for start in starts]
+        return found
 
     def scoring(
-        self, view: View, moment: str = ""
+        self, view: View, moment: str = "", other: str = ""
     ) -> Callable[[Callable[[float, float], None]], dict[str, list[float]]]:
         """The evaluation of what is shown, as a function: `work(tick)` gives the students' accuracies, a list a row.
 
-        Fresh students are trained on phi's own images: without augmentation and through the identity (the controls),
-        and through phi as it is shown. Accuracies are on the validation split, since the user chooses a phi by them.
+        Fresh students are trained on the first phi's own images: without augmentation and through the identity (the
+        controls), and through each phi as it is shown ("phi"; of two, "A" and "B"). Accuracies are on the validation
+        split, since the user chooses a phi by them.
         """
-        settings, choice = self.run.settings, self.choice
-        phi = Noised(self.moments[moment or list(self.moments)[-1]].phi, view.noise)
-        alpha = settings.alpha if settings.eval_lr else choice.alpha()  # used only if eval_lr is 0
-        identity = make_phi("identity", self.data.train.take(self.own[:1]).images, len(self.data.classes), 0)
+        settings, subset = self.run.settings, self.choice.like.subset
+        alpha = settings.alpha if settings.eval_lr else self.choice.alpha()  # used only if eval_lr is 0
+        identity = make_phi("identity", self.data.train.take(self.first.own[:1]).images, len(self.data.classes), 0)
         setup, store = settings.select(Setup), self.run.store
-        rows = {"no augmentation": None, "identity": Present(setup, identity, alpha), "phi": Present(setup, phi, alpha)}
+        rows = {"no augmentation": None, "identity": Present(setup, identity, alpha)}
+        for chosen, at, name in zip(self.both, (moment, other), ("A" if self.second else "phi", "B"), strict=False):
+            if chosen.bound and not torch.equal(chosen.own, self.first.own):
+                raise ValueError(f"{chosen.choice.name}: is bound to other images than those of {self.choice.name}")
+            phi = Noised(chosen.moments[chosen.last(at)].phi, view.noise)
+            rows[name] = Present(setup, phi, alpha if settings.eval_lr else chosen.choice.alpha())
 
         def work(tick):
             found = {}
             for row, (name, present) in enumerate(rows.items()):
-                changes = {"phi_strength": view.strength} if name == "phi" else {}
+                changes = {"phi_strength": view.strength} if name in ("phi", "A", "B") else {}
                 config = settings.eval_config(present is not None, **changes)
-                job = Evaluation(setup, choice.subset, config, present)
+                job = Evaluation(setup, subset, config, present)
                 _, found[name] = job.trained(store, lambda done, total, r=row: tick(r + done / total, len(rows)))
             return found
 

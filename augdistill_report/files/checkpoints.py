@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from augdistill_report.files.store import Store
+from augdistill_report.files.store import OutOfTime, Store
 
 CHECKPOINT = "checkpoint"
 
@@ -29,7 +29,8 @@ class Checkpoint:
 
     def __init__(self, store: Store, spec: dict):
         self.store, self.spec = store, spec
-        self.state, self.due = None, time.monotonic() + SECONDS
+        self.state, self.offered = None, time.monotonic()
+        self.due = self.offered + SECONDS
         self.seconds, self.began = 0.0, time.process_time()
 
     def held(self) -> AbstractContextManager:
@@ -55,10 +56,16 @@ class Checkpoint:
         return found
 
     def offer(self, state: Callable[[], dict]) -> None:
-        """Write the state that `state` returns, if the last checkpoint is old enough."""
-        self.state = state
-        if time.monotonic() >= self.due:
+        """Write the state that `state` returns, if the last checkpoint is old enough.
+
+        If the next offer would come after the store's deadline, write it and raise `OutOfTime`.
+        """
+        self.state, before, self.offered = state, self.offered, time.monotonic()
+        late = 2 * self.offered - before >= self.store.deadline
+        if late or self.offered >= self.due:
             self.write()
+        if late:
+            raise OutOfTime
 
     def write(self) -> None:
         """Write the state that was offered last, if there is one."""

@@ -55,8 +55,38 @@ JSON_KINDS = {
         },
         "delete it and run the sweep again: finished cells are kept (or publish it again, if it is in figures/)",
     ),
+    "campaign": JsonKind(
+        {
+            "campaign": str,
+            "preset": str,
+            "tiny": bool,
+            "settings": dict,
+            "environment": CODE_STATE,
+            "rows": [{"row": str, "images": str, "seed": int, "state": str, "settings": dict}],
+        },
+        "delete it and run the campaign again: finished pieces are kept",
+    ),
     "timings": JsonKind({"seconds": {str: float}}, "delete it and run the report again, which measures them again"),
     "tracked": JsonKind({"sent": {str: str}}, "delete it and run the notebooks again: everything is sent again"),
+    "card": JsonKind(
+        {"data": str, "classes": [str], "normalisation": dict, "lr": float, "content": str, "environment": CODE_STATE},
+        "export the set again, or remove the card",
+    ),
+    "score": JsonKind(
+        {
+            "name": str,
+            "data": str,
+            "size": int,
+            "protocol": dict,
+            "rows": dict,
+            "command": str,
+            "environment": CODE_STATE,
+        },
+        "delete it and score the set again",
+    ),
+    "row": JsonKind(
+        {"row": str, "store": str, "setup": dict, "phi": str, "subset": dict, "config": dict}, "run its notebook again"
+    ),
     "apply": JsonKind({"phi": str, "to": str, "of": str, "state": str}, "delete its folder, or choose an empty one"),
 }
 

@@ -238,11 +238,18 @@ def restore(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return module
 
 
-class Store:
-    """The results of finished jobs in `folder`, by kind and specification."""
+class OutOfTime(Exception):
+    """A job was stopped at its time limit. What it has finished is in the store; it goes on from its checkpoint."""
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+
+class Store:
+    """The results of finished jobs in `folder`, by kind and specification.
+
+    At `deadline` (seconds of `time.monotonic`) a job that has a checkpoint writes it and stops, by `OutOfTime`.
+    """
+
+    def __init__(self, folder: Path | str, deadline: float = math.inf):
+        self.folder, self.deadline = Path(folder), deadline
 
     def path(self, kind: str, spec: dict) -> Path:
         return self.folder / f"{kind}-{digest({'format': FORMAT, 'spec': spec})}.safetensors"

@@ -5,6 +5,7 @@ Comments, docstrings and layout do not count, so editing them repeats no work.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -134,12 +135,20 @@ def git(*arguments: str) -> str:
     return out.stdout.strip()
 
 
+def archived_commit() -> str:
+    """The commit that `git archive` wrote into this copy of the code; "" in a clone."""
+    with contextlib.suppress(OSError):
+        text = (ROOT / "augdistill_report" / "COMMIT").read_text(encoding="utf-8").strip()
+        return "" if text.startswith("$") else text
+    return ""
+
+
 def environment(device: str) -> dict:
     """What a number depends on besides its settings: versions, the machine, and the last commit that changed code."""
     return {
         **versions(device),
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
-        "commit": git("log", "-1", "--format=%H", "--", *CODE),
+        "commit": git("log", "-1", "--format=%H", "--", *CODE) or archived_commit(),
         "uncommitted": bool(git("status", "--porcelain", "--", *CODE)),
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,10 @@ from augdistill_core import (
     minibatches,
     seeded,
     sgd,
+    sgd_together,
     teacher_of,
+    to_device,
+    with_parameters,
 )
 from augdistill_report.data.augmentations import AUGMENTATIONS, RANDOM_POLICY, Choices, augmentation
 from augdistill_report.data.datasets import Split
@@ -232,7 +236,7 @@ class Score(Job):
 
     def work(self, store, tick):
         models, validation = self.evaluation.students(store, tick)
-        test = self.data.test.opened().made()
+        test = self.evaluation.data.test.opened().made()
         accuracies = {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
         return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
 
@@ -259,6 +263,57 @@ class Patience:
         return self.failed == self.patience or self.looks == MAX_LOOKS
 
 
+def batches_of_student(
+    student: nn.Module, phi, images: Tensor, labels: Tensor, config: EvalConfig, *seed, augment=None, teacher=None
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]], Callable[[], None]]:
+    """One student's start `[P]`, its endless batches as described in `train_student`, and a check of all so far.
+
+    The check is the `ValueError` for images that are not finite. On a CPU it runs with each batch. On a CUDA device,
+    which the program must not wait for, the caller runs it at the end.
+    """
+    generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
+    start = initial_parameters(student, generator).to(images)
+    learns, broken = isinstance(augment, InstaAug), {}
+
+    def check() -> None:
+        for name, found in broken.items():
+            if found:
+                raise ValueError(f"{name} returns values that are not finite")
+
+    def through(method, x: Tensor, i: Tensor, own: torch.Generator) -> Tensor:
+        x, name = augmented(method, x, labels[i], i, own), name_of(method)
+        broken[name] = ~x.isfinite().all() | broken.get(name, False)
+        if not x.is_cuda:
+            check()
+        return x
+
+    def drawn(i: Tensor) -> Tensor:
+        with torch.no_grad():
+            fed = through(phi, images[i], i, noise)
+        with torch.set_grad_enabled(learns):
+            return through(augment, fed, i, shaking)
+
+    positions = to_device(torch.arange(len(images)), images.device).split(512)
+    copies = [drawn(i) for _ in range(config.eval_copies) for i in positions]
+    fixed = torch.cat(copies) if copies else None
+
+    def batches():
+        for picked in minibatches(max(config.eval_copies, 1) * len(images), config.eval_batch, generator):
+            k = to_device(picked, images.device)
+            i = k % len(images)
+            fed = drawn(i) if fixed is None else fixed[k]
+            yield fed, teacher(fed.detach()) if teacher else labels_under(phi, labels[i], i).detach()
+            if learns:
+                augment.learn()
+
+    return start, batches(), check
+
+
+def lr_of_step(config: EvalConfig, steps: int) -> Callable[[int], float]:
+    """The step size of a training of so many steps, by the number of the step: a tenth from the middle on."""
+    return lambda step: config.eval_lr * (0.1 if step >= steps // 2 else 1.0)
+
+
 def train_student(
     student: nn.Module,
     phi,
@@ -279,52 +334,55 @@ def train_student(
     (`InstaAug`) is trained with the student. A `ValueError` names a phi or an augmentation that changes the images'
     shape or returns values that are not finite.
     """
-    generator, noise, shaking = seeded(*seed), seeded(*seed, "noise"), seeded(*seed, "augment")
-    start = initial_parameters(student, generator).to(images)
-    learns = isinstance(augment, InstaAug)
-
-    def through(method, x: Tensor, i: Tensor, own: torch.Generator) -> Tensor:
-        x = augmented(method, x, labels[i], i, own)
-        if not x.isfinite().all():
-            raise ValueError(f"{name_of(method)} returns values that are not finite")
-        return x
-
-    def drawn(i: Tensor) -> Tensor:
-        with torch.no_grad():
-            fed = through(phi, images[i], i, noise)
-        with torch.set_grad_enabled(learns):
-            return through(augment, fed, i, shaking)
-
-    copies = [drawn(i) for _ in range(config.eval_copies) for i in torch.arange(len(images)).split(512)]
-    fixed = torch.cat(copies) if copies else None
-
-    def batches():
-        for k in minibatches(max(config.eval_copies, 1) * len(images), config.eval_batch, generator):
-            i = k % len(images)
-            fed = drawn(i) if fixed is None else fixed[k]
-            yield fed, teacher(fed.detach()) if teacher else labels_under(phi, labels[i], i).detach()
-            if learns:
-                augment.learn()
-
+    options = dict(augment=augment, teacher=teacher)
+    start, batches, check = batches_of_student(student, phi, images, labels, config, *seed, **options)
     count, patience = config.steps(len(images)), Patience(config.eval_patience)
-
-    def rate(step: int) -> float:
-        if config.eval_patience:
-            return config.eval_lr * patience.factor
-        return config.eval_lr * (0.1 if step >= count // 2 else 1.0)
-
-    steps = sgd(student, start, batches(), rate, config.eval_momentum, config.eval_decay)
+    rate = (lambda step: config.eval_lr * patience.factor) if config.eval_patience else lr_of_step(config, count)
+    steps = sgd(student, start, batches, rate, config.eval_momentum, config.eval_decay)
     if not config.eval_patience:
         *_, (model, _) = itertools.islice(steps, count)
+        check()
         return model.eval()
     for step, (model, _) in enumerate(steps, 1):
         if step % count == 0:
+            check()
             over = patience.is_over(model, accuracy_of(model.eval(), validation))
             model.train()
             if over:
                 break
     model.load_state_dict(patience.state)
     return model.eval()
+
+
+def train_students(
+    student: nn.Module,
+    phi,
+    images: Tensor,
+    labels: Tensor,
+    config: EvalConfig,
+    seeds: Sequence[tuple],
+    *,
+    augment=None,
+    teacher=None,
+    on_student: Callable[[int], None] | None = None,
+) -> list[nn.Module]:
+    """One student for each of `seeds`, trained together (`sgd_together`): those of `train_student`, up to rounding.
+
+    For a CUDA device, without patience and an augmentation that learns. `on_student(k)` is called when k / n of the
+    training of the n students is done.
+    """
+    options, count = dict(augment=augment, teacher=teacher), config.steps(len(images))
+    each = [batches_of_student(student, phi, images, labels, config, *seed, **options) for seed in seeds]
+    starts, batches, checks = zip(*each, strict=True)
+    rate, given, theta = lr_of_step(config, count), zip(*batches, strict=True), torch.stack(starts)
+    steps = sgd_together(student, theta, given, rate, config.eval_momentum, config.eval_decay)
+    for step, (theta, _) in enumerate(itertools.islice(steps, count), 1):  # noqa: B007, the last one is used
+        done = step * len(seeds) // count
+        if on_student is not None and done > (step - 1) * len(seeds) // count:
+            on_student(done)
+    for check in checks:
+        check()
+    return [with_parameters(student, one).eval() for one in theta]
 
 
 def name_of(method) -> str:
@@ -349,13 +407,18 @@ def evaluate(
 
     `augment` is applied after phi. The caller builds it from `config.eval_augment`, and the `teacher` for
     `config.eval_labels`, since both may depend on the data. Instead of `augment`, `learner(images, seed)` builds an
-    augmentation that learns, one for each student. `on_student(count)` is called after each student.
+    augmentation that learns, one for each student. `on_student(count)` is called after each student. On a CUDA device
+    the students are trained together.
     """
-    images, labels, models = train.images, train.labels, []
-    for k in range(config.eval_students):
-        own = learner(images, k) if learner else augment
-        arguments = (student, phi, images, labels, config, seed, "student", k)
-        models.append(train_student(*arguments, augment=own, teacher=teacher, validation=validation))
-        if on_student is not None:
-            on_student(k + 1)
+    arguments, models = (student, phi, train.images, train.labels, config), []
+    seeds = [(seed, "student", k) for k in range(config.eval_students)]
+    if train.images.is_cuda and config.eval_student == "convnet" and not (learner or config.eval_patience):
+        models = train_students(*arguments, seeds, augment=augment, teacher=teacher, on_student=on_student)
+    else:
+        for k, own_seed in enumerate(seeds):
+            own = learner(train.images, k) if learner else augment
+            options = dict(augment=own, teacher=teacher, validation=validation)
+            models.append(train_student(*arguments, *own_seed, **options))
+            if on_student is not None:
+                on_student(k + 1)
     return models, [accuracy_of(model, validation) for model in models]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from augdistill_core import arithmetic, flatten, logits_of, unflatten
 from augdistill_report.data.datasets import Split
+from augdistill_report.work.networks import alexnet, convnet3, vgg11
 
 
 @torch.no_grad()
@@ -59,4 +60,6 @@ def resnet18(channels: int, classes: int, size: int) -> nn.Module:
 
 
 # by name: builders of (channels, classes, size)
-STUDENTS: dict[str, Callable[[int, int, int], nn.Module]] = {f.__name__: f for f in (mlp, lenet, resnet18)}
+STUDENTS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    f.__name__: f for f in (mlp, lenet, resnet18, convnet3, alexnet, vgg11)
+}

@@ -113,7 +113,9 @@ def test_every_published_file_has_a_command():
     assert (gallery.FIGURES / "README.md").read_text() == gallery.gallery_page()
     for path in gallery.FIGURES.glob("*/*.json"):
         content = json.loads(path.read_text())
-        if path.parent.name != gallery.BENCHMARKS:
+        if content.get("kind") == "score":
+            assert content["command"].startswith("augdistill ")
+        elif path.parent.name != gallery.BENCHMARKS:
             resolve(content["preset"], content.get("changes"))
             assert "grid" not in content or (ROOT / "notebooks" / "sweeps" / content["grid"]).exists()
         assert len(content["environment"]["commit"]) == 40, path

@@ -12,23 +12,21 @@ import numpy as np
 import pytest
 import torch
 from ipywidgets import Widget
+from pages import run_in, said, told, wait
 from PIL import Image
 from safetensors.torch import save_file
 
 from augdistill_core import PHIS, DistillConfig, Phi, augmented, register_phi, seeded
 from augdistill_method import phi as phi_module
-from augdistill_report import load_phi, open_run
+from augdistill_report import load_phi
+from augdistill_report.explorer.choices import choice_titles
 from augdistill_report.explorer.page import Page
-from augdistill_report.explorer.state import Explorer, Noised, View, choice_titles, frames
+from augdistill_report.explorer.state import Explorer, Noised, View, frames
 from augdistill_report.explorer.training import Background, Stopped, Training
 from augdistill_report.files.store import SealedFile, open_stored, write_sealed
 from augdistill_report.settings import REPORT_NETWORK, STUDENT_REPORT
 from augdistill_report.show.image_grids import difference_image, film, image_grid, png
 from augdistill_report.work.probes import phi_images
-
-
-def run_in(folder: Path, name: str = "smoke", **changes):
-    return open_run("06_phi_explorer", {"preset": "smoke", "out": str(folder / name), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -50,40 +48,6 @@ def copy(finished, tmp_path):
     """The same run in a folder of its own, to be damaged."""
     shutil.copytree(finished[0].folder, tmp_path / "smoke")
     return run_in(tmp_path)
-
-
-@pytest.fixture
-def opened():
-    """Open a page; at the end nothing may run, and `page.errors` holds no error that the test has not read."""
-    pages = []
-
-    def open_page(run):
-        pages.append(Page(run))
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.close()
-        assert not page.background.busy
-        assert page.errors == []
-
-
-def told(page, *errors: str) -> None:
-    """Check the errors that the page showed, in their order, and mark them as read."""
-    import re
-
-    assert len(page.errors) == len(errors), page.errors
-    for error, pattern in zip(page.errors, errors, strict=True):
-        assert re.search(pattern, str(error)), error
-    page.errors.clear()
-
-
-def wait(page, seconds: float = 60.0) -> str:
-    deadline = time.monotonic() + seconds
-    while page.background.busy:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return page.status.value
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -229,7 +193,7 @@ def test_a_film_of_stored_moments_ends_with_the_trained_phi(finished):
 
 def test_no_runs_yet_offers_to_train(tmp_path, opened):
     page = opened(run_in(tmp_path))
-    assert "No phi has been trained on this data yet" in page.status.value and "Train it here" in page.status.value
+    assert "No phi has been trained on this data yet" in said(page) and "Train one here" in said(page)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -239,8 +203,8 @@ def test_runs_beside_this_one_are_found_and_other_data_are_not(copy, tmp_path, o
     assert "file mine" in page.phi.options
     bigger = opened(run_in(tmp_path, "bigger", size=16))
     assert not any(choice.trained for choice in bigger.explorer.choices.values())
-    assert "5 results of other data, or of another version of the code" in bigger.status.value
-    assert "1 saved phis of other data" in bigger.status.value
+    assert "5 results of other data, or of another version of the code" in said(bigger)
+    assert "1 saved phis of other data" in said(bigger)
 
 
 def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
@@ -255,16 +219,16 @@ def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
     (copy.folder / "phis" / "pickle.safetensors").write_bytes(b"PK\x03\x04 a pickle")
     page = opened(copy)
     for name in (broken.name, "pickle.safetensors"):
-        assert f"{name} is damaged" in page.status.value
+        assert f"{name} is damaged" in said(page)
     before = page.phi.value
     assert before.startswith(f"{job.phi}, Adam 0.001")
     grid, (name,) = page.grid.value, [name for name in page.phi.options if "Adam 0.5" in name]
     page.phi.value = name
-    assert 'role="alert"' in page.status.value and f"{other} is damaged" in page.status.value
+    assert 'role="alert"' in said(page) and f"{other} is damaged" in said(page)
     told(page, "its values have changed since they were written")
     assert page.phi.value == before and page.grid.value == grid
     page.seed.value = 3
-    assert page.grid.value != grid and "Error" not in page.status.value
+    assert page.grid.value != grid and "Error" not in said(page)
 
 
 def job_spec(path: Path) -> dict:
@@ -294,7 +258,7 @@ def shaken(tmp_path):
 def test_phis_that_are_not_registered_here_are_counted_quietly(shaken, opened):
     page = opened(shaken)
     assert page.explorer.problems == ["3 of phis that are not registered here (shaky)"]
-    assert "delete" not in page.status.value and "damaged" not in page.status.value
+    assert "delete" not in said(page) and "damaged" not in said(page)
     assert not any("shaky" in name for name in page.phi.options)
 
 
@@ -303,7 +267,7 @@ def test_it_opens_whatever_lies_in_the_folders(copy, opened):
     results, phis = copy.folder / "artefacts", copy.folder / "phis"
     good = next(results.glob("distilled-*.safetensors"))
     content = SealedFile(good, "distilled").about
-    said = SealedFile(phis / "mine.safetensors", "phi").about
+    header = SealedFile(phis / "mine.safetensors", "phi").about
     (results / "distilled-folder.safetensors").mkdir()
     (results / "distilled-link.safetensors").symlink_to(results / "nowhere")
     (phis / "link.safetensors").symlink_to(results / "nowhere")
@@ -315,15 +279,15 @@ def test_it_opens_whatever_lies_in_the_folders(copy, opened):
     for number, spec in enumerate(({}, {"setup": []}, content["spec"] | {"subset": 1}, content["spec"] | {"phi": 7})):
         write_sealed(results / f"distilled-{number}.safetensors", "distilled", content | {"spec": spec}, {})
     for key in ("data", "shape", "subset", "setup", "phi"):
-        without = {name: value for name, value in said.items() if name != key}
+        without = {name: value for name, value in header.items() if name != key}
         write_sealed(phis / f"without-{key}.safetensors", "phi", without, {})
-    huge = said | {"shape": [1, 200000, 200000]}
+    huge = header | {"shape": [1, 200000, 200000]}
     write_sealed(phis / "huge.safetensors", "phi", huge, {"a": torch.zeros(1)})
     job = copy.distillation(copy.settings.phi, copy.base)
     first = copy.store.path(job.kind, job.spec())
     first.write_bytes(first.read_bytes()[:-3] + b"\1\2\3")  # a tensor of what it opens with
     page = opened(copy)
-    said = page.status.value
+    text = said(page)
     damaged = [
         "distilled-nested",
         "nested",
@@ -331,15 +295,15 @@ def test_it_opens_whatever_lies_in_the_folders(copy, opened):
         *(f"without-{key}" for key in ("data", "shape", "subset", "setup")),
     ]
     for name in [*damaged, first.stem]:
-        assert f"{name}.safetensors is damaged" in said
+        assert f"{name}.safetensors is damaged" in text
     for name in ("distilled-folder", "distilled-link", "folder", "link"):
-        assert f"{name}.safetensors: no such file" in said
-    assert "distilled-expert.safetensors is not ours" in said and "4 results of other data" in said
+        assert f"{name}.safetensors: no such file" in text
+    assert "distilled-expert.safetensors is not ours" in text and "4 results of other data" in text
     assert page.phi.value and "file mine" in page.phi.options
     for preset in page.data.options:
         if preset in ("digits", "smoke"):
             page.data.value = preset
-            assert "Error" not in page.status.value
+            assert "Error" not in said(page)
 
 
 def test_damaged_pixels_leave_their_row_out(copy, opened):
@@ -348,7 +312,7 @@ def test_damaged_pixels_leave_their_row_out(copy, opened):
     path.write_bytes(path.read_bytes()[:-5])
     page = opened(copy)
     assert "pixels (MTT)" not in page.explorer.look(page.view).rows
-    assert path.name in page.status.value
+    assert path.name in said(page)
 
 
 def test_data_that_are_not_here_are_a_line_and_the_old_ones_stay(finished, opened, monkeypatch, tmp_path):
@@ -359,8 +323,8 @@ def test_data_that_are_not_here_are_a_line_and_the_old_ones_stay(finished, opene
     told(page, "dataset='cifar100': not found.*augdistill data fetch cifar100")
     assert page.data.value == "smoke" and page.explorer.run is finished[0]
     page.data.value = "digits"  # of another size, beside it
-    assert page.explorer.data.shape == (1, 16, 16) and page.steps.value == 15
-    assert len(page.label.options) == 11 and "No phi has been trained" in page.status.value
+    assert page.explorer.data.shape == (1, 16, 16) and page.learning.steps.value == 15
+    assert len(page.label.options) == 11 and "No phi has been trained" in said(page)
     assert not (finished[0].folder.parent / "digits").exists()  # looking leaves nothing
 
 
@@ -376,7 +340,7 @@ def test_a_phi_of_ones_own_is_there_too(tmp_path, opened):
         "        return images - 1\n"
     )
     page = opened(run_in(tmp_path, phis=str(own), phi="darker"))
-    assert page.phi.value == "untrained darker" and "darker" in page.network.options
+    assert page.phi.value == "untrained darker" and "darker" in page.learning.network.options
     assert "relative change of x" in page.caption.value
 
 
@@ -422,49 +386,54 @@ def test_interrupted_training_gives_the_same_bits(tmp_path, phi):
 
 def test_the_report_s_setting_dies_and_the_mended_one_learns(tmp_path, opened):
     page = opened(run_in(tmp_path))
-    page.iterations.value = 30
-    page.report.click()
-    assert (page.network.value, page.optimizer.value, page.step.value, page.mode.value) == (
+    page.learning.iterations.value = 30
+    page.learning.report.click()
+    assert (
+        page.learning.network.value,
+        page.learning.optimizer.value,
+        page.learning.step.value,
+        page.learning.mode.value,
+    ) == (
         REPORT_NETWORK,
         "SGD",
         1000,
         "raw",
     )
-    page.train.click()
+    page.learning.train.click()
     status = wait(page)
     assert 'role="alert"' in status and "distnet2, SGD 1000 diverged at iteration" in status
-    (died,) = page.here()
+    (died,) = page.learning.here()
     job = died.store()
     assert job.stored(page.run.store)[1]["stopped"]["reason"] == died.stopped and job.config.iterations == 30
-    page.train.click()
+    page.learning.train.click()
     wait(page)
     told(page, "diverged.*start again with other settings")
     page.strength.value = 0.5  # the page lives on
-    assert "Error" not in page.status.value
-    page.mended.click()
-    page.train.click()
+    assert "Error" not in said(page)
+    page.learning.mended.click()
+    page.learning.train.click()
     assert "distnet2, Adam 0.01 was trained for 30 iterations" in wait(page)
-    _, learns = page.here()
+    _, learns = page.learning.here()
     losses = [record["loss"] for record in learns.history]
     assert sum(losses[-10:]) < sum(losses[:10]) and page.curves.layout.display == ""
-    page.report.click()  # and back: the same training is found again
-    page.mended.click()
-    page.iterations.value = 1
-    page.train.click()
+    page.learning.report.click()  # and back: the same training is found again
+    page.learning.mended.click()
+    page.learning.iterations.value = 1
+    page.learning.train.click()
     wait(page)
-    assert len(page.here()) == 2 and len(learns.history) == 31
+    assert len(page.learning.here()) == 2 and len(learns.history) == 31
 
 
 def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, opened):
     page = opened(run_in(tmp_path))
-    page.network.value, page.iterations.value = "unet_noise", 3
-    page.train.click()
+    page.learning.network.value, page.learning.iterations.value = "unet_noise", 3
+    page.learning.train.click()
     wait(page)
     page.strength.value = 0.5
-    page.evaluate.click()
+    page.students.evaluate.click()
     assert "evaluated" in wait(page)
     run = page.run
-    job = page.here()[0].store()
+    job = page.learning.here()[0].store()
     for row, (distilled, changes) in {
         "no augmentation": (None, {}),
         "identity": (None, {}),
@@ -473,116 +442,121 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
         score = run.evaluation(run.base, distilled, **changes).stored(run.store)[1]["validation"]
         text = f"{100 * np.mean(score):.1f} ± {100 * np.std(score, ddof=1):.1f} % (n = 2)"
         assert text in page.scores.value.split(row)[1].split("</tr>")[0]
-    page.name.value = "my phi"
-    page.save.click()
+    page.learning.name.value = "my phi"
+    page.learning.save.click()
     path = run.folder / "phis" / "my_phi.safetensors"
-    assert f"saved, for strength 0.5: {path}" in page.status.value
+    assert f"saved, for strength 0.5: {path}" in said(page)
     assert load_phi(path).about["strength"] == 0.5 and "file my_phi" in page.phi.options
-    changes = page.status.value.split("with ")[1].split("</div>")[0].replace("-p ", "").split()
+    changes = said(page).split("with ")[1].split("</div>")[0].replace("-p ", "").split()
     given = dict(zip(changes[::2], changes[1::2], strict=True))
     settings = run_in(tmp_path, "other", **given)
     assert run.store.has(job.kind, settings.distillation(settings.settings.phi, settings.base).spec())
-    page.save.click()
+    page.learning.save.click()
     told(page, "my_phi.safetensors exists already; choose another")
-    page.name.value = " "
-    page.save.click()
+    page.learning.name.value = " "
+    page.learning.save.click()
     told(page, "name: is empty")
     page.phi.value = "untrained unet"
-    page.name.value = "other"
-    page.save.click()
+    page.learning.name.value = "other"
+    page.learning.save.click()
     told(page, "untrained unet: was not trained here")
 
 
 def test_students_take_the_step_size_that_phi_learned_where_they_are_to(tmp_path, opened):
     page = opened(run_in(tmp_path, eval_lr=0.0, alpha=0.05))
-    page.iterations.value = 3
-    page.train.click()
+    page.learning.iterations.value = 3
+    page.learning.train.click()
     wait(page)
-    page.evaluate.click()
+    page.students.evaluate.click()
     assert "evaluated" in wait(page)
-    run, job = page.run, page.here()[0].store()
+    run, job = page.run, page.learning.here()[0].store()
     score = run.evaluation(run.base, job).stored(run.store)[1]["validation"]
     assert (
         f"{100 * np.mean(score):.1f} ± {100 * np.std(score, ddof=1):.1f} %"
         in page.scores.value.split("trained here")[1]
     )
-    page.save.click()
+    page.learning.save.click()
     page.phi.value = "file mine"
-    page.evaluate.click()
+    page.students.evaluate.click()
     told(page, "mine.safetensors: does not hold the alpha that it learned")
 
 
 def test_one_thing_at_a_time_and_it_can_be_stopped(tmp_path, opened):
     page = opened(run_in(tmp_path))
-    page.iterations.value = 500
-    page.train.click()
-    assert page.train.disabled and page.evaluate.disabled and page.save.disabled and not page.stop.disabled
+    page.learning.iterations.value = 500
+    page.learning.train.click()
+    assert (
+        page.learning.train.disabled
+        and page.students.evaluate.disabled
+        and page.learning.save.disabled
+        and not page.stop.disabled
+    )
     deadline = time.monotonic() + 60
-    while not (page.here() and page.here()[0].history):
+    while not (page.learning.here() and page.learning.here()[0].history):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    page.start_training()
+    page.learning.start_training()
     told(page, "a training or an evaluation is running")
     seen = page.grid.value
     page.strength.value = 0  # a slider works meanwhile
     assert page.grid.value != seen
     page.stop.click()
     assert "was trained for" in wait(page)
-    assert 0 < len(page.here()[0].history) < 500
-    assert page.stop.disabled and not page.train.disabled
-    page.evaluate.click()
+    assert 0 < len(page.learning.here()[0].history) < 500
+    assert page.stop.disabled and not page.learning.train.disabled
+    page.students.evaluate.click()
     page.stop.click()
-    assert "stopped" in wait(page) or "evaluated" in page.status.value
+    assert "stopped" in wait(page) or "evaluated" in said(page)
 
 
 def test_impossible_settings_are_lines(tmp_path, opened):
     page = opened(run_in(tmp_path))
-    page.target.value = 10
-    page.train.click()
+    page.learning.target.value = 10
+    page.learning.train.click()
     told(page, "M = 10: the experts have 4 snapshots")
-    page.target.value = 4  # the start is then always the first snapshot
-    page.iterations.value = 1
-    page.train.click()
+    page.learning.target.value = 4  # the start is then always the first snapshot
+    page.learning.iterations.value = 1
+    page.learning.train.click()
     assert "trained for 1 iterations" in wait(page)
-    page.take_mended()
-    page.network.value = "distnet2"
-    page.step.value = 1e-5
+    page.learning.take_mended()
+    page.learning.network.value = "distnet2"
+    page.learning.step.value = 1e-5
     assert page.errors == []
 
 
 def test_no_widget_s_value_goes_unchecked_to_disk_or_to_work(tmp_path, opened, monkeypatch):
     """A client sets any trait of a slider: its bounds first, then a value."""
     page = opened(run_in(tmp_path))
-    page.iterations.value = 1
-    page.train.click()
+    page.learning.iterations.value = 1
+    page.learning.train.click()
     wait(page)
     page.strength.max = 1e301
     page.strength.value = 1e300
     told(page, r"strength=1e\+300: must be in \[0, 1.5\]")
-    page.save.click()
+    page.learning.save.click()
     told(page, r"strength=1e\+300: must be in \[0, 1.5\]")
     assert not (page.run.folder / "phis").exists()
-    page.evaluate.click()
+    page.students.evaluate.click()
     told(page, r"strength=1e\+300")
     page.strength.value = 1
     monkeypatch.setattr(Training, "more", lambda *_: pytest.fail("it must not start"))
     for key, slider, wrong in (
-        ("iterations", page.iterations, 10**9),
-        ("syn_steps", page.steps, 10**9),
-        ("expert_epochs", page.target, 11),
-        ("phi_lr", page.step, 1e9),
-        ("alpha", page.alpha, 100.0),
+        ("iterations", page.learning.iterations, 10**9),
+        ("syn_steps", page.learning.steps, 10**9),
+        ("expert_epochs", page.learning.target, 11),
+        ("phi_lr", page.learning.step, 1e9),
+        ("alpha", page.learning.alpha, 100.0),
     ):
         right, slider.max = slider.value, 10**10 if isinstance(wrong, int) else 12
         slider.value = wrong
-        page.train.click()
+        page.learning.train.click()
         told(page, f"{key}=.*: must be in")
         slider.value = right
     page.count.max = 10**6
     page.count.value = 10**6
     told(page, "count=1000000: must be in")
     page.count.value = 10
-    page.evaluate.click()
+    page.students.evaluate.click()
     assert "evaluated" in wait(page)
 
 
@@ -610,21 +584,21 @@ def test_an_error_that_nobody_expected_is_a_line_too(tmp_path, opened, monkeypat
     page.look_again()
     before = page.grid.value
     page.phi.value = "untrained broken"
-    assert "unexpected ZeroDivisionError: a phi with an error" in page.status.value
+    assert "unexpected ZeroDivisionError: a phi with an error" in said(page)
     told(page, "a phi with an error")
     assert page.grid.value == before
     page.phi.value = "untrained unet"
-    assert "Error" not in page.status.value
+    assert "Error" not in said(page)
     monkeypatch.setattr(Training, "more", lambda *_: {}["nothing"])
-    page.train.click()
+    page.learning.train.click()
     assert "unexpected KeyError" in wait(page)
     told(page, "nothing")
 
 
 def test_closing_while_it_trains_ends_the_thread(tmp_path):
     page = Page(run_in(tmp_path))
-    page.iterations.value = 500
-    page.train.click()
+    page.learning.iterations.value = 500
+    page.learning.train.click()
     page.close()
     assert not page.background.busy and page.errors == []
 

@@ -37,7 +37,7 @@ from augdistill_report.commands import cli
 from augdistill_report.commands.preflight import preflight
 from augdistill_report.files import checkpoints
 from augdistill_report.files.checkpoints import Checkpoint
-from augdistill_report.files.expert_files import ExpertFile, in_folder, snapshot_tensors
+from augdistill_report.files.expert_files import ExpertFile, in_folder, kept_snapshot, snapshot_tensors
 from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.studies.unseen import Repetition
@@ -395,6 +395,12 @@ def test_ways_that_are_read_by_the_snapshot_are_those_that_are_read_whole(folder
         way[4]
     way[0].zero_()  # a copy, never the file
     assert torch.equal(way[0], theta[0, 0])
+
+
+def test_a_snapshot_that_is_kept_is_read_once(folder):
+    file = ExpertFile(in_folder(folder)[0])
+    kept = kept_snapshot(file, 1)
+    assert torch.equal(kept, file[1]) and kept_snapshot(file, 1) is kept and file[1] is not kept
 
 
 def test_an_expert_kept_as_float16_comes_back_as_float32(folder):

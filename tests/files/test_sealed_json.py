@@ -47,6 +47,31 @@ CONTENT = {
     },
     "timings": {"seconds": {"01_a": 12.3, "02_b": 4}},
     "tracked": {"sent": {"03/pictures": "0123456789ab", "03/unet": "ba9876543210"}},
+    "card": {
+        "data": "digits",
+        "classes": ["a", "b"],
+        "normalisation": {"name": "own", "mean": [0.25], "std": [0.5]},
+        "lr": 0.0125,
+        "content": "0123456789ab",
+        "environment": ENVIRONMENT,
+    },
+    "score": {
+        "name": "pixels (MTT)",
+        "data": "digits",
+        "size": 8,
+        "protocol": {"name": "ours", "steps": 300},
+        "command": "augdistill score pixels --on digits",
+        "rows": {"the set": {"accuracy": SCORE, "images": 10, "bytes": {"images": 2560, "labels": 10}}},
+        "environment": ENVIRONMENT,
+    },
+    "row": {
+        "row": "unet",
+        "store": "runs/digits/artefacts",
+        "setup": {"seed": 0},
+        "phi": "unet",
+        "subset": {"seed": 0, "per_class": 1},
+        "config": {"iterations": 3},
+    },
     "apply": {"phi": "unet", "trained on": "digits (ab)", "state": "0a1b", "strength": 1.0, "to": "digits", "of": "cd"},
 }
 
@@ -304,4 +329,4 @@ def test_published_results_are_sealed():
     for path in sorted((ROOT / "figures").glob("*/*.json")):
         if path.parent.name != "benchmarks":  # nothing reads those
             kind = json.loads(path.read_text())["kind"]
-            assert kind in ("results", "sweep") and read_json(path, kind)
+            assert kind in ("results", "sweep", "score") and read_json(path, kind)

@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import StandIn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from toys import STUDENTS, Shared, assert_near, built, mlp, toy
+from toys import STUDENTS, Shared, StandIn, assert_near, built, mlp, toy
 
 from augdistill_core import (
     ExpertConfig,

@@ -9,6 +9,7 @@ from toys import built, mlp, toy
 from augdistill_core import ConvNet, gradient_cosine, initial_parameters, seeded, sgd, unroll
 from augdistill_method.precision import arithmetic
 from augdistill_method.student import sgd_together
+from augdistill_report.settings import Settings
 from augdistill_report.work.setup import Setup
 
 
@@ -89,6 +90,8 @@ def test_a_wrong_precision_is_refused():
     with pytest.raises(ValueError, match="precision='tf32': a CPU does not have it; use device=cuda, or"):
         Setup(precision="tf32")
     assert Setup(precision="tf32", device="cuda").precision == "tf32"
+    with pytest.raises(ValueError, match="memory='captured': needs a CUDA device; use device=cuda, or"):
+        Settings(memory="captured")
     assert gradient_cosine(built(mlp), *inputs_of(built(mlp)), 0.1) == pytest.approx(1)  # a student without a precision
 
 

@@ -1,0 +1,175 @@
+"""`augdistill score`: what a distilled set is worth, by test accuracy, with the controls that must stand beside it.
+
+from augdistill_report import score
+
+print(score("logged_files/CIFAR10/images_best.pt", on="cifar10", protocol="dc-bench"))
+"""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import torch
+
+from augdistill_report.commands.publish import FIGURES, gallery_page, is_committed
+from augdistill_report.files.distilled_sets import PAIR, read_set
+from augdistill_report.files.phi_files import open_phi
+from augdistill_report.files.sealed_json import write_json
+from augdistill_report.files.store import Store, write
+from augdistill_report.run import file_name, folder_config, made_by, row_file, run_folder, stored_row
+from augdistill_report.settings import Settings, resolve
+from augdistill_report.studies.set_scores import BESIDE, score_subject, table_of, training_by
+from augdistill_report.studies.subjects import Subject, from_phi, from_row, from_set
+from augdistill_report.work.pool import WorkConfig
+from augdistill_report.work.provenance import environment
+from augdistill_report.work.statistics import markdown_table, shown
+
+SCOREBOARD = FIGURES / "scoreboard"
+
+
+@dataclasses.dataclass(frozen=True)
+class SetScore:
+    """A finished score: `result` holds all its numbers, `path` is its file. As text: a table and a sentence."""
+
+    result: dict
+    path: Path
+
+    @property
+    def accuracies(self) -> dict[str, list[float]]:
+        """The test accuracies in [0, 1], one a student, of each row by name."""
+        return {name: row["accuracy"]["values"] for name, row in self.result["rows"].items()}
+
+    def __str__(self):
+        r, folder = self.result, self.path.parents[1]
+        protocol, opened = r["protocol"], r["opened"]
+        changed = ", ".join(f"{k}={v}" for k, v in protocol["changed"].items())
+        lines = [
+            f"{r['name']} on {r['data']} at {r['size']}x{r['size']}",
+            f"protocol: {protocol['name']} ({protocol['source']}){f'; changed: {changed}' if changed else ''}",
+            f"students: {protocol['eval_students']} x {protocol['eval_student']}, {protocol['steps']} steps",
+            f"normalisation: {r['normalisation']}",
+            f"test split: opened for {opened['now']} rows; {folder} holds {opened['in all']} test accuracies",
+            "",
+            markdown_table(table_of(r)),
+            *(f"{name}: {shown(value)}" for name, value in r["scores"].items()),
+            r["sentence"],
+        ]
+        return "\n".join(lines)
+
+
+def is_phi(path: Path) -> bool:
+    """Whether a file is a saved phi."""
+    try:
+        open_phi(path)
+    except ValueError:
+        return False
+    return True
+
+
+def subject_named(
+    what: str, on: str, preset: str, size: int, out: str, changes: dict, labels: str, normalisation: str, name: str
+) -> tuple[Subject, Settings, Path]:
+    """What is scored, the settings to score it by, and the folder that keeps the results."""
+    path = Path(what).expanduser()
+
+    def settings_of(size: int) -> Settings:
+        return resolve(preset, {"dataset": on, **({"size": size} if size else {}), **changes})
+
+    if not path.exists() and row_file(path).parent.is_dir():
+        folder = Path(out or path.parent.parent).resolve()
+        config = folder_config(path.parent.parent)
+        settings = Settings.from_dict(config["settings"] | ({"dataset": on} if on else {}) | changes)
+        settings.load_phis()
+        job, made = stored_row(path)
+        return from_row(job, name or path.name, settings, made, Store(folder / "artefacts")), settings, folder
+    if path.exists() and not on:
+        raise ValueError(f"{what}: name the data set that students are tested on (--on)")
+    folder = run_folder(preset, out)
+    store = Store(folder / "artefacts")
+    if path.is_file() and path.suffix == ".safetensors" and is_phi(path):
+        settings = settings_of(open_phi(path).about["setup"]["size"])
+        return from_phi(path, name or path.stem, settings, store), settings, folder
+    found = read_set(path, labels)
+    settings = settings_of(size if found.images is None else found.images.shape[2])
+    named_by = path if path.name != PAIR else path.absolute().parent
+    own = name or (named_by.name if named_by.is_dir() else path.stem)
+    return from_set(found, own, settings, store, normalisation), settings, folder
+
+
+def command_of(what: str, arguments: dict, changes: dict) -> str:
+    """The command that makes a score again, without the paths of this machine: after a report, for a row of it."""
+    path, before = Path(what).expanduser(), ""
+    if is_row := row_file(path).is_file():
+        folder = path.parent.parent
+        made = made_by(folder, Settings.from_dict(folder_config(folder)["settings"]))
+        sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in made["changes"].items())
+        before = f"augdistill report --preset {made['preset']} --only {path.parent.name[:2]}{sets} && "
+        path = Path("runs", made["preset"], path.parent.name, path.name)
+    options = "".join(f" --{k} {shlex.quote(str(v))}" for k, v in arguments.items() if v)
+    sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in changes.items() if k not in WorkConfig.names())
+    return f"{before}augdistill score {shlex.quote(str(path) if is_row else path.name)}{options}{sets}"
+
+
+def score(
+    what: str,
+    on: str = "",
+    *,
+    protocol: str = "ours",
+    preset: str = "digits",
+    student: str = "",
+    students: int = 0,
+    labels: str = "",
+    normalisation: str = "",
+    lr: float = 0.0,
+    size: int = 0,
+    beside: str = ",".join(BESIDE),
+    name: str = "",
+    out: str = "",
+    publish: bool = False,
+    changes: dict | None = None,
+) -> SetScore:
+    """Score a distilled set on a data set; returns the numbers, and writes them to OUT/scores.
+
+    Args:
+        what: the pair of MTT's code (images_best.pt, or its folder), .npz, .safetensors, a folder of images, a file of
+            positions in the training set (.npy, .txt), a saved phi, or a run's row (RUN/NOTEBOOK/ROW).
+        on: the data set whose test images students are tested on (a row has its own).
+        protocol: a name in `PROTOCOLS`.
+        preset: where all other settings are from: the students' ConvNet, the experts (for the window of difficulty).
+        student, students: another architecture (`eval_student`), another number of students.
+        labels: what the labels are: hard, probabilities, logits, or experts (they label each augmented image).
+        normalisation: how the images are normalised, a name in `NORMALISATIONS`; "" finds it.
+        lr: the step size that was learned with the images, for the protocol of MTT.
+        size: of a selection's images in pixels (a set has its own).
+        beside: the rows beside it, of random, bytes, window, all.
+        name: how the result is called; out: the folder (runs/<preset>), whose finished jobs are used.
+        publish: also write it to figures/scoreboard, for notebook 08; committed code only.
+        changes: settings by name, as `--set`; those of eval_* change the protocol, and the result says so.
+
+    A `ValueError` says what is wrong with a file or an argument.
+    """
+    changes = dict(changes or {})
+    subject, settings, folder = subject_named(what, on, preset, size, out, changes, labels, normalisation, name)
+    torch.set_num_threads(settings.threads)
+    if lr:
+        subject = dataclasses.replace(subject, lr=lr)
+    own = {k: v for k, v in changes.items() if k.startswith("eval_")}
+    own |= {"eval_student": student} if student else {}
+    own |= {"eval_students": students} if students else {}
+    own |= {"eval_labels": "soft"} if labels == "experts" else {}
+    training = training_by(protocol, subject, settings, own)
+    around = environment(settings.device)
+    if publish and not is_committed({"environment": around}):
+        raise ValueError("publish: the code has uncommitted changes, so nobody could repeat the score; commit first")
+    rows = tuple(part.strip() for part in beside.split(",") if part.strip())
+    result = score_subject(subject, training, Store(folder / "artefacts"), settings.pool, rows)
+    asked = dict(on=on, protocol=protocol, student=student, students=students, labels=labels, lr=lr, beside=beside)
+    asked |= {} if row_file(Path(what)).is_file() else {"preset": preset, "normalisation": normalisation, "size": size}
+    result |= {"command": command_of(what, asked, changes), "environment": around}
+    result |= {"seconds": sum(row["seconds"] for row in result["rows"].values())}
+    file = file_name(f"{subject.name}-{protocol}-{training.config.eval_student}") + ".json"
+    write_json(folder / "scores" / file, "score", result)
+    if publish:
+        write_json(SCOREBOARD / f"{file_name(result['data'])}-{result['size']}-{file}", "score", result)
+        write(FIGURES / "README.md", gallery_page())
+    return SetScore(result, folder / "scores" / file)

@@ -1,0 +1,33 @@
+"""The picture of the scoreboard: accuracy against bytes."""
+
+from matplotlib.figure import Figure
+
+from augdistill_report.show.plots import COLOURS, PALETTE, new_figure
+
+
+def accuracy_by_bytes(panels: dict[tuple[str, int], list]) -> Figure:
+    """Test accuracy against the bytes that a method stores (logarithmic): one panel a data set, one marker a method.
+
+    `panels` hold entries by (data set, image size): objects with `method`, `bytes`, `accuracy`, `spread` and
+    `is_measured`. A filled marker was measured (with its standard deviation); a hollow one is published, not measured.
+    """
+    figure, axes = new_figure(6.4 * len(panels), 5.4, len(panels))
+    for axis, ((data, size), entries) in zip(axes, panels.items(), strict=True):
+        methods: dict[str, list] = {}
+        for entry in entries:
+            methods.setdefault(entry.method, []).append(entry)
+        for place, (method, own) in enumerate(methods.items()):
+            known = COLOURS.get(method, PALETTE[place % len(PALETTE)])
+            style = dict(color=known, marker="osD^vPX*hd"[place % 10], linestyle=":", linewidth=0.8)
+            for measured in (True, False):
+                these = sorted((e for e in own if e.is_measured == measured), key=lambda e: e.bytes)
+                x, y = [e.bytes for e in these], [100 * e.accuracy for e in these]
+                if these and measured:
+                    axis.errorbar(x, y, [100 * (e.spread or 0) for e in these], capsize=2, label=method, **style)
+                elif these:
+                    hollow = dict(markerfacecolor="none", label=f"{method}: published, not measured")
+                    axis.plot(x, y, **hollow, **style)
+        axis.set(xscale="log", xlabel="bytes (images, labels, phi, decoder)", title=f"{data} at {size}x{size}")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes[0].set_ylabel("test accuracy (%)")
+    return figure

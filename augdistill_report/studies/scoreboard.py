@@ -1,0 +1,148 @@
+"""The scoreboard (notebook 08): scores of distilled sets beside each other, and beside published numbers.
+
+Measured scores are the files that `augdistill score --publish` writes to figures/scoreboard. Published numbers are of
+papers: none was measured here, and their protocols differ (several keep the best of repeated test evaluations).
+"""
+
+import dataclasses
+from pathlib import Path
+
+from augdistill_report.files.sealed_json import read_json
+from augdistill_report.places import ROOT
+from augdistill_report.run import Run
+from augdistill_report.studies.set_scores import (
+    ALL_ROW,
+    BESIDE,
+    BYTES_ROW,
+    RANDOM_ROW,
+    THE_SET,
+    score_subject,
+    training_by,
+)
+from augdistill_report.studies.subjects import from_row
+
+BOARD = ROOT / "figures" / "scoreboard"
+
+CIFAR = ("cifar10", 32)  # data set and size of the published numbers, all of ConvNet-3 of width 128
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A marker of the scoreboard: accuracies in [0, 1], `spread` a standard deviation (None: it is not known)."""
+
+    method: str
+    data: str
+    size: int
+    images: int
+    bytes: int
+    accuracy: float
+    spread: float | None = None
+    source: str = "measured"
+
+    @property
+    def shown(self) -> str:
+        return f"{100 * self.accuracy:.1f}{f' ± {100 * self.spread:.1f}' if self.spread else ''} %"
+
+    @property
+    def is_measured(self) -> bool:
+        return self.source == "measured"
+
+
+def published_rows(method: str, source: str, accuracies: dict[int, float], per_image: float) -> list[Entry]:
+    """A paper's numbers on CIFAR-10: accuracy in % by images a class, with the bytes that one image needs."""
+    return [
+        Entry(method, *CIFAR, 10 * count, round(10 * count * (per_image + 1)), accuracy / 100, source=source)
+        for count, accuracy in accuracies.items()
+    ]
+
+
+# images as 4-byte floats, as they were released; real images as bytes; soft labels as ten floats (40 bytes)
+PUBLISHED_SCORES = [
+    *published_rows("MTT", "Cazenavette et al., CVPR 2022", {1: 46.3, 10: 65.3, 50: 71.6}, 4 * PIXELS),
+    *published_rows(
+        "DATM (soft labels)", "Guo et al., ICLR 2024", {1: 46.9, 10: 66.8, 50: 76.1, 500: 83.5}, 4 * PIXELS + 39
+    ),
+    *published_rows("PAD (soft labels)", "Li et al., 2024", {500: 84.6}, 4 * PIXELS + 39),
+    *published_rows("NCFM (an image holds four)", "Wang et al., 2025", {1: 49.5, 10: 71.8, 50: 77.4}, 4 * PIXELS),
+    *published_rows("AT-BPTT", "its paper, 2025", {1: 54.4, 10: 72.4, 50: 78.7}, 4 * PIXELS),
+    *published_rows(
+        "random real images, DSA", "Zhao & Bilen, ICML 2021", {1: 15.4, 10: 31.0, 50: 50.6, 500: 73.2}, PIXELS
+    ),
+    # 64 colours: 6 bits a pixel, and a palette of 64 colours of three bytes
+    *published_rows("AutoPalette (200 images a class)", "AutoPalette, 2024", {200: 79.4}, 1024 * 6 / 8 + 64 * 3),
+    *published_rows("all the data", "Cazenavette et al., CVPR 2022", {5000: 84.8}, PIXELS),
+]
+
+
+def entries_of(result: dict) -> list[Entry]:
+    """The rows of a score as entries: the set by its own name, the rows beside it by theirs."""
+    found = []
+    for name, row in result["rows"].items():
+        if name not in (THE_SET, *BESIDE.values()):
+            continue
+        method = result["name"] if name == THE_SET else name
+        if name in (RANDOM_ROW, BYTES_ROW):
+            soft = row["bytes"]["labels"] >= 4 * row["images"]  # it has the labels of the set
+            method = f"random real images{', soft labels' if soft else ''}"
+        accuracy, size = row["accuracy"], sum(row["bytes"].values())
+        where = (result["data"], result["size"], row["images"], size)
+        found.append(Entry(method, *where, accuracy["mean"], accuracy["std"]))
+    return found
+
+
+def distinct(entries: list[Entry]) -> list[Entry]:
+    """Entries without those that stand beside several scores (all the data, as many random images): the first stays."""
+    return list({(e.method, e.data, e.size, e.images, e.bytes): e for e in reversed(entries)}.values())[::-1]
+
+
+def read_board(folder: Path = BOARD) -> list[dict]:
+    """The scores in a folder; [] if there is none. A `ValueError` names a damaged file."""
+    return [read_json(path, "score") for path in sorted(folder.glob("*.json"))]
+
+
+def by_data(entries: list[Entry]) -> dict[tuple[str, int], list[Entry]]:
+    """Entries by data set and image size: accuracies on different ones cannot be compared."""
+    panels: dict[tuple[str, int], list[Entry]] = {}
+    for entry in entries:
+        panels.setdefault((entry.data, entry.size), []).append(entry)
+    return panels
+
+
+def board_table(entries: list[Entry]) -> list[dict]:
+    """Rows for `markdown_table`, the most accurate of each data set first."""
+    return [
+        {
+            "data": f"{entry.data} {entry.size}x{entry.size}",
+            "method": entry.method,
+            "test accuracy": f"{100 * entry.accuracy:.1f}"
+            + (f" ± {100 * entry.spread:.1f}" if entry.spread else "")
+            + " %",
+            "images": entry.images,
+            "bytes": f"{entry.bytes:,}",
+            "source": entry.source if entry.is_measured else f"published, not measured: {entry.source}",
+        }
+        for panel in by_data(entries).values()
+        for entry in sorted(panel, key=lambda entry: -entry.accuracy)
+    ]
+
+
+def score_rows(run: Run, rows: dict, protocol: str = "ours") -> dict[str, dict]:
+    """Score rows of a notebook, each a `Distillation` by name, with all that stands beside them: results by name."""
+    found = {}
+    for name, job in rows.items():
+        subject = from_row(job, name, run.settings, run.store, run.store)
+        training = training_by(protocol, subject, run.settings, {})
+        found[name] = score_subject(subject, training, run.store, run.settings.pool, tuple(BESIDE))
+    return found
+
+
+def board_headline(results: dict[str, dict]) -> str:
+    """The best of a run's own scores, as one sentence."""
+    best = max(results.values(), key=lambda result: result["rows"][THE_SET]["accuracy"]["mean"])
+    means = {name: 100 * row["accuracy"]["mean"] for name, row in best["rows"].items()}
+    return (
+        f"{best['rows'][THE_SET]['images']} images of “{best['name']}” give {means[THE_SET]:.1f} %, as many random "
+        f"real images {means[RANDOM_ROW]:.1f} %, all the data {means[ALL_ROW]:.1f} %."
+    )

@@ -1,0 +1,347 @@
+"""The test accuracy of students trained on a distilled set, and what must stand beside it to be understood.
+
+Beside it: as many random real images with the same labels, augmentation and steps; as many as its bytes would hold; the
+best window of difficulty of the same size; all the data with as many steps. What is selected (a step size, a window) is
+selected on the validation split. The test split is opened once, for all of them, when nothing is left to select.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from augdistill_core import seeded
+from augdistill_report.files.store import Store
+from augdistill_report.settings import Settings
+from augdistill_report.studies.protocols import PROTOCOLS, Protocol, augmentation_robust_score, label_robust_score
+from augdistill_report.studies.subjects import Subject, label_bytes
+from augdistill_report.work.difficulty import Difficulty
+from augdistill_report.work.experts import missing_experts
+from augdistill_report.work.jobs import Subset
+from augdistill_report.work.normalisation import WHITE
+from augdistill_report.work.pool import Pool, run_jobs
+from augdistill_report.work.progress import Progress
+from augdistill_report.work.scoring import EvalConfig, Evaluation, Score
+from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation, keep_set
+from augdistill_report.work.setup import public_name
+from augdistill_report.work.statistics import Accuracy, Difference, difference, summary
+
+THE_SET, RANDOM_ROW, BYTES_ROW, WINDOW_ROW, ALL_ROW = (
+    "the set",
+    "random",
+    "random, same bytes",
+    "best window",
+    "all the data",
+)
+
+BESIDE = {
+    "random": RANDOM_ROW,
+    "bytes": BYTES_ROW,
+    "window": WINDOW_ROW,
+    "all": ALL_ROW,
+}  # rows by the names that choose them
+
+PLAIN_SET, PLAIN_RANDOM, HARD_SET = "the set, no augmentation", "random, no augmentation", "the set, hard labels"
+
+WINDOW_STARTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)  # where a window starts, as a share of its way: 0 = the easiest images
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredRow:
+    """One row of a score: what students are trained on, its budget, and alternatives to select from.
+
+    `options`: jobs by a text that tells them apart. `images`: how many a student trains on. `bytes` by what they are
+    for.
+    """
+
+    options: dict[str, Evaluation]
+    images: int
+    bytes: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The accuracy of a row, the option that was selected, and its CPU seconds."""
+
+    row: ScoredRow
+    accuracy: Accuracy
+    option: str
+    seconds: float
+
+    def numbers(self) -> dict:
+        return {
+            "accuracy": self.accuracy.numbers(),
+            "option": self.option,
+            "images": self.row.images,
+            "bytes": self.row.bytes,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentTraining:
+    """How students train: by a protocol's name, and what was `changed` of it."""
+
+    name: str
+    config: EvalConfig
+    changed: dict
+
+    @property
+    def protocol(self) -> Protocol:
+        return PROTOCOLS[self.name]
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The step sizes that the validation split selects from; () if there is one."""
+        return () if "eval_lr" in self.changed else self.protocol.lrs
+
+
+def training_by(protocol: str, subject: Subject, settings: Settings, changes: dict) -> StudentTraining:
+    """How students of a subject train by a protocol with `changes` (settings eval_*).
+
+    A `ValueError` if there is no such protocol, or no step size is known.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r}: must be one of {', '.join(PROTOCOLS)}")
+    its = {"eval_student": PROTOCOLS[protocol].student, **PROTOCOLS[protocol].changes}
+    config = settings.select(EvalConfig, **its | changes)
+    changed = {k: getattr(config, k) for k in changes if its.get(k, getattr(settings, k)) != getattr(config, k)}
+    training = StudentTraining(protocol, config, changed)
+    if config.eval_lr or training.lrs:
+        return training
+    if not subject.lr:
+        raise ValueError(
+            f"{subject.name}: this protocol takes the step size that was learned with the images, and none is known "
+            "(lr_best.pt, or a row's alpha): give it (--lr), or choose another protocol"
+        )
+    return dataclasses.replace(training, config=dataclasses.replace(config, eval_lr=subject.lr))
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def of_classes(classes: Tensor, pools: list[Tensor], generator: torch.Generator) -> Tensor:
+    """For each class in `classes` `[n]` another image of its pool (positions), drawn at random, `[n]`."""
+    index = torch.empty(len(classes), dtype=torch.int64)
+    for c, pool in enumerate(pools):
+        wanted = classes == c
+        if int(wanted.sum()) > len(pool):
+            raise ValueError(f"{int(wanted.sum())} images of class {c}: the training split has {len(pool)}")
+        index[wanted] = pool[torch.randperm(len(pool), generator=generator)[: int(wanted.sum())]]
+    return index
+
+
+def windows_of(ease: Tensor, labels: Tensor, counts: Tensor, start: float) -> list[Tensor]:
+    """For each class the positions of a window of its images, ordered by `ease` `[train]` (easy first).
+
+    It is as large as `counts` `[classes]` says, at `start` in [0, 1] of its way from the easiest to the hardest end.
+    """
+    found = []
+    for c, count in enumerate(counts.tolist()):
+        members = torch.nonzero(labels == c).flatten()
+        members = members[ease[members].argsort(descending=True, stable=True)]
+        first = round(start * max(len(members) - count, 0))
+        found.append(members[first : first + count])
+    return found
+
+
+def experts_bytes(subject: Subject, config: EvalConfig) -> int:
+    """Bytes of the experts, if they give the labels of each augmented image while students train."""
+    if config.eval_labels == "hard":
+        return 0
+    setup, student = subject.setup, subject.setup.student(subject.data)
+    return setup.experts * 4 * sum(p.numel() for p in student.parameters())
+
+
+def rows_of(
+    subject: Subject, training: StudentTraining, store: Store, pool: Pool, beside: tuple[str, ...]
+) -> dict[str, ScoredRow]:
+    """What is scored, by name: the set, and the rows in `beside` (keys of `BESIDE`). Ranks the images, if it must."""
+    data, setup, n, config = subject.data, subject.setup, len(subject.labels), training.config
+    classes, pixels = len(data.classes), math.prod(data.shape)
+    steps = dataclasses.replace(config, eval_steps=config.steps(n), eval_epochs=0)  # the same for every row
+    train = data.train.labels.cpu()
+    every = [torch.nonzero(train == c).flatten() for c in range(classes)]
+    decoder = {"decoder": held} if (held := experts_bytes(subject, config)) else {}
+
+    def options(job, config: EvalConfig = steps) -> dict[str, Evaluation]:
+        if not training.lrs:
+            return {"": job(config)}
+        return {f"step size {lr:g}": job(dataclasses.replace(config, eval_lr=lr)) for lr in training.lrs}
+
+    def real(indices: list[Tensor], labels: Tensor, config: EvalConfig = steps) -> dict[str, Evaluation]:
+        tensors = {"index": torch.stack(indices), "labels": torch.stack([labels] * len(indices))}
+        given = keep_set(store, tensors, subject.given.normalisation)
+        return options(lambda config: SetEvaluation(setup, given, config), config)
+
+    def own(config: EvalConfig, given=subject.given) -> dict[str, Evaluation]:
+        return options(lambda config: SetEvaluation(setup, given, config), config)
+
+    def drawn(counts_as: Tensor) -> list[Tensor]:
+        seeds = [seeded(setup.seed, "beside", k) for k in range(config.eval_students)]
+        return [of_classes(counts_as, every, seed) for seed in seeds]
+
+    def real_bytes(labels: Tensor) -> dict[str, int]:
+        return {"images": len(labels) * pixels, "labels": label_bytes(labels, classes)}
+
+    size = real_bytes(subject.labels) | decoder
+    rows = {THE_SET: ScoredRow(own(steps), n, subject.bytes | decoder)}
+    if "random" in beside:
+        rows[RANDOM_ROW] = ScoredRow(real(drawn(subject.hard), subject.labels), n, size)
+    if "bytes" in beside:
+        each = pixels + label_bytes(torch.zeros(1), classes)
+        count = min(sum(rows[THE_SET].bytes.values()) // each // classes, *map(len, every))
+        if count:
+            many = torch.arange(classes).repeat_interleave(count)
+            row = real(drawn(many), many, dataclasses.replace(steps, eval_labels="hard"))
+            rows[BYTES_ROW] = ScoredRow(row, len(many), real_bytes(many))
+    if "window" in beside:
+        run_jobs(missing_experts(setup), store, pool, Progress("experts"))
+        ranked = Difficulty(setup)
+        run_jobs([ranked], store, pool, Progress("difficulty"))
+        ease, counts = ranked.stored(store)[0]["probability"], torch.bincount(subject.hard, minlength=classes)
+        found = {}
+        for start in WINDOW_STARTS:
+            index = of_classes(subject.hard, windows_of(ease, train, counts, start), seeded(setup.seed, "window"))
+            jobs = real([index], subject.labels)
+            found |= {", ".join(filter(None, (f"from {100 * start:g} %", how))): job for how, job in jobs.items()}
+        rows[WINDOW_ROW] = ScoredRow(found, n, size)
+    if "all" in beside:
+        whole, hard = Subset(setup.seed, fraction=1.0), dataclasses.replace(steps, eval_labels="hard")
+        found = options(lambda config: Evaluation(setup, whole, config), hard)
+        rows[ALL_ROW] = ScoredRow(found, len(train), real_bytes(train))
+    if training.protocol.ranked and {"random", "all"} <= set(beside):
+        plain = dataclasses.replace(steps, eval_augment="none")
+        rows[PLAIN_SET] = ScoredRow(own(plain), n, rows[THE_SET].bytes)
+        rows[PLAIN_RANDOM] = ScoredRow(real(drawn(subject.hard), subject.labels, plain), n, size)
+        if subject.labels.ndim == 2:
+            tensors = store.load(STORED_SET, {"content": subject.given.content})[0] | {"labels": subject.hard[None]}
+            hard = keep_set(store, tensors, subject.given.normalisation)
+            size = subject.bytes | {"labels": label_bytes(subject.hard, classes)}
+            rows[HARD_SET] = ScoredRow(own(steps, hard), n, size)
+    return rows
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured_rows(rows: dict[str, ScoredRow], store: Store, pool: Pool) -> tuple[dict[str, Measured], int]:
+    """Select each row's option on the validation split, then score all rows on the test split.
+
+    Also: how many rows of this data set have had their test accuracy measured in this store, these included.
+    """
+    several = [job for row in rows.values() if len(row.options) > 1 for job in row.options.values()]
+    run_jobs(several, store, pool, Progress("choices"))
+    chosen = {}
+    for name, row in rows.items():
+        values = dict.fromkeys(row.options, 0.0)
+        if len(values) > 1:
+            values = {how: float(np.mean(job.stored(store)[1]["validation"])) for how, job in row.options.items()}
+        chosen[name] = max(values, key=values.get)  # the first of equal ones
+    scores = {name: Score(row.options[chosen[name]].setup, row.options[chosen[name]]) for name, row in rows.items()}
+    run_jobs(list(scores.values()), store, pool, Progress("test accuracy"))
+    found = {}
+    for name, score in scores.items():
+        jobs = [score, *(rows[name].options.values() if len(rows[name].options) > 1 else [])]
+        seconds = sum(store.seconds(job.kind, job.spec()) for job in jobs)
+        found[name] = Measured(rows[name], Accuracy(**score.stored(store)[1]), chosen[name], seconds)
+    return found, len(list(store.folder.glob(f"{Score.kind}-*.safetensors")))
+
+
+def over_row(found: dict[str, Measured], other: str, row: str = THE_SET) -> Difference:
+    """The test accuracy of a row minus that of another, with its 95 % interval over pairs of students."""
+    scores = {(name, 0): m.accuracy for name, m in found.items()}
+    return difference(scores, row, other)
+
+
+def difference_in_words(found: Difference, what: str) -> str:
+    """A comparison as words: "above random images by 21.3 ± 1.2 points"."""
+    if not found.significant:
+        return f"not significantly different from {what} ({found} points)"
+    side = "above" if found.mean > 0 else "below"
+    return f"{side} {what} by {100 * abs(found.mean):.1f} ± {100 * found.half:.1f} points"
+
+
+def set_sentence(name: str, found: dict[str, Measured]) -> str:
+    """What the numbers say about the set, in one plain sentence."""
+    what = {
+        RANDOM_ROW: "as many random real images",
+        BYTES_ROW: "random real images of as many bytes",
+        WINDOW_ROW: "the best window of difficulty",
+        ALL_ROW: "all the data",
+    }
+    said = [difference_in_words(over_row(found, row), text) for row, text in what.items() if row in found]
+    return f"{name} gives {found[THE_SET].accuracy}" + (f": {'; '.join(said)}" if said else "") + "."
+
+
+def ranking_scores(found: dict[str, Measured]) -> dict[str, dict]:
+    """DD-Ranking's LRS and ARS, each a `summary` over students; {} without their rows."""
+    if PLAIN_RANDOM not in found:
+        return {}
+    test = {name: m.accuracy.test for name, m in found.items()}
+    lrs = zip(test[THE_SET], test[RANDOM_ROW], test.get(HARD_SET, test[THE_SET]), test[ALL_ROW], strict=True)
+    ars = zip(test[THE_SET], test[RANDOM_ROW], test[PLAIN_SET], test[PLAIN_RANDOM], strict=True)
+    return {
+        "label-robust score": summary([label_robust_score(*values) for values in lrs]),
+        "augmentation-robust score": summary([augmentation_robust_score(*values) for values in ars]),
+    }
+
+
+def result_of(subject: Subject, training: StudentTraining, found: dict[str, Measured]) -> dict:
+    """A score as plain JSON values, for its file and the scoreboard."""
+    return {
+        "name": subject.name,
+        "data": public_name(subject.data.name),
+        "size": subject.data.shape[1],
+        "fingerprint": subject.data.fingerprint,
+        "normalisation": subject.how,
+        "whitened": subject.given.normalisation.name in WHITE,
+        "protocol": {
+            "name": training.name,
+            "source": training.protocol.source,
+            "changed": training.changed,
+            "steps": training.config.steps(len(subject.labels)),
+            **training.config.to_dict(),
+        },
+        "rows": {name: m.numbers() for name, m in found.items()},
+        "differences": {row: dataclasses.asdict(over_row(found, row)) for row in BESIDE.values() if row in found},
+        "scores": ranking_scores(found),
+        "sentence": set_sentence(subject.name, found),
+    }
+
+
+def score_subject(
+    subject: Subject, training: StudentTraining, store: Store, pool: Pool, beside: tuple[str, ...]
+) -> dict:
+    """Score a subject and what stands beside it (keys of `BESIDE`): the result as plain JSON values.
+
+    It says how many test accuracies the store holds then. What is finished is found there.
+    """
+    if unknown := [name for name in beside if name not in BESIDE]:
+        raise ValueError(f"beside={unknown[0]!r}: must be among {', '.join(BESIDE)}")
+    rows = rows_of(subject, training, store, pool, beside)
+    found, opened = measured_rows(rows, store, pool)
+    return result_of(subject, training, found) | {"opened": {"now": len(found), "in all": opened}}
+
+
+def table_of(result: dict) -> list[dict]:
+    """The rows of a score for `markdown_table`: accuracy, what the set gains over the row, images, bytes, seconds."""
+
+    def gain(name: str) -> str:
+        d = result["differences"].get(name)
+        return "" if d is None else f"{100 * d['mean']:+.1f}" + (f" ± {100 * d['half']:.1f}" if d["half"] else "")
+
+    return [
+        {
+            "students trained on": f"{result['name']} ({name})" if name == THE_SET else name,
+            "test accuracy": row["accuracy"],
+            "the set minus this (points, 95 % CI)": gain(name),
+            "images": row["images"],
+            "bytes": f"{sum(row['bytes'].values()):,} ({', '.join(f'{k} {v:,}' for k, v in row['bytes'].items())})",
+            "selected": row["option"],
+            "CPU seconds": row["seconds"],
+        }
+        for name, row in result["rows"].items()
+    ]
