@@ -87,7 +87,7 @@ class Chosen:
 
     def __init__(self, choice: Choice, run: Run):
         self.learned = {moment: phi.requires_grad_(False) for moment, phi in choice.read().items()}
-        self.choice, self.run, self.own = choice, run, choice.like.subset.index(run.data)
+        self.choice, self.run, self.own = choice, run, choice.like.index(run.store)
         self.moments = {moment: Noised(phi) for moment, phi in self.learned.items()}
         self.values: dict[str, float] = {}  # of turned ranges
         self.off: frozenset[int] = frozenset()  # links of a chain

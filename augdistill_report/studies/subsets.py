@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from augdistill_core import DistillConfig, augmented, labels_under, seeded, snapshots_every
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.instaaug import InstaAug
+from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings
 from augdistill_report.show.image_grids import readable_choice
 from augdistill_report.studies.drift import Drift, shares
@@ -187,7 +188,7 @@ def pictures(run, fraction: float, chosen: dict) -> tuple[dict[str, torch.Tensor
                 phi = scored.distilled.stored_phi(run.store).phi
                 images = augmented(phi, images, labels, index, own)
             if method.augment == "instaaug":
-                augment = trained_instaaug(scored)
+                augment = trained_instaaug(scored, run.store)
             else:  # on every image, whatever its probability
                 augment = augmentation(method.augment, data, scored.config.eval_magnitude, scored.config.eval_candidate)
             rows[method.label] = data.pixels(augmented(augment, images, labels, index, own))
@@ -208,9 +209,9 @@ def label_bars(labels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @torch.enable_grad()
-def trained_instaaug(job: Evaluation) -> InstaAug:
+def trained_instaaug(job: Evaluation, store: Store) -> InstaAug:
     """The InstaAug trained with the first student of an evaluation."""
-    train = job.data.train.take(job.subset.index(job.data))
+    train = job.data.train.take(subset_index(job.subset, job.setup, store))
     augment, seed = InstaAug(train.images, 0, reward=job.config.eval_reward), (job.setup.seed, "student", 0)
     train_student(job.student(), None, train.images, train.labels, job.config, *seed, augment=augment)
     return augment

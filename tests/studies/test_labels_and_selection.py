@@ -144,3 +144,13 @@ def test_random_ranges_are_a_policy_s_and_as_many_as_its_training_pays_for():
     # 3 x 200 iterations x 2 draws x 15 steps x 64 images, over 3 students x 3,000 steps x 64 images: exactly 2
     assert len(random_ranges(resolve("cifar10-labels"))) == 2
     assert len(random_ranges(resolve("cifar10-labels", {"policy_iterations": 1000}))) == 10
+
+
+def test_a_run_by_difficulty_draws_every_row_from_one_window(tmp_path):
+    given = dict(preset="smoke", fractions="0.1", subset_by="window", subset_rows="instaaug, dsa, policy", width=4)
+    run = open_run("05_subset_evaluation", given | dict(out=str(tmp_path / "run")))
+    chosen = subsets.choose(run, [0.1])
+    jobs = [job for (id, *_), job in subsets.evaluations(run, chosen).items() if id != "all"]
+    assert {job.subset.window for job in jobs} == {chosen[NONE, 0.1]["window"]} and len(jobs) == 4
+    pictures, *_ = subsets.pictures(run, 0.1, chosen)
+    assert {*pictures} >= {"x", "InstaAug", "DSA", "policy"}

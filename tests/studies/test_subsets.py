@@ -459,7 +459,7 @@ def test_pictures_show_each_method_on_the_same_images(world):
     assert set(images) == {"x", *changed} and len(changed) == 15
     assert all(shown.shape == (10, 1, 8, 8) and 0 <= shown.min() <= shown.max() <= 1 for shown in images.values())
     assert not any(torch.equal(images[name], images["x"]) for name in images if name != "x")
-    insta = subsets.trained_instaaug(world["jobs"]["instaaug", 0.1, 0])
+    insta = subsets.trained_instaaug(world["jobs"]["instaaug", 0.1, 0], run.store)
     assert not torch.equal(
         insta.ends(run.data.train.images[:2]), insta.limit * torch.sigmoid(insta.start.expand(2, -1, 2))
     )
