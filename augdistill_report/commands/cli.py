@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     publish = commands.add_parser("publish", help="copy a finished run to figures/, and write docs/results.md")
     publish.add_argument("--as", dest="name", default="", metavar="NAME", help="its folder in figures/ (the preset's)")
     report.add_argument("--only", default="", metavar="02,03", help="only these notebooks")
-    publish.add_argument("--only", default="", metavar="02,03", help="only these notebooks, or: sweeps")
+    publish.add_argument("--only", default="", metavar="02,03", help="only these notebooks, or: sweeps, campaigns")
     for command in (report, sweep, publish, app):
         default = "" if command is sweep else "digits"
         command.add_argument("--preset", default=default, help="a name in notebooks/presets, or a .yaml file")

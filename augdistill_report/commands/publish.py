@@ -1,4 +1,4 @@
-"""`augdistill publish`: copies the pictures and numbers of a finished run, and of its sweeps, to figures/<preset>.
+"""`augdistill publish`: copies a finished run's pictures and numbers, its sweeps and campaigns, to figures/<preset>.
 
 It also writes the tables of README and docs/results.md, and figures/README.md, which shows every picture with the
 command, commit and versions that made it. The same run gives the same bytes. Results of uncommitted code are refused,
@@ -28,24 +28,26 @@ FIGURES, PAGES = ROOT / "figures", (ROOT / "docs" / "results.md", ROOT / "README
 def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery: Path = FIGURES) -> Path:
     """Copy a finished run's results and pictures, and its sweeps, to `gallery`/<name>; returns that folder.
 
-    `name` is the preset's by default. `only` lists what to publish: numbers of notebooks ("01,02"), or "sweeps". The
-    pages are written if the gallery is figures/. A `ValueError` if results are missing or damaged, or come from other
-    settings, uncommitted code or several commits.
+    `name` is the preset's by default. `only` lists what to publish: numbers of notebooks ("01,02"), "sweeps", or
+    "campaigns". The pages are written if the gallery is figures/. A `ValueError` if results are missing or damaged, or
+    come from other settings, uncommitted code or several commits.
     """
     folder, target = run_folder(preset, out), gallery / (name or preset_path(preset).stem)
     if target.parent != gallery:
         raise ValueError(f"as={name!r}: must be the name of a folder in {gallery}, without a path")
-    ours = {} if only == "sweeps" else run_results(folder, preset, only)
-    swept = sweep_results(folder) if only in ("", "sweeps") else {}
-    if not ours and not swept:
-        raise ValueError(f"{folder} holds no sweep: make one first (augdistill sweep GRID.yaml --preset {preset})")
+    ours = {} if only in ADDED else run_results(folder, preset, only)
+    added = {
+        path: result for kind in ADDED if only in ("", kind) for path, result in added_results(folder, kind).items()
+    }
+    if not ours and not added:
+        raise ValueError(f"{folder} holds no {only}: make one first (augdistill {only.removesuffix('s')} --help)")
     files: dict[Path, Path] = {}  # source by target
     for title, result in ours.items():
         files[target / f"{title}.json"] = folder / "results" / f"{title}.json"
         files |= {target / picture: folder / "figures" / picture for picture in picture_files(result)}
-    files |= {target / file.name: file for path in swept for file in (path, path.with_suffix(".png"))}
+    files |= {target / file.name: file for path in added for file in (path, path.with_suffix(".png"))}
     now = {f"{target.name}/{title}": result for title, result in ours.items()}
-    now |= {f"{target.name}/{path.stem}": result for path, result in swept.items()}
+    now |= {f"{target.name}/{path.stem}": result for path, result in added.items()}
     pages = {page: fill(page.read_text(encoding="utf-8"), now) for page in PAGES if gallery == FIGURES}
     contents = {}
     for copy, source in files.items():
@@ -89,12 +91,16 @@ def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:
     return {name: found[name] for name in chosen}
 
 
-def sweep_results(folder: Path) -> dict[Path, dict]:
-    """The results of the sweeps in a run's folder, by file; a `ValueError` if one is of uncommitted code."""
-    found = {path: read_sweep(path) for path in sorted(folder.glob("sweeps/*/*.json"))}
+ADDED = {"sweeps": "sweeps/*/*.json", "campaigns": "campaigns/*.json"}  # files of a run's folder besides its results
+
+
+def added_results(folder: Path, kind: str) -> dict[Path, dict]:
+    """A run's sweeps or campaigns by file; a `ValueError` if one is damaged, or of uncommitted code."""
+    paths = sorted(folder.glob(ADDED[kind]))
+    found = {path: read_sweep(path) if kind == "sweeps" else read_json(path, "campaign") for path in paths}
     for path, result in found.items():
         if not is_committed(result):
-            raise ValueError(f"{path.stem} was swept with uncommitted code: commit, sweep again, then publish")
+            raise ValueError(f"{path} was made with uncommitted code: commit, make it again, then publish")
     return found
 
 
@@ -255,6 +261,10 @@ def origin_row(path: Path) -> dict:
         command = f"augdistill sweep notebooks/sweeps/{raw['grid']} --preset {raw['preset']}"
         command += " --short" if raw["short"] else ""
         facts["seconds"] = sum(cell.get("seconds", 0.0) for cell in raw["cells"])
+    elif raw["kind"] == "campaign":
+        facts = read_json(path, "campaign")
+        command = f"augdistill campaign {raw['campaign']}{' --tiny' if raw['tiny'] else ''}"
+        facts["seconds"] = sum(row.get("seconds", 0.0) for row in raw["rows"])
     elif raw["kind"] == "score":
         facts = read_json(path, "score")
         command = facts["command"]

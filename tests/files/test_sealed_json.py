@@ -283,6 +283,10 @@ def test_publishing_reads_everything_before_it_writes_anything(run, tmp_path):
     target = gallery.publish("smoke", str(run), "sweeps", gallery=tmp_path / "gallery")
     assert sorted(p.name for p in target.iterdir()) == ["mine.json", "mine.png"]
     assert same(read_json(target / "mine.json", "sweep"), CONTENT["sweep"])
+    write_json(run / "campaigns" / "gpu.json", "campaign", CONTENT["campaign"])
+    (run / "campaigns" / "gpu.png").write_bytes(b"a picture")
+    target = gallery.publish("smoke", str(run), "campaigns", gallery=tmp_path / "campaigns")
+    assert sorted(p.name for p in target.iterdir()) == ["gpu.json", "gpu.png"]
     write_json(run / "sweeps" / "other" / "other.json", "sweep", CONTENT["sweep"] | {"grid": "other.yaml"})
     for break_it, message in (
         (lambda path: None, "other.png: is missing"),
