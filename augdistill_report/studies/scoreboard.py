@@ -65,13 +65,15 @@ PUBLISHED_SCORES = [
         "DATM (soft labels)", "Guo et al., ICLR 2024", {1: 46.9, 10: 66.8, 50: 76.1, 500: 83.5}, 4 * PIXELS + 39
     ),
     *published_rows("PAD (soft labels)", "Li et al., 2024", {500: 84.6}, 4 * PIXELS + 39),
-    *published_rows("NCFM (an image holds four)", "Wang et al., 2025", {1: 49.5, 10: 71.8, 50: 77.4}, 4 * PIXELS),
-    *published_rows("AT-BPTT", "its paper, 2025", {1: 54.4, 10: 72.4, 50: 78.7}, 4 * PIXELS),
+    *published_rows("NCFM (an image holds four)", "Wang et al., CVPR 2025", {1: 49.5, 10: 71.8, 50: 77.4}, 4 * PIXELS),
+    *published_rows("AT-BPTT", "Li et al., arXiv 2510.04838, 2025", {1: 54.4, 10: 72.4, 50: 78.7}, 4 * PIXELS),
     *published_rows(
         "random real images, DSA", "Zhao & Bilen, ICML 2021", {1: 15.4, 10: 31.0, 50: 50.6, 500: 73.2}, PIXELS
     ),
     # 64 colours: 6 bits a pixel, and a palette of 64 colours of three bytes
-    *published_rows("AutoPalette (200 images a class)", "AutoPalette, 2024", {200: 79.4}, 1024 * 6 / 8 + 64 * 3),
+    *published_rows(
+        "AutoPalette (200 images a class)", "Yuan et al., NeurIPS 2024", {200: 79.4}, 1024 * 6 / 8 + 64 * 3
+    ),
     *published_rows("all the data", "Cazenavette et al., CVPR 2022", {5000: 84.8}, PIXELS),
 ]
 
