@@ -71,10 +71,8 @@ class Distillation(Job):
     def work(self, store, tick):
         checkpoint = self.checkpoint(store)
         with checkpoint.held():
-            found, budget = (
-                checkpoint.read(lambda found: self.checked(found, store)),
-                60 * self.config.minutes or math.inf,
-            )
+            found = checkpoint.read(lambda found: self.checked(found, store))
+            budget = 60 * self.config.minutes or math.inf
             if found and found["run"]["seconds"] > budget:  # from a longer run: neither used nor replaced
                 return self.from_checkpoint(store, tick, {"run": None, "moments": {}}, None)
             result = self.from_checkpoint(store, tick, found or {"run": None, "moments": {}}, checkpoint)

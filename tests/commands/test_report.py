@@ -100,7 +100,7 @@ def test_results_of_another_configuration_are_not_reused(tmp_path):
     curve = (tmp_path / "curves" / "02_baseline_mtt" / "pixels__MTT_.jsonl").read_text().splitlines()
     assert len(curve) == 2
     with pytest.raises(ValueError, match=r"01_expert_trajectories.* not finished"):
-        gallery.publish("smoke", str(tmp_path), tmp_path / "gallery")
+        gallery.publish("smoke", str(tmp_path), gallery=tmp_path / "gallery")
 
 
 BAD = {

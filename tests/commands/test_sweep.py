@@ -105,12 +105,12 @@ def test_a_sweep_is_published_alone_unless_its_code_is_uncommitted(swept, tmp_pa
         result["environment"] |= {"uncommitted": uncommitted, "commit": "0" * 40}
         write_json(path, "sweep", result)
         if uncommitted:
-            with pytest.raises(ValueError, match="mine was swept with uncommitted code"):
-                gallery.publish_sweeps("smoke", str(other), tmp_path / "gallery")
-    target = gallery.publish_sweeps("smoke", str(other), tmp_path / "gallery")
+            with pytest.raises(ValueError, match=r"mine\.json was made with uncommitted code"):
+                gallery.publish("smoke", str(other), "sweeps", gallery=tmp_path / "gallery")
+    target = gallery.publish("smoke", str(other), "sweeps", gallery=tmp_path / "gallery")
     assert sorted(p.name for p in target.iterdir()) == ["mine.json", "mine.png"]
-    with pytest.raises(ValueError, match="holds no sweep"):
-        gallery.publish_sweeps("smoke", str(tmp_path / "nowhere"), tmp_path / "gallery")
+    with pytest.raises(ValueError, match="holds no sweeps"):
+        gallery.publish("smoke", str(tmp_path / "nowhere"), "sweeps", gallery=tmp_path / "gallery")
 
 
 def test_any_notebook_can_be_swept(tmp_path):

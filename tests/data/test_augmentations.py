@@ -28,6 +28,7 @@ from augdistill_report.data.augmentations import (
     DSA,
     LIBRARY,
     OPERATIONS,
+    RANDOM_POLICY,
     RandomAffine,
     augmentation,
     crop,
@@ -516,7 +517,8 @@ def test_the_flip_is_left_out_where_a_mirror_image_is_no_digit(digits):
 @pytest.mark.parametrize("key", ["expert_augment", "augment", "eval_augment"])
 def test_settings_know_the_augmentations_and_use_none_unless_told(key):
     assert getattr(Settings(), key) == "none"
-    known = {"augment": DIFFERENTIABLE, "eval_augment": (*AUGMENTATIONS, "instaaug")}.get(key, tuple(AUGMENTATIONS))
+    known = {"augment": DIFFERENTIABLE, "eval_augment": (*AUGMENTATIONS, RANDOM_POLICY, "instaaug")}
+    known = known.get(key, tuple(AUGMENTATIONS))
     for name in known:
         assert getattr(Settings(**{key: name}), key) == name
     for wrong in {"dsa2", *AUGMENTATIONS} - set(known):

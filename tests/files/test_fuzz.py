@@ -62,7 +62,8 @@ def read_students(path):
 
 
 def read_run(path):
-    return JOB.checkpoint(Store(path.parent)).read(JOB.checked)
+    store = Store(path.parent)
+    return JOB.checkpoint(store).read(lambda found: JOB.checked(found, store))
 
 
 def read_training(path):

@@ -64,7 +64,8 @@ def test_the_zoo_s_table(world):
         }
         assert count[""] == row["parameters"]
         assert row["positions"] == (count["positions"] > count[""])
-        assert row["labels"] == (count["labels"] > count[""])
+        # a phi of learned labels does not see the class, but has a number for each
+        assert (row["labels"] or name == "labels") == (count["labels"] > count[""])
     assert {name for name, row in rows.items() if row["noise"]} == {
         n for n in rows if any(part in n for part in ("noise", "dist", "policy", "kornia:"))
     } - {
