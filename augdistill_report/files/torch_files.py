@@ -1,6 +1,7 @@
 """Opens files of `torch.save` that others made: only tensors are taken from them, and no code in them runs."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,9 @@ def read_torch(path: Path, what: str):
     """
     try:
         archive = zipfile.is_zipfile(path)  # the format since torch 1.6: tensors can stay on disk
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the pickle's protocol: the error below says enough
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive or None)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; must be {what}") from None
     except pickle.UnpicklingError:
