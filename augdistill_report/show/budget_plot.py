@@ -1,5 +1,7 @@
 """The picture of the scoreboard: accuracy against bytes."""
 
+import itertools
+
 from matplotlib.figure import Figure
 
 from augdistill_report.show.plots import COLOURS, PALETTE, new_figure
@@ -12,13 +14,13 @@ def accuracy_by_bytes(panels: dict[tuple[str, int], list]) -> Figure:
     `is_measured`. A filled marker was measured (with its standard deviation); a hollow one is published, not measured.
     """
     figure, axes = new_figure(6.4 * len(panels), 5.4, len(panels))
+    colours = colours_of([list(dict.fromkeys(entry.method for entry in entries)) for entries in panels.values()])
     for axis, ((data, size), entries) in zip(axes, panels.items(), strict=True):
         methods: dict[str, list] = {}
         for entry in entries:
             methods.setdefault(entry.method, []).append(entry)
         for place, (method, own) in enumerate(methods.items()):
-            known = COLOURS.get(method, PALETTE[place % len(PALETTE)])
-            style = dict(color=known, marker="osD^vPX*hd"[place % 10], linestyle=":", linewidth=0.8)
+            style = dict(color=colours[method], marker="osD^vPX*hd"[place % 10], linestyle=":", linewidth=0.8)
             for measured in (True, False):
                 these = sorted((e for e in own if e.is_measured == measured), key=lambda e: e.bytes)
                 x, y = [e.bytes for e in these], [100 * e.accuracy for e in these]
@@ -31,3 +33,14 @@ def accuracy_by_bytes(panels: dict[tuple[str, int], list]) -> Figure:
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes[0].set_ylabel("test accuracy (%)")
     return figure
+
+
+def colours_of(panels: list[list[str]]) -> dict[str, str]:
+    """A colour for each method, the same in all panels; methods of one panel share none, if the colours suffice."""
+    found = {method: COLOURS[method] for methods in panels for method in methods if method in COLOURS}
+    for methods in panels:
+        for method in methods:
+            beside = [found.get(other) for other in itertools.chain(*(p for p in panels if method in p))]
+            free = [colour for colour in PALETTE if colour not in beside]
+            found.setdefault(method, (free or PALETTE)[0])
+    return found

@@ -15,7 +15,7 @@ from augdistill_report.files.distilled_sets import read_set
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.run import Run, start_folder
 from augdistill_report.settings import resolve
-from augdistill_report.show.budget_plot import accuracy_by_bytes
+from augdistill_report.show.budget_plot import accuracy_by_bytes, colours_of
 from augdistill_report.studies import scoreboard
 from augdistill_report.studies.protocols import PROTOCOLS, augmentation_robust_score, label_robust_score
 from augdistill_report.studies.set_scores import WINDOW_STARTS, of_classes, windows_of
@@ -313,6 +313,15 @@ def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
         "published, not measured: Cazenavette"
     )
     assert scoreboard.read_board(tmp_path / "nowhere") == []
+
+
+def test_methods_of_one_panel_of_the_scoreboard_have_different_colours():
+    board = [e for result in scoreboard.read_board() for e in scoreboard.entries_of(result)]
+    panels = scoreboard.by_data(scoreboard.distinct(board) + scoreboard.PUBLISHED_SCORES)
+    named = [list(dict.fromkeys(entry.method for entry in entries)) for entries in panels.values()]
+    colours = colours_of(named)
+    for methods in named:
+        assert len({colours[method] for method in methods}) == len(methods) > 5, methods
 
 
 # --- controls and students --------------------------------------------------------------------------------------------
