@@ -94,7 +94,7 @@ def test_every_number_in_the_text_is_in_a_published_file(page):
     text = re.sub(r"(<!-- table: .*? -->).*?<!-- /table -->", r"\1", text, flags=re.DOTALL)
     found = 0
     for section in re.split(r"\n(?=## )", text):
-        names = [*re.findall(r"figures/([\w-]+/\w+)\.json", section), *re.findall(r"--preset ([\w-]+)", section)]
+        names = [*re.findall(r"figures/([\w-]+/[\w-]+)\.json", section), *re.findall(r"--preset ([\w-]+)", section)]
         names += [name for table in re.findall(r"<!-- table: \w+(.*?) -->", section) for name in table.split()]
         names += [f"*/{gallery.STUDY}"] * ("<!-- table: study -->" in section)
         if page.name == "README.md":
