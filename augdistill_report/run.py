@@ -89,6 +89,7 @@ class Run:
         self.numbers: dict = {}
         self.figures: list[str] = []
         self.films: list[str] = []
+        self.made_by: dict = {"preset": "", "changes": {}}
         self.jobs: dict[Path, Task] = {}  # that this notebook's numbers come from, by file
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ class Run:
             raise ValueError(f"finish(figure={figure!r}): must be a figure that this notebook made ({made})")
         results = {
             "notebook": self.notebook,
-            **made_by(self.folder, self.settings),
+            **self.made_by,
             "seconds": sum(self.store.seconds(job.kind, job.spec()) for job in self.jobs.values()),
             "headline": headline,
             "figure": figure,
@@ -274,8 +275,6 @@ def fold(markdown: str, summary: str) -> str:
 
 def made_by(folder: Path, settings: Settings) -> dict:
     """The preset of a run's folder, and how its settings differ from it: what repeats the run."""
-    if not (folder / "config.json").exists():  # a `Run` that no `open_run` made
-        return {"preset": "", "changes": {}}
     preset = folder_config(folder)["preset"]
     count = "images_per_class"  # a preset may choose its settings by it
     before, now = resolve(preset, {count: getattr(settings, count)}).public(), settings.public()
@@ -334,4 +333,6 @@ def open_run(notebook: str, parameters: dict) -> Run:
     folder = run_folder(parameters["preset"], parameters.get("out") or "")
     start_folder(folder, parameters["preset"], settings)
     torch.set_num_threads(settings.threads)
-    return Run(notebook, settings, folder, parameters.get("store"))
+    run = Run(notebook, settings, folder, parameters.get("store"))
+    run.made_by = made_by(folder, settings)  # now: the preset's file may be changed or removed until the last cell
+    return run

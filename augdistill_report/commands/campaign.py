@@ -194,6 +194,7 @@ def alarm(moment: float) -> Iterator[None]:
 def write_rows(target: Path, given: Campaign, base: dict, tiny: bool, rows: list[Row]) -> None:
     """Write the JSON file, the table and (once a row is done) the picture of what is known now."""
     facts = {"campaign": given.name, "preset": given.preset, "tiny": tiny, "settings": base}
+    facts["changes"] = {key: base[key] for key in given.changes}
     facts["environment"] = environment(rows[0].piece.settings.device)
     write_json(target.with_suffix(".json"), "campaign", facts | {"rows": [row.found(base) for row in rows]})
     write(target.with_suffix(".md"), markdown_table(campaign_table(rows)))

@@ -95,9 +95,10 @@ ADDED = {"sweeps": "sweeps/*/*.json", "campaigns": "campaigns/*.json"}  # files 
 
 
 def added_results(folder: Path, kind: str) -> dict[Path, dict]:
-    """A run's sweeps or campaigns by file; a `ValueError` if one is damaged, or of uncommitted code."""
+    """A run's sweeps or campaigns (no trials) by file; a `ValueError` if one is damaged, or of uncommitted code."""
     paths = sorted(folder.glob(ADDED[kind]))
     found = {path: read_sweep(path) if kind == "sweeps" else read_json(path, "campaign") for path in paths}
+    found = {path: result for path, result in found.items() if not result.get("tiny")}
     for path, result in found.items():
         if not is_committed(result):
             raise ValueError(f"{path} was made with uncommitted code: commit, make it again, then publish")
@@ -121,6 +122,8 @@ def is_committed(result: dict) -> bool:
 
 STUDY = "why_phi_failed"
 
+SCORES = "scoreboard"  # the folder of what `augdistill score --publish` writes
+
 
 def fill(text: str, now: dict[str, dict] | None = None) -> str:
     """`text` with every table between `<!-- table: KIND NAME -->` and `<!-- /table -->` written anew.
@@ -134,7 +137,8 @@ def fill(text: str, now: dict[str, dict] | None = None) -> str:
 
     def result(name: str) -> dict:
         path = FIGURES / f"{name}.json"
-        return now.get(name) or (read_sweep(path) if name in studies else read_json(path, "results"))
+        kind = "score" if path.parent.name == SCORES else "results"
+        return now.get(name) or (read_sweep(path) if name in studies else read_json(path, kind))
 
     def table(match: re.Match) -> str:
         kind, *names = match[2].split()
@@ -194,6 +198,17 @@ def front_table(found: dict[str, dict]) -> list[dict]:
     return list(rows.values())
 
 
+def scores_table(found: dict[str, dict]) -> list[dict]:
+    """What a set gives, and the real images that stand beside it: test accuracy, and how many images that is."""
+    columns = ("the set", "random", "random, same bytes", "best window", "all the data")
+    table = []
+    for result in found.values():
+        rows = {name: result["rows"][name] for name in columns if name in result["rows"]}
+        cells = {name: f"{shown(row['accuracy'])}; {row['images']:,} images" for name, row in rows.items()}
+        table.append({"set": f"{result['name']}, {result['data']} {result['size']}x{result['size']}"} | cells)
+    return table
+
+
 def unseen_table(found: dict[str, dict]) -> list[dict]:
     """Test accuracy on a few images that no phi has seen (notebook 07)."""
     (result,) = found.values()
@@ -220,6 +235,7 @@ def study_table(found: dict[str, dict]) -> list[dict]:
 TABLES = {
     "front": front_table,
     "images": images_table,
+    "scores": scores_table,
     "subsets": subsets_table,
     "unseen": unseen_table,
     "study": study_table,
@@ -251,6 +267,11 @@ def gallery_page() -> str:
     return "\n".join(parts)
 
 
+def set_arguments(changes: dict) -> str:
+    """Changed settings as options of a command."""
+    return "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in changes.items())
+
+
 def origin_row(path: Path) -> dict:
     """A published JSON file's line in figures/README.md."""
     link = f"[{path.stem}]({path.parent.name}/{path.name})"
@@ -263,15 +284,16 @@ def origin_row(path: Path) -> dict:
         facts["seconds"] = sum(cell.get("seconds", 0.0) for cell in raw["cells"])
     elif raw["kind"] == "campaign":
         facts = read_json(path, "campaign")
-        command = f"augdistill campaign {raw['campaign']}{' --tiny' if raw['tiny'] else ''}"
+        command = f"augdistill campaign {raw['campaign']}{set_arguments(raw['changes'])}"
         facts["seconds"] = sum(row.get("seconds", 0.0) for row in raw["rows"])
     elif raw["kind"] == "score":
         facts = read_json(path, "score")
         command = facts["command"]
     else:
         facts = read_json(path, "results")
-        changes = "".join(f" --set {shlex.quote(f'{key}={value}')}" for key, value in facts["changes"].items())
-        command = f"augdistill report --preset {facts['preset']} --only {path.stem[:2]}{changes}"
+        command = (
+            f"augdistill report --preset {facts['preset']} --only {path.stem[:2]}{set_arguments(facts['changes'])}"
+        )
     about = facts["environment"]
     minutes = f"{facts['seconds'] / 60:.0f}" if facts.get("seconds") else ""
     versions = f"Python {about['python']}, torch {about['torch']}, {about['device']}"

@@ -31,6 +31,12 @@ def button(description: str, tooltip: str, **options) -> widgets.Button:
     return widgets.Button(description=description, tooltip=tooltip, layout={"width": "auto"}, **options)
 
 
+def on_clicks(actions: dict) -> None:
+    """What each button does."""
+    for control, action in actions.items():
+        control.on_click(action)
+
+
 def row(*items) -> widgets.HBox:
     return widgets.HBox(items, layout={"flex_flow": "row wrap"})
 

@@ -12,6 +12,7 @@ from augdistill_report.explorer.controls import (
     button,
     dropdown,
     guarded,
+    on_clicks,
     put,
     row,
     section,
@@ -62,13 +63,14 @@ class Learning:
             self.name,
             row(self.save),
         )
-        for control, action in (
-            (self.report, self.take_report),
-            (self.mended, self.take_mended),
-            (self.train, self.start_training),
-            (self.save, self.keep),
-        ):
-            control.on_click(action)
+        on_clicks(
+            {
+                self.report: self.take_report,
+                self.mended: self.take_mended,
+                self.train: self.start_training,
+                self.save: self.keep,
+            }
+        )
 
     @property
     def run(self) -> Run:

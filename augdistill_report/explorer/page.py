@@ -16,6 +16,7 @@ from augdistill_report.explorer.controls import (
     dropdown,
     guarded,
     image,
+    on_clicks,
     one_line,
     put,
     row,
@@ -155,13 +156,9 @@ class Page:
         self.phi.observe(self.change_phi, "value")
         self.other.observe(self.change_other, "value")
         self.upload.on_msg(self.take_file)
-        for control, action in (
-            (self.again, self.look_again),
-            (self.add, self.add_kornia),
-            (self.remove, self.remove_own),
-            (self.stop, self.end),
-        ):
-            control.on_click(action)
+        on_clicks(
+            {self.again: self.look_again, self.add: self.add_kornia, self.remove: self.remove_own, self.stop: self.end}
+        )
 
     def _repr_mimebundle_(self, **options) -> dict:
         """What a notebook cell shows: the widgets, or a line of text where no kernel runs."""

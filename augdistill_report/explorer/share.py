@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 import ipywidgets as widgets
 
-from augdistill_report.explorer.controls import BOX, button, guarded, row, section
+from augdistill_report.explorer.controls import BOX, button, guarded, on_clicks, row, section
 from augdistill_report.explorer.state import View
 from augdistill_report.run import folder_config
 from augdistill_report.settings import resolve
@@ -32,13 +32,14 @@ class Share:
         self.box = section(row(self.link, self.code), row(self.picture, self.film), self.text)
         page.front.observe(self.opened_by_link, "query")
         page.front.observe(self.was_copied, "copied")
-        for control, action in (
-            (self.link, self.copy_link),
-            (self.code, self.copy_code),
-            (self.picture, self.download_picture),
-            (self.film, self.download_film),
-        ):
-            control.on_click(action)
+        on_clicks(
+            {
+                self.link: self.copy_link,
+                self.code: self.copy_code,
+                self.picture: self.download_picture,
+                self.film: self.download_film,
+            }
+        )
 
     def sliders(self) -> dict:
         page = self.page

@@ -59,6 +59,7 @@ JSON_KINDS = {
         {
             "campaign": str,
             "preset": str,
+            "changes": dict,  # of the preset's settings, for every piece
             "tiny": bool,
             "settings": dict,
             "environment": CODE_STATE,

@@ -71,6 +71,7 @@ class Campaign:
 
     name: str
     preset: str
+    changes: dict  # of settings, for every piece
     pieces: list[Piece]
 
 
@@ -104,7 +105,7 @@ def read_campaign(name: str, changes: dict, tiny: bool = False) -> Campaign:
         except ValueError as error:
             raise ValueError(f"{path}: piece {number}: {error}") from None
         pieces.append(piece)
-    return Campaign(path.stem, preset, pieces)
+    return Campaign(path.stem, preset, changes, pieces)
 
 
 def piece_of(line: dict, preset: str, changes: dict) -> Piece:

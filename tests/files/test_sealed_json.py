@@ -48,7 +48,8 @@ CONTENT = {
     "campaign": {
         "campaign": "mine",
         "preset": "smoke",
-        "tiny": True,
+        "changes": {"precision": "tf32"},
+        "tiny": False,
         "settings": {"iterations": 10},
         "environment": ENVIRONMENT,
         "rows": [
@@ -283,10 +284,16 @@ def test_publishing_reads_everything_before_it_writes_anything(run, tmp_path):
     target = gallery.publish("smoke", str(run), "sweeps", gallery=tmp_path / "gallery")
     assert sorted(p.name for p in target.iterdir()) == ["mine.json", "mine.png"]
     assert same(read_json(target / "mine.json", "sweep"), CONTENT["sweep"])
-    write_json(run / "campaigns" / "gpu.json", "campaign", CONTENT["campaign"])
+    made = CONTENT["campaign"] | {"environment": ENVIRONMENT | {"python": "3", "torch": "2", "device": "cuda"}}
+    write_json(run / "campaigns" / "gpu.json", "campaign", made)
     (run / "campaigns" / "gpu.png").write_bytes(b"a picture")
     target = gallery.publish("smoke", str(run), "campaigns", gallery=tmp_path / "campaigns")
     assert sorted(p.name for p in target.iterdir()) == ["gpu.json", "gpu.png"]
+    command = gallery.origin_row(target / "gpu.json")["command"]
+    assert command == "`augdistill campaign mine --set precision=tf32`"
+    write_json(run / "campaigns" / "gpu.json", "campaign", made | {"tiny": True})
+    with pytest.raises(ValueError, match="holds no campaigns"):  # a trial is no result
+        gallery.publish("smoke", str(run), "campaigns", gallery=tmp_path / "trial")
     write_json(run / "sweeps" / "other" / "other.json", "sweep", CONTENT["sweep"] | {"grid": "other.yaml"})
     for break_it, message in (
         (lambda path: None, "other.png: is missing"),
