@@ -164,7 +164,7 @@ def subsets_table(found: dict[str, dict]) -> list[dict]:
 
     def cell(id: str, fraction: str) -> str:
         its = gains.get(id, {}).get(fraction)
-        gain = f"; {100 * its['gain']:+.1f} ± {100 * its['interval']:.1f}" if its else ""
+        gain = f"; {100 * its['gain']:+z.1f} ± {100 * its['interval']:.1f}" if its else ""
         return shown(scores[id][fraction]) + gain if fraction in scores[id] else ""
 
     return [

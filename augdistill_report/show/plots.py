@@ -322,7 +322,7 @@ def _heat_panel(axis, rows: dict[str, list[dict]], number: str, unit: float, loo
             if diverged(cell.get("numbers", {}).get("stopped", "")):
                 axis.plot(x, y, "x", color="black", markersize=5)
         known = field[y][np.isfinite(field[y])]
-        text = mean_and_std(known.tolist(), "+.1f") if len(known) else ""
+        text = mean_and_std(known.tolist(), "+z.1f") if len(known) else ""
         errors = dict.fromkeys(c["error"] for c in group if "error" in c)
         axis.text(width - 0.35, y, text, va="center", fontsize=8.5)
         axis.text(-0.45, y, "; ".join(errors)[:70], va="center", fontsize=7.5, zorder=3)

@@ -331,7 +331,7 @@ def table_of(result: dict) -> list[dict]:
 
     def gain(name: str) -> str:
         d = result["differences"].get(name)
-        return "" if d is None else f"{100 * d['mean']:+.1f}" + (f" ± {100 * d['half']:.1f}" if d["half"] else "")
+        return "" if d is None else f"{100 * d['mean']:+z.1f}" + (f" ± {100 * d['half']:.1f}" if d["half"] else "")
 
     return [
         {

@@ -64,12 +64,11 @@ def outcomes(results: dict) -> list[dict]:
     ]
 
 
-def mean_and_std(values: list[float], form: str = ".1f", std_form: str = "") -> str:
-    """ "mean ± standard deviation", each in its number format; "mean (n = 1)" for one value."""
+def mean_and_std(values: list[float], form: str = "z.1f", std_form: str = "") -> str:
+    """ "mean ± standard deviation", each in its number format ("z": no -0.0); "mean (n = 1)" for one value."""
     found = summary(values)
     deviation = f"± {found['std']:{std_form or form.lstrip('+')}}" if len(values) > 1 else "(n = 1)"
-    mean = format(found["mean"], form)
-    return f"{mean if float(mean) else format(0.0, form)} {deviation}"  # not -0.0
+    return f"{found['mean']:{form}} {deviation}"
 
 
 def shown(value) -> str:
@@ -78,7 +77,7 @@ def shown(value) -> str:
         return "not finite"
     if isinstance(value, dict) and "mean" in value:
         deviation = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
-        return f"{100 * value['mean']:.1f}{deviation} % (n = {value['n']}){stop_mark(value.get('stopped'))}"
+        return f"{100 * value['mean']:z.1f}{deviation} % (n = {value['n']}){stop_mark(value.get('stopped'))}"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(shown, value)) + ")"
     if isinstance(value, list):
@@ -175,7 +174,7 @@ class Difference:
 
     def __str__(self):
         """The difference in percentage points."""
-        return f"{100 * self.mean:+.1f} " + ("(n = 1)" if self.half is None else f"± {100 * self.half:.1f}")
+        return f"{100 * self.mean:+z.1f} " + ("(n = 1)" if self.half is None else f"± {100 * self.half:.1f}")
 
 
 def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Difference:

@@ -26,7 +26,7 @@ from augdistill_report.files.store import Store
 from augdistill_report.run import picture
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.show import plots, subset_plots
-from augdistill_report.studies import unseen
+from augdistill_report.studies import unseen, why
 from augdistill_report.studies.grid import sweep_table
 from augdistill_report.work import statistics
 from augdistill_report.work.experts import load_trajectories
@@ -212,6 +212,15 @@ def test_one_value_has_no_deviation_and_warns_of_nothing(recwarn):
     assert "| a | 0.1 (n = 1) | 1 |" in sweep_table([cell])
     assert picture(plots.heat_map([cell], "gain")) and picture(plots.bars({"a": one}))
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_no_number_is_shown_as_minus_zero():
+    small = Accuracy([0.4996, 0.4996], [0.5, 0.5]), Accuracy([0.5, 0.5], [0.5, 0.5])
+    its = statistics.difference({("a", 0): small[0], ("b", 0): small[1]}, "a", "b")
+    assert its.mean < 0 and str(its) == "+0.0 ± 0.0"
+    assert statistics.mean_and_std([-0.04, -0.02]) == "0.0 ± 0.0"
+    assert statistics.shown(statistics.summary([-0.0004])) == "0.0 % (n = 1)"
+    assert why.gain_points([-0.0004, -0.0002]) == "+0.0 ± 0.0 points"
 
 
 def test_ranges_over_the_last_quarter():
