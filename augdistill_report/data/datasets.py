@@ -141,8 +141,7 @@ class Dataset:
 
         Subsets of one seed are nested: a smaller one is contained in every larger one. `skip` in [0, 1) leaves out the
         first images of each class, as a fraction: the subset shares no image with the subset of `fraction=skip`.
-        With a `window` in [0, 1] the seed draws from a part of each class only, `WINDOW` times as large as the subset:
-        a window of the class ordered by `ease` `[train]`, at its easiest (0) or hardest (1) end, or between them.
+        With a `window` in [0, 1] the seed draws only from a window of each class, ordered by `ease` (`window_of`).
         A `ValueError` names a class that would be empty or has too few images.
         """
         if window is not None:
@@ -173,10 +172,7 @@ class Dataset:
                     f"{self.name} has {len(members)} training images" + (f", less {first} skipped" if first else "")
                 )
             if window is not None:
-                members = members[ease[members].argsort(descending=True, stable=True)]
-                width = min(round(WINDOW * count), len(members))
-                start = round(window * (len(members) - width))
-                members = members[start : start + width]
+                members = window_of(members, ease, count, window)
             order = torch.randperm(len(members), generator=seeded(seed, "subset", c))
             picks.append(members[order[first : first + count]])
         return torch.cat(picks)
@@ -184,7 +180,18 @@ class Dataset:
 
 SPLITS = ("train", "validation", "test")
 
-WINDOW = 1.5  # size of a window of difficulty, in sizes of the subset: so repetitions have different images
+WINDOW = 1.5  # size of a window of difficulty, in sizes of what is drawn from it: so draws differ
+
+
+def window_of(members: Tensor, ease: Tensor, count: int, place: float) -> Tensor:
+    """The images that `count` images of a difficulty are drawn from: `WINDOW` times as many of the positions `members`.
+
+    They are ordered by `ease` `[train]`. The window is at the easiest (`place` 0) or hardest (1) end, or between them.
+    """
+    ordered = members[ease[members].argsort(descending=True, stable=True)]
+    width = min(round(WINDOW * count), len(ordered))
+    start = round(place * (len(ordered) - width))
+    return ordered[start : start + width]
 
 
 def mixed(images: Tensor, matrix: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The test accuracy of students trained on a distilled set, and what must stand beside it to be understood.
 
-Beside it: as many random real images with the same labels, augmentation and steps; as many as its bytes would hold; the
-best window of difficulty of the same size; all the data with as many steps. What is selected (a step size, a window) is
-selected on the validation split. The test split is opened once, for all of them, when nothing is left to select.
+Beside it: as many random real images with the same labels, augmentation and steps; as many as its bytes would hold; as
+many from the best window of difficulty; all the data with as many steps. Each student has its own random images. What
+is selected (a step size, a window) is selected on the validation split. The test split is opened once, for all of them, when nothing is left to select.
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from augdistill_core import seeded
+from augdistill_report.data.datasets import window_of
 from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings
 from augdistill_report.studies.protocols import PROTOCOLS, Protocol, augmentation_robust_score, label_robust_score
 from augdistill_report.studies.subjects import Subject, label_bytes
-from augdistill_report.work.difficulty import Difficulty
+from augdistill_report.work.difficulty import PLACES, Difficulty
 from augdistill_report.work.experts import missing_experts
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.normalisation import WHITE
@@ -44,8 +45,6 @@ BESIDE = {
 }  # rows by the names that choose them
 
 PLAIN_SET, PLAIN_RANDOM, HARD_SET = "the set, no augmentation", "random, no augmentation", "the set, hard labels"
-
-WINDOW_STARTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)  # where a window starts, as a share of its way: 0 = the easiest images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +132,6 @@ def of_classes(classes: Tensor, pools: list[Tensor], generator: torch.Generator)
     return index
 
 
-def windows_of(ease: Tensor, labels: Tensor, counts: Tensor, start: float) -> list[Tensor]:
-    """For each class the positions of a window of its images, ordered by `ease` `[train]` (easy first).
-
-    It is as large as `counts` `[classes]` says, at `start` in [0, 1] of its way from the easiest to the hardest end.
-    """
-    found = []
-    for c, count in enumerate(counts.tolist()):
-        members = torch.nonzero(labels == c).flatten()
-        members = members[ease[members].argsort(descending=True, stable=True)]
-        first = round(start * max(len(members) - count, 0))
-        found.append(members[first : first + count])
-    return found
-
-
 def experts_bytes(subject: Subject, config: EvalConfig) -> int:
     """Bytes of the experts, if they give the labels of each augmented image while students train."""
     if config.eval_labels == "hard":
@@ -179,9 +164,9 @@ def rows_of(
     def own(config: EvalConfig, given=subject.given) -> dict[str, Evaluation]:
         return options(lambda config: SetEvaluation(setup, given, config), config)
 
-    def drawn(counts_as: Tensor) -> list[Tensor]:
+    def drawn(counts_as: Tensor, pools: list[Tensor]) -> list[Tensor]:
         seeds = [seeded(setup.seed, "beside", k) for k in range(config.eval_students)]
-        return [of_classes(counts_as, every, seed) for seed in seeds]
+        return [of_classes(counts_as, pools, seed) for seed in seeds]
 
     def real_bytes(labels: Tensor) -> dict[str, int]:
         return {"images": len(labels) * pixels, "labels": label_bytes(labels, classes)}
@@ -189,24 +174,25 @@ def rows_of(
     size = real_bytes(subject.labels) | decoder
     rows = {THE_SET: ScoredRow(own(steps), n, subject.bytes | decoder)}
     if "random" in beside:
-        rows[RANDOM_ROW] = ScoredRow(real(drawn(subject.hard), subject.labels), n, size)
+        rows[RANDOM_ROW] = ScoredRow(real(drawn(subject.hard, every), subject.labels), n, size)
     if "bytes" in beside:
         each = pixels + label_bytes(torch.zeros(1), classes)
         count = min(sum(rows[THE_SET].bytes.values()) // each // classes, *map(len, every))
         if count:
             many = torch.arange(classes).repeat_interleave(count)
-            row = real(drawn(many), many, dataclasses.replace(steps, eval_labels="hard"))
+            row = real(drawn(many, every), many, dataclasses.replace(steps, eval_labels="hard"))
             rows[BYTES_ROW] = ScoredRow(row, len(many), real_bytes(many))
     if "window" in beside:
         run_jobs(missing_experts(setup), store, pool, Progress("experts"))
         ranked = Difficulty(setup)
         run_jobs([ranked], store, pool, Progress("difficulty"))
-        ease, counts = ranked.stored(store)[0]["probability"], torch.bincount(subject.hard, minlength=classes)
+        ease = ranked.stored(store)[0]["probability"]
+        counts = torch.bincount(subject.hard, minlength=classes).tolist()
         found = {}
-        for start in WINDOW_STARTS:
-            index = of_classes(subject.hard, windows_of(ease, train, counts, start), seeded(setup.seed, "window"))
-            jobs = real([index], subject.labels)
-            found |= {", ".join(filter(None, (f"from {100 * start:g} %", how))): job for how, job in jobs.items()}
+        for place in PLACES:
+            pools = [window_of(members, ease, count, place) for members, count in zip(every, counts, strict=True)]
+            jobs = real(drawn(subject.hard, pools), subject.labels)
+            found |= {", ".join(filter(None, (f"from {100 * place:g} %", how))): job for how, job in jobs.items()}
         rows[WINDOW_ROW] = ScoredRow(found, n, size)
     if "all" in beside:
         whole, hard = Subset(setup.seed, fraction=1.0), dataclasses.replace(steps, eval_labels="hard")
@@ -215,7 +201,7 @@ def rows_of(
     if training.protocol.ranked and {"random", "all"} <= set(beside):
         plain = dataclasses.replace(steps, eval_augment="none")
         rows[PLAIN_SET] = ScoredRow(own(plain), n, rows[THE_SET].bytes)
-        rows[PLAIN_RANDOM] = ScoredRow(real(drawn(subject.hard), subject.labels, plain), n, size)
+        rows[PLAIN_RANDOM] = ScoredRow(real(drawn(subject.hard, every), subject.labels, plain), n, size)
         if subject.labels.ndim == 2:
             tensors = store.load(STORED_SET, {"content": subject.given.content})[0] | {"labels": subject.hard[None]}
             hard = keep_set(store, tensors, subject.given.normalisation)

@@ -13,6 +13,7 @@ from augdistill_report.data.augmentations import DIFFERENTIABLE, NEVER_FLIPPED
 from augdistill_report.settings import Settings
 from augdistill_report.show.plots import COLOURS, look
 from augdistill_report.studies.unseen import CONDITIONED, POLICY, Repetition
+from augdistill_report.work.difficulty import PLACES
 from augdistill_report.work.statistics import BASELINE
 
 CONTROL, HAND, SELECTED = "control", "hand-designed", "selected images"
@@ -32,7 +33,7 @@ USES = tuple(dict(phi_strength=s, phi_probability=p) for s, p in ((1.0, 1.0), (0
 # of initial labels: the experts' share, and the temperature of their probabilities
 MIXES = tuple(dict(label_share=s, label_temperature=t) for s, t in ((0.5, 1.0), (0.5, 2.0), (0.75, 1.0)))
 
-PLACES = tuple(dict(window=place) for place in (0.15, 0.3, 0.45, 0.6))  # of a window: 0 = easiest, 1 = hardest images
+WINDOWS = tuple(dict(window=place) for place in PLACES)  # of difficulty
 
 COPIES = ({"eval_copies": 10},)  # with so many, a 10 % subset holds as many images as all the data
 
@@ -217,14 +218,14 @@ def every_method(settings: Settings) -> list[Method]:
             *("unet_learned", f"U-Net, learned labels + {EXPERTS}", LEARNED, "#332288", "o", "-", "labels+unet_noise"),
             **learned | dict(choices=(MIXES, *of_taught, USES), follows=LEARNED_LABELS),
         ),
-        Method("window", "best window", SELECTED, "#882255", "v", choices=(PLACES,), asked=True),
+        Method("window", "best window", SELECTED, "#882255", "v", choices=(WINDOWS,), asked=True),
         Method(
             *("window_augmented", f"best window + {EXPERTS}", SELECTED, "#332288", "s", "--"),
-            **dict(augment=taught, choices=(PLACES, *of_taught), follows="window", asked=True),
+            **dict(augment=taught, choices=(WINDOWS, *of_taught), follows="window", asked=True),
         ),
         Method(
             *("window_mixed", f"best window, mixed labels + {EXPERTS}", SELECTED, "#666699", "o", "-"),
-            **labels | dict(choices=(PLACES, MIXES, *of_taught), follows="window_augmented"),
+            **labels | dict(choices=(WINDOWS, MIXES, *of_taught), follows="window_augmented"),
             **dict(phi="labels_mixed", recipe=one_iteration, experts=taught),
         ),
         Method(
@@ -240,10 +241,10 @@ def every_method(settings: Settings) -> list[Method]:
 
 def in_window(row: Method) -> Method:
     """The row on a window of difficulty: where it lies is selected for no augmentation, and kept by all others."""
-    if PLACES in row.choices:
+    if WINDOWS in row.choices:
         return row
     follows = "" if row.id == NONE else row.follows or NONE
-    return dataclasses.replace(row, choices=(*row.choices, PLACES), follows=follows)
+    return dataclasses.replace(row, choices=(*row.choices, WINDOWS), follows=follows)
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:

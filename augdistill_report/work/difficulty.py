@@ -17,6 +17,8 @@ from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Job, Subset
 from augdistill_report.work.setup import Setup
 
+PLACES = (0.0, 0.15, 0.3, 0.45, 0.6)  # of windows that validation selects from: 0 = the easiest images, 1 = the hardest
+
 LOOKS = 24  # snapshots that are measured, in all: evenly spaced, equally many of each expert
 
 

@@ -70,7 +70,7 @@ def test_the_best_window_is_the_window_that_is_scored(world):
 def test_a_window_for_all_rows_lies_where_no_augmentation_wants_it():
     rows = {row.id: row for row in every_method(resolve("smoke", {"subset_by": "window"}))}
     windows = [o["window"] for o in rows[NONE].options(resolve("smoke"))]
-    assert len(windows) == 4 and not rows[NONE].follows
+    assert len(windows) == 5 and not rows[NONE].follows
     for row in rows.values():
         assert {o["window"] for o in row.options(resolve("smoke"))} == {*windows}
         last = row.id

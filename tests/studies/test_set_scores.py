@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from augdistill_report import score
@@ -18,9 +19,10 @@ from augdistill_report.settings import resolve
 from augdistill_report.show.budget_plot import accuracy_by_bytes, colours_of
 from augdistill_report.studies import scoreboard
 from augdistill_report.studies.protocols import PROTOCOLS, augmentation_robust_score, label_robust_score
-from augdistill_report.studies.set_scores import WINDOW_STARTS, of_classes, windows_of
+from augdistill_report.studies.set_scores import of_classes
 from augdistill_report.work.networks import alexnet, convnet3, vgg11
 from augdistill_report.work.normalisation import CONSTANTS, Normalisation
+from augdistill_report.work.set_scoring import STORED_SET
 
 CHANGES = dict(width=16, syn_steps=5, iterations=30, eval_steps=100, eval_students=3)
 
@@ -139,6 +141,10 @@ def test_what_stands_beside_a_score(run, capsys):
     assert several["images"] % 10 == 0 and sum(several["bytes"].values()) <= 650 + of_phi
     assert rows["all the data"]["images"] == len(run.data.train)
     assert re.fullmatch(r"from \d+ %, step size [\d.]+", rows["best window"]["option"])
+    held = [load_file(path) for path in run.store.folder.glob(f"{STORED_SET}-*.safetensors")]
+    drawn = [tensors["index"] for tensors in held if len(tensors.get("index", ())) == 3]
+    assert len(drawn) >= 7  # at random, as many bytes, five windows: each student has its own images
+    assert all(len({tuple(sorted(own.tolist())) for own in index}) == 3 for index in drawn)
     assert result["protocol"]["changed"] == {"eval_epochs": 4, "eval_student": "convnet", "eval_students": 3}
     assert result["protocol"]["steps"] == 4 and "eval_epochs=4" in said
     again = "augdistill score unet.safetensors --on digits --protocol dd-ranking --student convnet --students 3"
@@ -335,14 +341,6 @@ def test_controls_have_the_classes_of_the_set_and_no_image_twice():
     assert torch.equal(labels[index], wanted) and len(index.unique()) == 5
     with pytest.raises(ValueError, match="101 images of class 0: the training split has 100"):
         of_classes(torch.zeros(101), pools, torch.Generator())
-    ease = torch.rand(300, generator=torch.Generator().manual_seed(1))
-    counts = torch.tensor([10, 0, 100])
-    for start in (*WINDOW_STARTS, 1.0):
-        first, none, every = windows_of(ease, labels, counts, start)
-        order = ease[pools[0]].sort(descending=True).values
-        place = round(start * 90)
-        assert torch.equal(ease[first], order[place : place + 10])
-        assert len(none) == 0 and set(every.tolist()) == set(pools[2].tolist())
 
 
 @pytest.mark.parametrize("build, parameters", [(convnet3, 320_010), (alexnet, 1_872_202), (vgg11, 9_231_114)])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from augdistill_core import unflatten
-from augdistill_report.data.datasets import WINDOW, load
+from augdistill_report.data.datasets import WINDOW, load, window_of
 from augdistill_report.files.store import Store
 from augdistill_report.settings import resolve
-from augdistill_report.work.difficulty import Difficulty, subset_index
+from augdistill_report.work.difficulty import PLACES, Difficulty, subset_index
 from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.setup import Setup
@@ -38,6 +38,17 @@ def test_an_image_is_as_easy_as_the_experts_find_its_label_probable(world):
     assert torch.allclose(ease.double(), torch.stack(means).mean(0), atol=1e-6)
     unrolled = dataclasses.replace(setup, augment="affine")  # what the unroll does is no matter of the experts
     assert Difficulty(unrolled).spec() == Difficulty(setup).spec()
+
+
+def test_a_window_lies_where_its_place_says():
+    ease = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    members = torch.arange(0, 300, 3)
+    order = members[ease[members].argsort(descending=True)]
+    for place in (*PLACES, 1.0):
+        first = round(place * 85)
+        assert torch.equal(window_of(members, ease, 10, place), order[first : first + 15])
+        assert len(window_of(members, ease, 0, place)) == 0
+        assert torch.equal(window_of(members, ease, 80, place), order)
 
 
 @pytest.mark.parametrize("size", [{"fraction": 0.1}, {"per_class": 1}, {"fraction": 0.5}, {"fraction": 1.0}])
