@@ -80,6 +80,29 @@ def by_fraction(
     return figure
 
 
+def over_followed(found: dict[str, dict[float, object]], sizes: dict[float, str], rows: dict) -> Figure:
+    """What one change adds: the accuracy of a method minus that of the method that it follows, with 95 % intervals.
+
+    `found` holds differences by method and fraction, and `sizes` the names of fractions.
+    """
+    names = {id: textwrap.fill(f"{rows[id].label}, over {rows[rows[id].follows].label}", 44) for id in found}
+    figure, (axis,) = new_figure(9.0, max(3.2, 1.2 + 0.22 * sum(name.count("\n") + 1 for name in names.values())))
+    fractions = sorted({f for by in found.values() for f in by})
+    for turn, (id, by) in enumerate(found.items()):
+        its = look(id, rows)
+        x = [fractions.index(f) + 0.09 * (turn - (len(found) - 1) / 2) for f in by]
+        style = dict(marker=its.marker, linestyle=its.line, color=its.colour, capsize=2.5, linewidth=1)
+        halves = [100 * (d.half or 0) for d in by.values()]
+        axis.errorbar(x, [100 * d.mean for d in by.values()], halves, label=names[id], **style)
+    axis.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    axis.set_xticks(range(len(fractions)), [sizes[f].replace(" (", "\n(") for f in fractions], fontsize=8.5)
+    axis.set_xlim(-0.5, len(fractions) - 0.5)
+    over = next(iter(next(iter(found.values())).values())).over
+    axis.set(xlabel="subset", ylabel=f"difference in test accuracy\n(points, 95 % interval over {over})")
+    axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 UNITS = {  # of a policy's ranges: standard deviations, but for a flip
     "rotation": "rad",
     "scale": "of its logarithm",

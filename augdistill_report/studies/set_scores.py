@@ -2,7 +2,8 @@
 
 Beside it: as many random real images with the same labels, augmentation and steps; as many as its bytes would hold; as
 many from the best window of difficulty; all the data with as many steps. Each student has its own random images. What
-is selected (a step size, a window) is selected on the validation split. The test split is opened once, for all of them, when nothing is left to select.
+is selected (a step size, a window) is selected on the validation split. The test split is opened once, for all of them,
+when nothing is left to select.
 """
 
 import dataclasses

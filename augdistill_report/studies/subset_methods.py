@@ -183,7 +183,10 @@ def every_method(settings: Settings) -> list[Method]:
         Method("policy", "policy", LEARNED, sky, "X", choices=(USES,), phi=POLICY, **late),
         Method("unet_policy", "U-Net + policy", LEARNED, blue, "*", choices=(USES,), **both, **late),
         Method("pixels_policy", "pixels + policy", IMAGES, "#000000", choices=(USES,), phi=f"pixels+{POLICY}", **late),
-        Method("pixels_augmented", f"pixels + {EXPERTS}", IMAGES, pink, "h", choices=of_taught, **under, **late),
+        Method(
+            *("pixels_augmented", f"pixels + {EXPERTS}", IMAGES, pink, "h"),
+            **dict(choices=of_taught, follows="experts_augmentation") | under | late,
+        ),
         # the controls of a policy, real images with other labels, images and labels together, images selected
         Method(
             *("random_policy", "policy, random ranges", HAND, "#999933", "d", ":"),

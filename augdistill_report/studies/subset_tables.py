@@ -25,7 +25,7 @@ from augdistill_report.studies.subset_methods import (
 from augdistill_report.studies.subsets import EQUAL, Key
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
-from augdistill_report.work.statistics import GAIN, Accuracy, difference, gain, pooled
+from augdistill_report.work.statistics import GAIN, Accuracy, Difference, difference, gain, pooled
 
 
 def percent(fraction: float) -> str:
@@ -65,6 +65,17 @@ def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
     for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id not in (NONE, FULL.id)):
         its = difference(at(scores, f), id, NONE)
         found.setdefault(id, {})[f"{f:g}"] = {"gain": its.mean, "interval": its.half, "over": its.over}
+    return found
+
+
+def over_followed(settings: Settings, scores: dict[Key, Accuracy]) -> dict[str, dict[float, Difference]]:
+    """The accuracy of each method minus that of the method that it follows, by its id and fraction."""
+    rows, keys = shown_rows(settings), dict.fromkeys((id, f) for id, f, _ in scores)
+    found: dict[str, dict[float, Difference]] = {}
+    for id, f in keys:
+        other = rows[id].follows
+        if other != NONE and (other, f) in keys:
+            found.setdefault(id, {})[f] = difference(at(scores, f), id, other)
     return found
 
 

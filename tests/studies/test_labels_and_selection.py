@@ -12,10 +12,12 @@ from augdistill_report.data.augmentations import RANDOM_RANGES, augmentation
 from augdistill_report.data.datasets import load
 from augdistill_report.files.phi_files import load_phi, open_phi, rebuilt
 from augdistill_report.settings import resolve
+from augdistill_report.show.subset_plots import over_followed
 from augdistill_report.studies import subset_tables, subsets
 from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
 from augdistill_report.work.difficulty import Difficulty
 from augdistill_report.work.scoring import EvalConfig, Evaluation, teacher_of, train_student
+from augdistill_report.work.statistics import Accuracy
 
 ASKED = [method.id for method in every_method(resolve("smoke")) if method.asked]
 
@@ -51,6 +53,29 @@ def test_every_row_is_scored_and_compared_with_the_one_it_follows(world):
         option = chosen["mixed_labels", 0.1]
         mix = job.config.label_share, job.config.label_temperature
         assert mix == (option["label_share"], option["label_temperature"])
+
+
+def test_what_one_change_adds_is_the_difference_from_the_row_that_is_followed():
+    settings = resolve("smoke", {"subset_rows": "mixed_labels, learned_labels, pixels_mixed, pixels_learned"})
+
+    def scores(*values):
+        return {k: Accuracy([v, v], [v, v]) for k, v in enumerate(values)}
+
+    of_rows = {"mixed_labels": (0.5, 0.6), "learned_labels": (0.6, 0.6), "pixels_learned": (0.7, 0.8), NONE: (0.1, 0.1)}
+    every = {(id, 0.1, k): score for id, values in of_rows.items() for k, score in scores(*values).items()}
+    every |= {("pixels_mixed", 0.5, 0): Accuracy([0.9], [0.9]), ("mixed_labels", 0.5, 0): Accuracy([0.5], [0.5])}
+    found = subset_tables.over_followed(settings, every)
+    means = {id: {f: round(d.mean, 9) for f, d in by.items()} for id, by in found.items()}
+    # mixed labels follow a row that is not in the table
+    assert means == {"learned_labels": {0.1: 0.05}, "pixels_learned": {0.1: 0.15}, "pixels_mixed": {0.5: 0.4}}
+    assert found["pixels_learned"][0.1].over == "2 repetitions" and found["pixels_mixed"][0.5].half is None
+    rows = subset_tables.shown_rows(settings)
+    (axis,) = over_followed(found, {0.1: "10 % (2)", 0.5: "50 % (9)"}, rows).axes
+    labels = [text.get_text().replace("\n", " ") for text in axis.get_legend().get_texts()]
+    assert labels == [f"{rows[id].label}, over {rows[rows[id].follows].label}" for id in means]
+    assert [line.get_ydata().tolist() for line, *_ in axis.containers] == [
+        [pytest.approx(100 * v) for v in by.values()] for by in means.values()
+    ]
 
 
 def test_the_best_window_is_the_window_that_is_scored(world):
