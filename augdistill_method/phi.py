@@ -5,8 +5,11 @@ networks and ours are rows of one table. To add a phi: write a file in `augdisti
 its `forward`, and the decorator `register_phi("name")`.
 """
 
+import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,7 @@ class Phi(nn.Module):
     below describe a phi; the table of phis and the tests read them.
     """
 
-    stochastic = False  # samples noise from the generator
+    stochastic = True  # may sample noise from the generator; False: phi(x) is the same for every seed
     conditional = False  # reads the labels
     positional = False  # has parameters for each pixel position
     bound = False  # has parameters for each base image, so it cannot augment other images
@@ -42,13 +45,13 @@ class Phi(nn.Module):
 
 class Wrapper(Phi):
     """A phi made of other phis: it has an attribute (stochastic, conditional, positional, bound) if one of them has it,
-    and starts as the identity if all of them do. A module without these attributes counts as False. Its labels are
-    those of its `phi`."""
+    and starts as the identity if all of them do. A module without these attributes counts as `Phi` itself. Its labels
+    are those of its `phi`."""
 
     def __init__(self, *phis: nn.Module):
         super().__init__()
         for claim in ("stochastic", "conditional", "positional", "bound"):
-            setattr(self, claim, any(getattr(phi, claim, False) for phi in phis))
+            setattr(self, claim, any(getattr(phi, claim, getattr(Phi, claim)) for phi in phis))
         self.starts_as_identity = all(getattr(phi, "starts_as_identity", False) for phi in phis)
 
     def relabel(self, labels, index):
@@ -167,6 +170,7 @@ def labels_under(phi, labels: Tensor, index: Tensor) -> Tensor:
 class Identity(Phi):
     """phi(x) = x: the control with which every claim about phi is compared (alpha is still learned)."""
 
+    stochastic = False
     starts_as_identity = True
 
     def __init__(self, images: Tensor, classes: int):
@@ -180,6 +184,7 @@ class Identity(Phi):
 class Pixels(Phi):
     """The baseline: one learned image per base image, initialised with it (MTT's synthetic set, real init)."""
 
+    stochastic = False
     bound = True
     positional = True
     starts_as_identity = True
@@ -217,19 +222,36 @@ class Added(Control):
         return self.phi(images, **given) - images
 
 
+def line_of(phi: nn.Module, error: Exception) -> str:
+    """ ", FILE:LINE", where an error was raised in the file that defines phi; "" if it was raised elsewhere."""
+    file = getattr(sys.modules.get(type(phi).__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", {Path(file).name}:{lines[-1]}" if lines else ""
+
+
 def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
-    """A `ValueError` for a phi that cannot be trained, found by two calls on a few base images: it changes the shape,
-    returns values that are not finite, samples from another source than `generator`, or has only frozen parameters."""
+    """A `ValueError` for a phi that cannot be trained, found by calls on a few base images.
+
+    It raises an exception, changes the shape, returns values that are not finite, samples from another source than
+    `generator`, draws noise although it says that it is not `stochastic`, or has only frozen parameters.
+    """
     name, few = type(phi).__name__, slice(0, 8)
     index = torch.arange(len(labels))[few]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        one, other = (augmented(phi, images[few], labels[few], index, seeded(0, "look")) for _ in range(2))
+        try:
+            looks = [augmented(phi, images[few], labels[few], index, seeded(0, look)) for look in ("one", "one", "two")]
+        except Exception as error:  # anything that a user's code can raise
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"phi ({name}{line_of(phi, error)}): {what}") from error
+    one, again, other = looks
     if not one.isfinite().all():
         raise ValueError(f"phi ({name}): returns values that are not finite before training")
-    if not torch.equal(one, other):
+    if not torch.equal(one, again):
         raise ValueError(
             f"phi ({name}): gives two results for one seed; sample its noise from `generator` to be reproducible"
         )
+    if not getattr(phi, "stochastic", True) and not torch.equal(one, other):
+        raise ValueError(f"phi ({name}): draws noise, but its class has stochastic = False; it must be True")
     parameters = list(phi.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         raise ValueError(f"phi ({name}): every parameter is frozen (requires_grad=False); there is nothing to learn")

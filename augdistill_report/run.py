@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from augdistill_core import DistillConfig, Trajectories
-from augdistill_report.data.datasets import Split
+from augdistill_report.data.datasets import SPLITS, Split
 from augdistill_report.files.phi_files import save_phi
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store, digest, write
@@ -89,7 +89,7 @@ class Run:
         self.numbers: dict = {}
         self.figures: list[str] = []
         self.films: list[str] = []
-        self.made_by: dict = {"preset": "", "changes": {}}
+        self.made_by: dict = {"preset": "", "changes": {}, "phi_files": {}}
         self.jobs: dict[Path, Task] = {}  # that this notebook's numbers come from, by file
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -255,6 +255,8 @@ class Run:
             "figure": figure,
             "settings": self.settings.public(),
             "fingerprint": self.data.fingerprint,
+            "images": {name: len(getattr(self.data, name)) for name in SPLITS},
+            "classes": len(self.data.classes),
             "configuration": configuration(self.settings),
             "environment": environment(self.settings.device),
             "numbers": self.numbers,
@@ -274,14 +276,16 @@ def fold(markdown: str, summary: str) -> str:
 
 
 def made_by(folder: Path, settings: Settings) -> dict:
-    """The preset of a run's folder, and how its settings differ from it: what repeats the run."""
+    """The preset of a run's folder, how its settings differ from it, and a digest of each file of the user's own phis:
+    what repeats the run."""
     preset = folder_config(folder)["preset"]
     count = "images_per_class"  # a preset may choose its settings by it
     before, now = resolve(preset, {count: getattr(settings, count)}).public(), settings.public()
     before[count] = getattr(resolve(preset), count)
     unimportant = [*WorkConfig.names(), "track", "data"]
     changes = {key: now[key] for key in now if now[key] != before[key] and key not in unimportant}
-    return {"preset": Path(preset).stem, "changes": changes}
+    own = {path.name: digest(path.read_text(encoding="utf-8")) for path in settings.phi_files}
+    return {"preset": Path(preset).stem, "changes": changes, "phi_files": own}
 
 
 def picture(figure) -> bytes:

@@ -41,6 +41,7 @@ RENAMED = {  # new names of settings, by old name
 REPORT_NETWORK = "distnet2"
 STUDENT_REPORT = dict(phi_optimizer="SGD", phi_lr=1000.0, phi_momentum=0.5)
 STUDENT_REPORT |= dict(alpha_mode="raw", alpha_optimizer="SGD", alpha_lr=1e-5)
+USUAL_PHI = "unet_noise"  # a run's phi unless another is chosen; notebook 03 also shows it beside another one
 MENDED = dict(phi_optimizer="Adam", phi_lr=0.01)
 
 
@@ -58,7 +59,7 @@ class Settings(Setup, DistillConfig, EvalConfig, WorkConfig, *study_configs()):
     """Every setting. What single rows of a notebook's table change is in that notebook."""
 
     images_per_class: int = knob(1, "images a class in the base set of notebooks 02 and 03", low=1)
-    phi: str = knob("unet_noise", "the phi of notebooks 03 and 05, and of a sweep: a name in PHIS")
+    phi: str = knob(USUAL_PHI, "the phi of notebooks 03 and 05, and of a sweep: a name in PHIS")
     phis: str = knob("", "Python files that register your own phis, separated by commas")
     track: str = knob("none", "a tracker that also receives the curves and pictures", choices=("none", *TRACKERS))
 

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -593,6 +594,25 @@ class Broken(Frozen):
         return images / (images - images)
 
 
+class Failing(Frozen):
+    def forward(self, images, **_):
+        return images * self.nothing  # the line that the error names
+
+
+class Squeezing(Frozen):
+    def forward(self, images, **_):
+        return images[..., 1:]
+
+
+class Shaking(Frozen):
+    """It says that it is not random, and is."""
+
+    stochastic = False
+
+    def forward(self, images, *, generator, **_):
+        return images + torch.randn(images.shape, generator=generator, dtype=images.dtype)
+
+
 class Stray(Frozen):
     """Its noise comes from torch's global state."""
 
@@ -600,11 +620,20 @@ class Stray(Frozen):
         return images + torch.randn_like(images)
 
 
+LINE = 1 + next(i for i, line in enumerate(Path(__file__).read_text().splitlines()) if "that the error names" in line)
+
+
 @pytest.mark.parametrize(
     "kind, says",
     [
         (Frozen, r"phi \(Frozen\): every parameter is frozen"),
         (Broken, r"phi \(Broken\): returns values that are not finite before training"),
+        (
+            Failing,
+            rf"phi \(Failing, test_core.py:{LINE}\): AttributeError: 'Failing' object has no attribute 'nothing'",
+        ),
+        (Squeezing, r"phi \(Squeezing\): Squeezing turned .* into .*: must keep it"),
+        (Shaking, r"phi \(Shaking\): draws noise, but its class has stochastic = False; it must be True"),
         (Stray, r"phi \(Stray\): gives two results for one seed; sample its noise from `generator`"),
     ],
 )

@@ -13,6 +13,7 @@ class Hallucinator(Phi):
     It has no nonlinearity, no skip connection and no noise.
     """
 
+    stochastic = False
     positional = True
 
     def __init__(self, images: Tensor, classes: int):

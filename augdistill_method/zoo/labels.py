@@ -27,6 +27,7 @@ class Labels(Phi):
     A learned label is softmax(log(initial label) + `LOGIT_PACE` * change), with a `change` per image and class.
     """
 
+    stochastic = False
     bound = True
     starts_as_identity = True
 

@@ -35,11 +35,6 @@ def preflight(settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"images_per_class={settings.images_per_class}: too many ({error})") from None
     base = data.train.take(index).images
-    for fraction in settings.fraction_list:
-        try:
-            data.subset(settings.seed, fraction=fraction)
-        except ValueError as error:
-            raise ValueError(f"fractions={settings.fractions!r}: {error}") from None
     make_phi(settings.phi, base, len(data.classes), settings.seed)
     for key in ("phi", "alpha", "pixel"):
         kind, momentum = getattr(settings, f"{key}_optimizer"), getattr(settings, f"{key}_momentum")
@@ -47,6 +42,16 @@ def preflight(settings: Settings) -> None:
             make_optimizer(kind, list(student.parameters()), 0.1, momentum)
         except ValueError as error:
             raise ValueError(f"{key}_optimizer={kind!r}: {error}") from None
+
+
+def check_fractions(settings: Settings) -> None:
+    """A `ValueError` if a fraction of the subset table leaves a class without an image."""
+    data = settings.load(whiten=False)
+    for fraction in settings.fraction_list:
+        try:
+            data.subset(settings.seed, fraction=fraction)
+        except ValueError as error:
+            raise ValueError(f"fractions={settings.fractions!r}: {error}") from None
 
 
 def check_memory(settings: Settings, parameters: int, batch: int) -> None:

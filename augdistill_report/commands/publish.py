@@ -20,7 +20,7 @@ from augdistill_report.show.page import finished
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.subset_methods import FULL, NONE
 from augdistill_report.studies.why import gain_points, values
-from augdistill_report.work.statistics import markdown_table, mean_and_std, over_seeds, row_label, shown
+from augdistill_report.work.statistics import Difference, markdown_table, mean_and_std, over_seeds, row_label, shown
 
 FIGURES, PAGES = ROOT / "figures", (ROOT / "docs" / "results.md", ROOT / "README.md")
 
@@ -164,7 +164,7 @@ def subsets_table(found: dict[str, dict]) -> list[dict]:
 
     def cell(id: str, fraction: str) -> str:
         its = gains.get(id, {}).get(fraction)
-        gain = f"; {100 * its['gain']:+z.1f} ± {100 * its['interval']:.1f}" if its else ""
+        gain = f"; {Difference(its['gain'], its['interval'], its['over'])}" if its else ""
         return shown(scores[id][fraction]) + gain if fraction in scores[id] else ""
 
     return [

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from augdistill_core import builders
 from augdistill_report.commands.execute import execute
-from augdistill_report.commands.preflight import preflight
+from augdistill_report.commands.preflight import check_fractions, preflight
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import Store
 from augdistill_report.places import NOTEBOOKS
@@ -32,6 +32,8 @@ from augdistill_report.work.jobs import Task, Tick
 from augdistill_report.work.pool import Pool, run_jobs
 from augdistill_report.work.progress import REFRESH, Line
 from augdistill_report.work.setup import Setup
+
+SUBSETS = "05_subset_evaluation"  # the notebook that uses the setting `fractions`
 
 
 def notebooks(only: str = "") -> list[Path]:
@@ -121,6 +123,8 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     settings: Settings = resolve(preset, changes)
     chosen = notebooks(only)
     preflight(settings)
+    if SUBSETS in {path.stem for path in chosen}:
+        check_fractions(settings)
     print(f"data: {settings.load(whiten=False).where}", file=sys.stderr)
     if any(getattr(build, "bound", False) for build in builders(settings.phi)):  # notebook 05 applies phi to new images
         raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; choose another phi")

@@ -53,6 +53,7 @@ class SetScore:
             markdown_table(table_of(r)),
             *(f"{name}: {shown(value)}" for name, value in r["scores"].items()),
             r["sentence"],
+            f"numbers: {self.path}",
         ]
         return "\n".join(lines)
 

@@ -7,6 +7,7 @@ Images are stored as bytes (uint8); a batch or a subset is converted to floats o
 import dataclasses
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,10 +163,11 @@ class Dataset:
             # rounded so that a fraction and the complement that skips it always make the whole class
             count = per_class if fraction is None else round((skip + fraction) * len(members)) - first
             if count < 1:
-                raise ValueError(
-                    f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: leaves class {name} "
-                    f"of {self.name} empty; it has {len(members)} images"
-                )
+                said = f"leaves class {name} of {self.name} empty; it has {len(members)} images"
+                if per_class is not None:
+                    raise ValueError(f"per_class={per_class}: {said}; must be at least 1")
+                fewest = int(torch.bincount(self.train.labels, minlength=len(self.classes)).min())
+                raise ValueError(f"fraction={fraction}: {said}; must be at least {math.ceil(500 / fewest) / 1000}")
             if count > len(members) - first:
                 raise ValueError(
                     f"{'fraction' if per_class is None else 'per_class'}={fraction or per_class}: class {name} of "

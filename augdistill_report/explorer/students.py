@@ -93,8 +93,7 @@ class Students:
         if "B" in found:
             scores = {(name, 0): Accuracy(found[name], found[name]) for name in "AB"}
             gap = difference(scores, "B", "A")
-            said = "significantly different" if gap.significant else "not significantly different"
-            rows.append(("B - A (points, 95 % interval)", f"{gap}: {said}"))
+            rows.append(("B - A (points, 95 % interval)", f"{gap}: {gap.verdict}"))
         cells = (f"<tr><td>{html.escape(row)}</td><td>{text}</td></tr>" for row, text in rows)
         head = "<tr><th>students trained on its images, augmentation</th><th>validation accuracy</th></tr>"
         self.page.scores.value = f"<table class='augdistill-scores'>{head}{''.join(cells)}</table>"

@@ -246,6 +246,7 @@ def from_folder(path: Path) -> DistilledSet:
 
 def from_positions(path: Path) -> DistilledSet:
     """A selection: the positions of its images in the source's training images, whole numbers, one an image."""
+    images = f"; images themselves: {PAIR}, with labels_best.pt beside it, or .npz" if path.suffix == ".pt" else ""
     try:
         if path.suffix == ".npy":
             values = torch.from_numpy(np.load(path, allow_pickle=False))
@@ -254,9 +255,9 @@ def from_positions(path: Path) -> DistilledSet:
         else:
             values = torch.tensor([int(line) for line in path.read_text(encoding="utf-8").split()])
     except (ValueError, OSError, EOFError, TypeError) as error:
-        raise ValueError(f"{path}: is no file of positions in the training set ({error})") from None
+        raise ValueError(f"{path}: is no file of positions in the training set ({error}){images}") from None
     if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
-        raise ValueError(f"{path}: holds {values.dtype} {tuple(values.shape)}, must be whole numbers [n]")
+        raise ValueError(f"{path}: holds {values.dtype} {tuple(values.shape)}, must be whole numbers [n]{images}")
     return DistilledSet(None, None, "selection", 0, positions=values.long())
 
 

@@ -195,7 +195,7 @@ def load_phi(path: Path | str, strength: float | None = None, probability: float
     file = open_phi(path)
     about = file.about
     for name in unregistered(about["phi"]):
-        own = "it is a user's own phi: register it first (--set phis=FILE on the command line)"
+        own = "it is a user's own phi: register it first (import its file, or --set phis=FILE on the command line)"
         known = f"must be one of {', '.join(PHIS)}"
         raise ValueError(f"{path}: unknown phi {name!r}; {own if about['own_source'] else known}")
     own = own_source(about["phi"])

@@ -83,6 +83,26 @@ def inline(figures: Path, name: str) -> str:
     return f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
 
 
+SMOKE = "smoke"  # the preset that only shows that every step works
+
+
+def origin_line(result: dict) -> str:
+    """What a run is of: its data, preset and changed settings, and the user's own phis; a warning for a trial."""
+    settings, images = result["settings"], result["images"]
+    counts = ", ".join(f"{count:,} {name}" for name, count in images.items())
+    parts = [
+        f"Data: {settings['dataset']}, {settings['size']}x{settings['size']} pixels, {result['classes']} classes "
+        f"({counts} images)",
+        f"preset {result['preset']}",
+        *([f"changed: {', '.join(f'{k}={v}' for k, v in result['changes'].items())}"] if result["changes"] else []),
+        *(f"{name} (content {content})" for name, content in result["phi_files"].items()),
+    ]
+    text = f'<p class="origin">{html.escape(" · ".join(parts))}</p>'
+    if result["preset"] == SMOKE:
+        text += '<p class="note">A trial: this preset shows that every step works. Its numbers mean nothing.</p>'
+    return text
+
+
 def front(folder: Path, results: dict[str, dict], titles: dict[str, str]) -> str:
     """The answer, a line a notebook; the key figure; and a card for each notebook: headline, figure, time, links."""
     timings = folder / "timings.json"
@@ -122,10 +142,10 @@ def build_report(folder: Path, configuration: str) -> Path:
     titles = {name: first_heading(notebook) for name, notebook in notebooks.items()}
     sections = [f'<section id="{name}">{exporter.from_notebook_node(n)[0]}</section>' for name, n in notebooks.items()]
     contents = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title in titles.items())
-    note = ""
+    note = origin_line(next(iter(ours.values()))) if ours else ""
     if others:
         left_out = html.escape(", ".join(others))
-        note = f'<p class="note">Left out, because they were run with other settings or other code: {left_out}.</p>'
+        note += f'<p class="note">Left out, because they were run with other settings or other code: {left_out}.</p>'
     facts = read_json(folder / "config.json", "run")
     about = next(iter(ours.values()))["environment"] if ours else {}
     about = {"preset": Path(facts["preset"]).stem, "configuration": configuration, **about}

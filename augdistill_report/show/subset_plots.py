@@ -80,7 +80,7 @@ def by_fraction(
     return figure
 
 
-def over_followed(found: dict[str, dict[float, object]], sizes: dict[float, str], rows: dict) -> Figure:
+def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, str], rows: dict) -> Figure:
     """What one change adds: the accuracy of a method minus that of the method that it follows, with 95 % intervals.
 
     `found` holds differences by method and fraction, and `sizes` the names of fractions.

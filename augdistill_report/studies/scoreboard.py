@@ -145,6 +145,6 @@ def board_headline(results: dict[str, dict]) -> str:
     best = max(results.values(), key=lambda result: result["rows"][THE_SET]["accuracy"]["mean"])
     means = {name: 100 * row["accuracy"]["mean"] for name, row in best["rows"].items()}
     return (
-        f"{best['rows'][THE_SET]['images']} images of “{best['name']}” give {means[THE_SET]:.1f} %, as many real images, "
-        f"drawn at random for each student, {means[RANDOM_ROW]:.1f} %, all the data {means[ALL_ROW]:.1f} %."
+        f"{best['rows'][THE_SET]['images']} images of “{best['name']}” give {means[THE_SET]:.1f} %, as many real "
+        f"images, drawn at random for each student, {means[RANDOM_ROW]:.1f} %, all the data {means[ALL_ROW]:.1f} %."
     )

@@ -28,7 +28,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.scoring import EvalConfig, Evaluation, Score
 from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation, keep_set
 from augdistill_report.work.setup import public_name
-from augdistill_report.work.statistics import Accuracy, Difference, difference, summary
+from augdistill_report.work.statistics import UNDECIDED, Accuracy, Difference, difference, summary
 
 THE_SET, RANDOM_ROW, BYTES_ROW, WINDOW_ROW, ALL_ROW = (
     "the set",
@@ -244,9 +244,11 @@ def over_row(found: dict[str, Measured], other: str, row: str = THE_SET) -> Diff
 
 
 def difference_in_words(found: Difference, what: str) -> str:
-    """A comparison as words: "above random images by 21.3 ± 1.2 points"."""
+    """A comparison as words: "above random images by 21.3 ± 1.2 points". Without an interval only the numbers."""
+    if found.half is None:
+        return f"{found} points compared with {what}"
     if not found.significant:
-        return f"not significantly different from {what} ({found} points)"
+        return f"{UNDECIDED} from {what} ({found} points)"
     side = "above" if found.mean > 0 else "below"
     return f"{side} {what} by {100 * abs(found.mean):.1f} ± {100 * found.half:.1f} points"
 
@@ -318,7 +320,7 @@ def table_of(result: dict) -> list[dict]:
 
     def gain(name: str) -> str:
         d = result["differences"].get(name)
-        return "" if d is None else f"{100 * d['mean']:+z.1f}" + (f" ± {100 * d['half']:.1f}" if d["half"] else "")
+        return "" if d is None else str(Difference(**d))
 
     return [
         {

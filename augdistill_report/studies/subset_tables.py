@@ -207,13 +207,16 @@ def verdict(scores: dict, settings: Settings) -> str:
         here = {key: score for key, score in at(scores, f).items() if key[0] != FULL.id}
         means = {id: score.mean for id, score in pooled(here).items()}
         best = max(means, key=means.get)
-        near = [id for id in means if id != best and not difference(here, best, id).significant]
+        over = {id: difference(here, best, id) for id in means if id != best}
+        near = [id for id, its in over.items() if not its.significant]
         unlike = "significantly different from all others (95 % interval excludes 0)"
         if near:
             unlike = "not significantly different from " + ", ".join(f"*{rows[id].label}*" for id in near)
         if len(near) > MOST_NAMED:
             baseline = f", *{rows[NONE].label}* among them" if NONE in near else ""
             unlike = f"not significantly different from {len(near)} of {len(means) - 1} others{baseline}"
+        if near and over[near[0]].half is None:
+            unlike = f"with n = {over[near[0]].over} nothing is said about significance"
         said.append(
             f"**{sized(settings, f)}**: *{rows[best].label}* is best ({100 * means[best]:.1f} %"
             + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
@@ -234,10 +237,8 @@ def verdict(scores: dict, settings: Settings) -> str:
 def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
     """A sentence that compares one method with another."""
     its = difference(here, one, other)
-    word = "not significantly different"
-    if its.significant:
-        word = f"significantly {'better' if its.mean > 0 else 'worse'}"
-    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its} points, {word}"
+    said = f", {its.verdict}" if its.half is not None else ""
+    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its} points{said}"
 
 
 def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[tuple[str, int], Accuracy]]:

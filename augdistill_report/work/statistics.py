@@ -156,11 +156,17 @@ def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
     }
 
 
+FEWEST = 3  # values that an interval needs: that of two is 9 times their standard deviation, or 0 where they agree
+
+UNDECIDED = "not significantly different"
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A mean difference in accuracy, in [-1, 1], with the half-width of its 95 % interval (None for one value).
+    """A mean difference in accuracy, in [-1, 1], with the half-width of its 95 % interval.
 
-    `over` says what n counts ("5 repetitions").
+    half: None for fewer than `FEWEST` values: nothing is said about their significance
+    over: what n counts ("5 repetitions")
     """
 
     mean: float
@@ -169,12 +175,19 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the 95 % interval excludes 0."""
+        """Whether the 95 % interval excludes 0; False where there is none."""
         return self.half is not None and abs(self.mean) > self.half
 
+    @property
+    def verdict(self) -> str:
+        """ "significantly better", "significantly worse", "not significantly different", or that n is too small."""
+        if self.half is None:
+            return f"too few to say (n = {self.over})"
+        return f"significantly {'better' if self.mean > 0 else 'worse'}" if self.significant else UNDECIDED
+
     def __str__(self):
-        """The difference in percentage points."""
-        return f"{100 * self.mean:+z.1f} " + ("(n = 1)" if self.half is None else f"± {100 * self.half:.1f}")
+        """The difference in percentage points, with its interval or n."""
+        return f"{100 * self.mean:+z.1f} " + (f"(n = {self.over})" if self.half is None else f"± {100 * self.half:.1f}")
 
 
 def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Difference:
@@ -188,7 +201,7 @@ def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Differ
     found = [(score - scores[other, k])["values"] for (name, k), score in scores.items() if name == method]
     values, of = ([float(np.mean(v)) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
     n, half = len(values), None
-    if n > 1:
+    if n >= FEWEST:
         half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
     return Difference(float(np.mean(values)), half, f"{n} {of if n > 1 else of.removesuffix('s')}")
 

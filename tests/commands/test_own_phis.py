@@ -12,6 +12,7 @@ import pytest
 from augdistill_report import settings
 from augdistill_report.commands import report as runner
 from augdistill_report.commands.cli import main
+from augdistill_report.files.store import digest
 from augdistill_report.places import ROOT
 
 
@@ -32,12 +33,15 @@ def test_every_notebook_takes_a_phi_from_a_file_by_name(smoke, tmp_path):
     arguments = ["report", "--preset", "smoke", "--out", str(out), *own, "--set", "workers=2"]
     assert main([*arguments, "--only", "03,04,05"]) == 0
     found = {p.stem: json.loads(p.read_text()) for p in (out / "results").iterdir()}
-    assert "brightness" in found["03_phi_distillation"]["numbers"]
+    assert {"brightness", "unet_noise"} <= set(found["03_phi_distillation"]["numbers"])  # beside the usual one
     assert "brightness" in [row["phi"] for row in found["04_why_phi_failed"]["numbers"]["zoo"]]
     assert found["05_subset_evaluation"]["numbers"]["methods"]["phi"] == "phi (brightness)"
     for result in found.values():
         assert result["settings"]["phis"] == "own.py"  # and not where it lies
+        assert result["phi_files"] == {"own.py": digest(readme_s_phi())}
         assert str(tmp_path) not in json.dumps(result)
+    page = (out / "report.html").read_text()
+    assert "changed: phi=brightness, phis=own.py" in page and f"own.py (content {digest(readme_s_phi())})" in page
     # what it says is part of what results depend on
     before = found["03_phi_distillation"]["configuration"]
     (tmp_path / "own.py").write_text(readme_s_phi() + "\n# another\n")

@@ -71,6 +71,10 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
         assert result["headline"] and page.count(html.escape(result["headline"], quote=False)) >= 3, name
         assert f'href="results/{name}.json"' in page
     assert page.count('<details class="code">') > 20
+    images = next(iter(found.values()))["images"]
+    counts = ", ".join(f"{images[name]:,} {name}" for name in ("train", "validation", "test"))
+    assert f"Data: digits, 8x8 pixels, 10 classes ({counts} images) · preset smoke<" in page
+    assert sum(images.values()) == 1797 and "Its numbers mean nothing." in page
     # in the place of the explorer's widgets, which only a kernel brings to life, a line that says how
     assert "widget-view+json" not in page and STATIC_NOTE in page
 
@@ -95,6 +99,7 @@ def test_results_of_another_configuration_are_not_reused(tmp_path):
     assert main([*run, "--only", "01"]) == 0
     assert main([*run, "--only", "02", "--set", "iterations=2"]) == 0
     page = (tmp_path / "report.html").read_text()
+    assert "preset smoke · changed: iterations=2<" in page
     assert "Left out" in page and '<section id="02_baseline_mtt">' in page
     assert '<section id="01_expert_trajectories">' not in page
     curve = (tmp_path / "curves" / "02_baseline_mtt" / "pixels__MTT_.jsonl").read_text().splitlines()

@@ -173,6 +173,13 @@ def test_positions_are_whole_numbers_in_any_form(tmp_path):
     torch.save(torch.tensor([5, 3, 9]), tmp_path / "c.pt")
     for name in ("a.npy", "b.txt", "c.pt"):
         assert read_set(tmp_path / name).positions.tolist() == [5, 3, 9]
+    torch.save({"images": images(), "labels": LABELS}, tmp_path / "d.pt")
+    torch.save(images(), tmp_path / "e.pt")
+    for name in ("d.pt", "e.pt"):
+        with pytest.raises(
+            ValueError, match=r"images themselves: images_best.pt, with labels_best.pt beside it, or .npz"
+        ):
+            read_set(tmp_path / name)
     (tmp_path / "b.txt").write_text("5\n3.5\n")
     np.save(tmp_path / "a.npy", np.array([[5, 3]]))
     for name, error in (("b.txt", "is no file of positions"), ("a.npy", r"must be whole numbers \[n\]")):

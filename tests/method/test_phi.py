@@ -377,7 +377,7 @@ def test_what_wraps_phis_claims_what_they_claim():
         phi_module.Chain([noisy, plain]): {"stochastic"},
         Applied(stored): {"positional", "bound", "starts_as_identity"},
         Applied(stored, probability=0.5): {"stochastic", "positional", "bound", "starts_as_identity"},
-        Applied(plain): set(),
+        Applied(plain): {"stochastic"},  # as long as it does not say that it is not
         Stored(noisy): {"stochastic"},  # a blank image is not x
         Added(make_phi("unet_class_noise", images, 3, 0)): {"stochastic", "conditional", "positional"},
     }.items():

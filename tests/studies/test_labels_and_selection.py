@@ -12,7 +12,7 @@ from augdistill_report.data.augmentations import RANDOM_RANGES, augmentation
 from augdistill_report.data.datasets import load
 from augdistill_report.files.phi_files import load_phi, open_phi, rebuilt
 from augdistill_report.settings import resolve
-from augdistill_report.show.subset_plots import over_followed
+from augdistill_report.show.subset_plots import changes_by_subset
 from augdistill_report.studies import subset_tables, subsets
 from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
 from augdistill_report.work.difficulty import Difficulty
@@ -70,7 +70,7 @@ def test_what_one_change_adds_is_the_difference_from_the_row_that_is_followed():
     assert means == {"learned_labels": {0.1: 0.05}, "pixels_learned": {0.1: 0.15}, "pixels_mixed": {0.5: 0.4}}
     assert found["pixels_learned"][0.1].over == "2 repetitions" and found["pixels_mixed"][0.5].half is None
     rows = subset_tables.shown_rows(settings)
-    (axis,) = over_followed(found, {0.1: "10 % (2)", 0.5: "50 % (9)"}, rows).axes
+    (axis,) = changes_by_subset(found, {0.1: "10 % (2)", 0.5: "50 % (9)"}, rows).axes
     labels = [text.get_text().replace("\n", " ") for text in axis.get_legend().get_texts()]
     assert labels == [f"{rows[id].label}, over {rows[rows[id].follows].label}" for id in means]
     assert [line.get_ydata().tolist() for line, *_ in axis.containers] == [

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from augdistill_core import ConvNet, Phi, flatten, initial_parameters, logits_of, seeded, unflatten
 from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
-from augdistill_report.commands.preflight import preflight
+from augdistill_report.commands.cli import main
+from augdistill_report.commands.preflight import check_fractions, preflight
 from augdistill_report.data.datasets import Sealed, load
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.show import plots, subset_plots
@@ -299,11 +300,11 @@ def test_unknown_students_are_refused():
 
 
 def made_up():
-    """Two trials of three students: phi is significantly better than no augmentation, RandAugment is not."""
+    """Three trials of three students: phi is significantly better than no augmentation, RandAugment is not."""
     values = {
-        "none": [[0.50, 0.52, 0.51], [0.50, 0.50, 0.51]],
-        "randaugment": [[0.50, 0.62, 0.51], [0.50, 0.49, 0.50]],
-        "phi": [[0.80, 0.82, 0.81], [0.80, 0.80, 0.81]],
+        "none": [[0.50, 0.52, 0.51], [0.50, 0.50, 0.51], [0.50, 0.50, 0.50]],
+        "randaugment": [[0.50, 0.62, 0.51], [0.50, 0.49, 0.50], [0.51, 0.51, 0.51]],
+        "phi": [[0.80, 0.82, 0.81], [0.80, 0.80, 0.81], [0.80, 0.80, 0.80]],
     }
     return {(n, 0.1, k): Accuracy(v, v) for n, several in values.items() for k, v in enumerate(several)}
 
@@ -311,17 +312,19 @@ def made_up():
 def test_differences_and_words_are_those_of_the_numbers():
     here, rows = subset_tables.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
     its = difference(here, "phi", "none")
-    assert (its.mean, its.half, its.over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "2 repetitions")
-    assert its.significant
-    # .0333 and -.0067 on average: Student's t with one degree of freedom is 12.7
+    assert (its.mean, its.half, its.over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "3 repetitions")
+    assert its.significant and its.verdict == "significantly better"
+    # .0333, -.0067 and .01 on average: Student's t with two degrees of freedom is 4.30
     its = difference(here, "randaugment", "none")
-    assert its.mean == pytest.approx(0.04 / 3) and its.half == pytest.approx(12.706 * 0.02, rel=1e-3)
-    assert not its.significant
+    assert its.mean == pytest.approx(0.11 / 9) and its.half == pytest.approx(4.3027 * 0.020092 / 3**0.5, rel=1e-3)
+    assert not its.significant and its.verdict == "not significantly different"
     assert subset_tables.compared(here, "randaugment", "none", rows) == (
-        "*RandAugment* compared with *no augmentation*: +1.3 ± 25.4 points, not significantly different"
+        "*RandAugment* compared with *no augmentation*: +1.2 ± 5.0 points, not significantly different"
     )
     assert subset_tables.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
-    assert subset_tables.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50]
+    assert (
+        subset_tables.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50] + [0.51] * 3
+    )
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
@@ -510,9 +513,17 @@ def test_impossible_fractions_are_refused(fractions):
         Settings(fractions=fractions)
 
 
-def test_a_fraction_that_leaves_a_class_empty_is_refused():
-    with pytest.raises(ValueError, match=r"fractions='0.1, 0.002': fraction=0.002: leaves class 0 of digits empty"):
-        preflight(resolve("smoke", {"fractions": "0.1, 0.002"}))
+def test_a_fraction_that_leaves_a_class_empty_is_refused_where_fractions_are_used(capsys):
+    few = ["report", "--preset", "smoke", "--set", "fractions=0.1, 0.002"]
+    assert main([*few, "--only", "05"]) == 2
+    said = capsys.readouterr().err
+    assert "fractions='0.1, 0.002': fraction=0.002: leaves class 0 of digits empty; it has 124 images" in said
+    least = float(said.rpartition("must be at least ")[2])
+    settings = resolve("smoke", {"fractions": f"0.1, {least}"})
+    check_fractions(settings)
+    with pytest.raises(ValueError, match="leaves class"):
+        check_fractions(dataclasses.replace(settings, fractions=f"{least - 0.001}"))
+    preflight(resolve("smoke", {"fractions": "0.002"}))  # for the other notebooks
 
 
 # --- what there is to match -------------------------------------------------------------------------------------------

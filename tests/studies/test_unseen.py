@@ -182,19 +182,17 @@ def test_statistics_over_repetitions():
         ("plain", 0): Accuracy([0.5, 0.6], [0.5, 0.5]),
         ("phi", 1): Accuracy([0.7, 0.9], [0.6, 0.6]),
         ("plain", 1): Accuracy([0.6, 0.5], [0.5, 0.5]),
+        ("phi", 2): Accuracy([0.7, 0.7], [0.6, 0.6]),
+        ("plain", 2): Accuracy([0.5, 0.5], [0.5, 0.5]),
     }
     found = statistics.pooled(scores)
-    assert found["phi"].test == [0.9, 0.8, 0.7, 0.9] and found["plain"].validation == [0.5] * 4
-    # over the two repetitions: .3 and .25; Student's t with one degree of freedom makes that 12.706 standard errors
-    half = 12.7062 * 0.05 / 2**0.5 / 2**0.5
-    assert statistics.gain(scores, "phi", "plain") == f"+27.5 ± {100 * half:.1f}"
-    assert statistics.difference(scores, "phi", "plain").over == "2 repetitions"
-    one = {key: score for key, score in scores.items() if key[1] == 0}  # .4 and .2
-    assert statistics.gain(one, "phi", "plain") == f"+30.0 ± {100 * 12.7062 * 0.1:.1f}"
-    assert statistics.difference(one, "phi", "plain").over == "2 students"
-    assert statistics.gain(one, "plain", "plain") == ""
+    assert found["phi"].test == [0.9, 0.8, 0.7, 0.9, 0.7, 0.7] and found["plain"].validation == [0.5] * 6
+    # over the three repetitions: .3, .25 and .2; Student's t with two degrees of freedom is 4.303
+    assert statistics.gain(scores, "phi", "plain") == f"+25.0 ± {100 * 4.30265 * 0.05 / 3**0.5:.1f}"
+    assert statistics.difference(scores, "phi", "plain").over == "3 repetitions"
+    assert statistics.gain(scores, "plain", "plain") == ""
     # against scipy's own interval
-    pair = [scores["phi", k] - scores["plain", k] for k in (0, 1)]
+    pair = [scores["phi", k] - scores["plain", k] for k in (0, 1, 2)]
     expected = stats.ttest_1samp([p["mean"] for p in pair], 0).confidence_interval()
     its = statistics.difference(scores, "phi", "plain")
     assert (its.mean - its.half, its.mean + its.half) == pytest.approx((expected.low, expected.high))
@@ -206,7 +204,7 @@ def test_one_value_has_no_deviation_and_warns_of_nothing(recwarn):
     assert statistics.summary([0.5]) == {"mean": 0.5, "std": None, "n": 1, "values": [0.5]}
     assert statistics.shown(statistics.summary([0.5])) == "50.0 % (n = 1)"
     its = statistics.difference({("a", 0): one, ("b", 0): other}, "a", "b")
-    assert str(its) == "+40.0 (n = 1)" and not its.significant and its.over == "1 student"
+    assert str(its) == "+40.0 (n = 1 student)" and not its.significant
     assert statistics.mean_and_std([0.25], ".2f") == "0.25 (n = 1)"
     cell = {"panel": "", "row": "a", "point": {"seed": 0}, "numbers": {"gain": statistics.summary([0.1])}}
     assert "| a | 0.1 (n = 1) | 1 |" in sweep_table([cell])
@@ -214,8 +212,18 @@ def test_one_value_has_no_deviation_and_warns_of_nothing(recwarn):
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
+@pytest.mark.parametrize("gap, other", [(0.5, 0.0), (0.001, 0.001)])
+def test_of_two_values_nothing_is_said_about_significance(gap, other):
+    """The interval of two is 9 times their deviation: huge, or 0 where they happen to agree."""
+    own = Accuracy([0.1 + gap, 0.1 + gap + other], [0, 0]), Accuracy([0.1, 0.1], [0, 0])
+    its = statistics.difference({("a", 0): own[0], ("b", 0): own[1]}, "a", "b")
+    assert its.half is None and not its.significant and its.verdict == "too few to say (n = 2 students)"
+    several = {(name, k): score for k in (0, 1) for name, score in zip("ab", own, strict=True)}
+    assert statistics.difference(several, "a", "b").verdict == "too few to say (n = 2 repetitions)"
+
+
 def test_no_number_is_shown_as_minus_zero():
-    small = Accuracy([0.4996, 0.4996], [0.5, 0.5]), Accuracy([0.5, 0.5], [0.5, 0.5])
+    small = Accuracy([0.4996] * 3, [0.5] * 3), Accuracy([0.5] * 3, [0.5] * 3)
     its = statistics.difference({("a", 0): small[0], ("b", 0): small[1]}, "a", "b")
     assert its.mean < 0 and str(its) == "+0.0 ± 0.0"
     assert statistics.mean_and_std([-0.04, -0.02]) == "0.0 ± 0.0"
