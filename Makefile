@@ -1,4 +1,4 @@
-# Each target installs what it needs. PRESET=smoke make report takes seconds. PYTHON=python3.12 chooses an interpreter.
+# Each target installs what it needs. PRESET=smoke make report takes two or three minutes. PYTHON=python3.12 chooses an interpreter.
 # AUGDISTILL_DATA=DIR make bench also measures ZCA and the explorer on CIFAR-10.
 PRESET ?= digits
 PYTHON ?= python3
