@@ -63,9 +63,13 @@ def gains_by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[str, dict]]:
     """The gain of each method over no augmentation, by method and fraction: mean, half the 95 % interval, over what."""
     found: dict[str, dict[str, dict]] = {}
     for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id not in (NONE, FULL.id)):
-        its = difference(at(scores, f), id, NONE)
-        found.setdefault(id, {})[f"{f:g}"] = {"gain": its.mean, "interval": its.half, "over": its.over}
+        found.setdefault(id, {})[f"{f:g}"] = as_gain(difference(at(scores, f), id, NONE))
     return found
+
+
+def as_gain(its: Difference) -> dict:
+    """A difference as a notebook stores it."""
+    return {"gain": its.mean, "interval": its.half, "over": its.over}
 
 
 def over_followed(settings: Settings, scores: dict[Key, Accuracy]) -> dict[str, dict[float, Difference]]:
