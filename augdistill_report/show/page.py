@@ -89,7 +89,7 @@ SMOKE = "smoke"  # the preset that only shows that every step works
 def origin_line(result: dict) -> str:
     """What a run is of: its data, preset and changed settings, and the user's own phis; a warning for a trial."""
     settings, images = result["settings"], result["images"]
-    counts = ", ".join(f"{count:,} {name}" for name, count in images.items())
+    counts = ", ".join(f"{count:,} {name}" for name, count in images.items()).replace("train,", "training,")
     parts = [
         f"Data: {settings['dataset']}, {settings['size']}x{settings['size']} pixels, {result['classes']} classes "
         f"({counts} images)",

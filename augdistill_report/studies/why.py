@@ -101,7 +101,8 @@ def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str
     their seeds.
     """
     settings = run.settings
-    changes = {"iterations": settings.why_iterations} if settings.why_iterations else {}
+    own = {"iterations": settings.why_iterations, "eval_steps": settings.why_eval_steps}
+    changes = {key: value for key, value in own.items() if value}
     seeds = grid.axes["seed"][: settings.why_repeats]
     choices = [choice for choice in grid.choices(settings, changes, short) if choice.point["seed"] in seeds]
     cases = {choice: Case(choice.settings) for choice in choices}

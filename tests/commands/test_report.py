@@ -48,6 +48,8 @@ def test_every_accuracy_says_its_mean_deviation_and_n(smoke):
 
     scores = list(summaries([result["numbers"] for result in results(smoke).values()]))
     assert len(scores) > 100
+    steps = {cell["settings"]["eval_steps"] for cell in results(smoke)["04_why_phi_failed"]["numbers"]["cells"]}
+    assert steps == {6}  # why_eval_steps, not those of the grid file
     for score in scores:
         values = score["values"]
         mean = sum(values) / len(values)
@@ -72,7 +74,7 @@ def test_the_page_reads_offline_and_holds_every_notebook(smoke):
         assert f'href="results/{name}.json"' in page
     assert page.count('<details class="code">') > 20
     images = next(iter(found.values()))["images"]
-    counts = ", ".join(f"{images[name]:,} {name}" for name in ("train", "validation", "test"))
+    counts = f"{images['train']:,} training, {images['validation']} validation, {images['test']} test"
     assert f"Data: digits, 8x8 pixels, 10 classes ({counts} images) · preset smoke<" in page
     assert sum(images.values()) == 1797 and "Its numbers mean nothing." in page
     # in the place of the explorer's widgets, which only a kernel brings to life, a line that says how

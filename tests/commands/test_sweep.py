@@ -54,7 +54,7 @@ def test_results_hold_no_paths_of_this_machine(swept):
 def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path):
     """Notebook 04 runs its cells without papermill, in other processes with another store: the same numbers."""
     path, _, sweep = swept
-    run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "why_iterations": 0})
+    run = open_run("study", {"preset": "smoke", "out": str(tmp_path), "why_iterations": 0, "why_eval_steps": 0})
     cells, cases = study(run, read_grid(path), short=False)
     expected = {(c["row"], c["point"]["seed"]): c for c in found(sweep) if c["row"] in ("U-Net", "none", "cut")}
     assert set(cases) == {("", row) for row in ("U-Net", "cut", "dies", "none")}
