@@ -137,9 +137,12 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     if fresh:
         shutil.rmtree(folder / "artefacts", ignore_errors=True)
     store = Store(folder / "artefacts")
-    at_once = min(settings.notebooks_at_once or (len(chosen) if settings.cluster else 1), len(chosen))
+    # two notebooks with half of the processes each: one uses them while the other starts its kernel or draws a figure
+    at_once = settings.notebooks_at_once or (len(chosen) if settings.cluster else min(2, settings.processes))
+    at_once = min(at_once, len(chosen))
     # papermill takes literals only: pass what differs from the preset, and the notebook resolves it again
     parameters = {"preset": preset, "out": str(folder)} | {k: getattr(settings, k) for k in changes or {}}
+    parameters |= {"notebooks_at_once": at_once} if at_once > 1 else {}
     typical = sum(before.values()) / len(before) if before else 1.0
     ours = configuration(settings)
     tasks = [NotebookTask(path, folder, parameters, ours, before.get(path.stem, typical)) for path in chosen]

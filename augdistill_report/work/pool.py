@@ -47,15 +47,19 @@ class WorkConfig(Config):
     """Where jobs run."""
 
     workers: int = knob(0, "worker processes; 0 = one per core (one, on a GPU)", low=0)
-    notebooks_at_once: int = knob(0, "notebooks of a report run at once; 0 = one, or all on a cluster", low=0)
+    notebooks_at_once: int = knob(0, "notebooks of a report run at once; 0 = two, or all on a cluster", low=0)
     cluster: str = knob("", "run jobs on this Dask cluster: its scheduler's address, or its scheduler.json")
     cluster_insecure: bool = knob(False, "accept a cluster on other machines without TLS, if you trust that network")
 
     @property
+    def processes(self) -> int:
+        """Worker processes in all."""
+        return self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
+
+    @property
     def pool(self) -> Pool:
-        workers = self.workers or (1 if self.device == "cuda" else os.cpu_count() or 1)
-        processes = max(workers // max(self.notebooks_at_once, 1), 1)
-        return Pool(processes, self.cluster, self.cluster_insecure)
+        """Where the jobs of one notebook run: in its share of the processes."""
+        return Pool(max(self.processes // max(self.notebooks_at_once, 1), 1), self.cluster, self.cluster_insecure)
 
 
 class Processes(Crew):
