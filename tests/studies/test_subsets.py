@@ -349,8 +349,8 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
         assert row[GAIN] == gain(subset_tables.at(scores, 0.1), id, "none")
         if id != "none":
             found = gains[id]["0.1"]
-            assert row[GAIN] == f"{100 * found['gain']:+.1f} ± {100 * found['interval']:.1f}"
-            assert found["over"] == "2 repetitions"
+            assert row[GAIN] == f"{100 * found['gain']:+z.1f} (n = 2 repetitions)"
+            assert found["over"] == "2 repetitions" and found["interval"] is None
         learning, epoch = cost[id, 0.1]
         assert epoch > 0 and (learning > 0) == bool(method.phi)
     assert markdown_table(table).count("\n") == len(table) + 2
@@ -358,6 +358,7 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     best = max((id for id in pooled if id != FULL.id), key=lambda id: pooled[id][0.1].mean)
     assert f"**{first}**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
     assert f"All the data, no augmentation: {pooled[FULL.id][1.0]}." in words
+    assert "with n = 2 repetitions nothing is said about significance" in words and "significantly" not in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
     words = subset_tables.verdict(scores | perfect, run.settings)
     assert "*identity* is best" in words and "*identity* compared" not in words  # it has learned nothing
