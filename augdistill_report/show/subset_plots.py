@@ -86,7 +86,7 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
     `found` holds differences by method and fraction, and `sizes` the names of fractions.
     """
     names = {id: textwrap.fill(f"{rows[id].label}, over {rows[rows[id].follows].label}", 44) for id in found}
-    figure, (axis,) = new_figure(9.0, max(3.2, 1.2 + 0.22 * sum(name.count("\n") + 1 for name in names.values())))
+    figure, (axis,) = new_figure(9.0, max(3.4, 1.2 + 0.22 * sum(name.count("\n") + 1 for name in names.values())))
     fractions = sorted({f for by in found.values() for f in by})
     for turn, (id, by) in enumerate(found.items()):
         its = look(id, rows)
@@ -98,7 +98,7 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
     axis.set_xticks(range(len(fractions)), [sizes[f].replace(" (", "\n(") for f in fractions], fontsize=8.5)
     axis.set_xlim(-0.5, len(fractions) - 0.5)
     over = next(iter(next(iter(found.values())).values())).over
-    axis.set(xlabel="subset", ylabel=f"difference in test accuracy\n(points, 95 % interval over {over})")
+    axis.set(xlabel="subset", ylabel=f"difference in test accuracy\n(points, 95 % interval\nover {over})")
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
