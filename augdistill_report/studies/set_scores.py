@@ -18,7 +18,7 @@ from augdistill_report.data.datasets import window_of
 from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings
 from augdistill_report.studies.protocols import PROTOCOLS, Protocol, augmentation_robust_score, label_robust_score
-from augdistill_report.studies.subjects import Subject, label_bytes
+from augdistill_report.studies.subjects import Subject, experts_bytes, label_bytes
 from augdistill_report.work.difficulty import PLACES, Difficulty
 from augdistill_report.work.experts import missing_experts
 from augdistill_report.work.jobs import Subset
@@ -133,14 +133,6 @@ def of_classes(classes: Tensor, pools: list[Tensor], generator: torch.Generator)
     return index
 
 
-def experts_bytes(subject: Subject, config: EvalConfig) -> int:
-    """Bytes of the experts, if they give the labels of each augmented image while students train."""
-    if config.eval_labels == "hard":
-        return 0
-    setup, student = subject.setup, subject.setup.student(subject.data)
-    return setup.experts * 4 * sum(p.numel() for p in student.parameters())
-
-
 def rows_of(
     subject: Subject, training: StudentTraining, store: Store, pool: Pool, beside: tuple[str, ...]
 ) -> dict[str, ScoredRow]:
@@ -150,7 +142,7 @@ def rows_of(
     steps = dataclasses.replace(config, eval_steps=config.steps(n), eval_epochs=0)  # the same for every row
     train = data.train.labels.cpu()
     every = [torch.nonzero(train == c).flatten() for c in range(classes)]
-    decoder = {"decoder": held} if (held := experts_bytes(subject, config)) else {}
+    decoder = {"decoder": held} if (held := experts_bytes(setup, config)) else {}
 
     def options(job, config: EvalConfig = steps) -> dict[str, Evaluation]:
         if not training.lrs:

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from augdistill_core import labels_under
+from augdistill_core import PHIS, Wrapper, labels_under
 from augdistill_report.data.datasets import Dataset
 from augdistill_report.files.distilled_sets import DistilledSet
 from augdistill_report.files.phi_files import load_phi, save_phi
@@ -73,6 +73,40 @@ class Subject:
 def label_bytes(labels: Tensor, classes: int) -> int:
     """Bytes that labels need: a byte (or two) for a class, four for a probability."""
     return 4 * labels.numel() if labels.ndim == 2 else len(labels) * math.ceil(math.log2(classes) / 8)
+
+
+def stored_bytes(phi: nn.Module | None, hard: Tensor, data: Dataset) -> dict[str, int]:
+    """Bytes by part (images, labels, phi) of what students need: base images with labels `hard` `[n]`, and a phi.
+
+    A real image has a byte a value; learned images, and all other parameters of phi, four.
+    """
+    labels = labels_under(phi, hard, torch.arange(len(hard)))
+    size = {"images": len(hard) * math.prod(data.shape), "labels": label_bytes(labels, len(data.classes))}
+    parts = [] if phi is None else parts_of(phi)
+    of_labels = [part for part in parts if isinstance(part, PHIS["labels"])]
+    of_images = [part for part in parts if getattr(part, "bound", False) and part not in of_labels]
+    others = [part for part in parts if part not in of_labels and part not in of_images]
+    if of_images:  # in the place of real images
+        size["images"] = sum(map(state_bytes, of_images))
+    return size | ({"phi": sum(map(state_bytes, others))} if others else {})
+
+
+def experts_bytes(setup: Setup, config: EvalConfig) -> int:
+    """Bytes of the experts, if they give the labels of each augmented image while students train."""
+    if config.eval_labels == "hard":
+        return 0
+    return setup.experts * 4 * sum(p.numel() for p in setup.student(setup.load()).parameters())
+
+
+def parts_of(phi: nn.Module) -> list[nn.Module]:
+    """The phis that a phi is made of."""
+    if isinstance(phi, Wrapper):
+        return [part for child in phi.children() for part in parts_of(child)]
+    return [part for child in phi for part in parts_of(child)] if isinstance(phi, nn.ModuleList) else [phi]
+
+
+def state_bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
 def setup_for(settings: Settings, normalisation: Normalisation) -> Setup:
@@ -207,17 +241,11 @@ def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float 
     own = Setup.from_dict(about["setup"] | {key: getattr(settings, key) for key in ("dataset", "data", "device")})
     index = subset_index(Subset(**about["subset"]), own, store)
     hard = data.train.labels.cpu()[index]
-    labels = labels_under(phi, hard, torch.arange(len(index))).detach()
     normalisation = Normalisation("zca-own" if setup.zca else "own")
     tensors = {"index": index[None], "labels": hard[None]}  # phi itself replaces the labels that it has learned
     given = keep_set(store, tensors, normalisation, keep_phi(store, path.read_bytes()))
-    size = {"images": len(index) * math.prod(data.shape), "labels": label_bytes(labels, len(data.classes))}
-    if phi.bound and not phi.stochastic:  # it is a set of learned images, four bytes a value
-        size["images"] *= 4
-    else:
-        of_phi = sum(t.numel() * t.element_size() for t in phi.state_dict().values())
-        # of a bound phi the images, and of any phi learned labels, are among its parameters
-        size |= {"phi": of_phi} | ({"images": 0} if phi.bound else {}) | ({"labels": 0} if labels.ndim == 2 else {})
+    labels = labels_under(phi, hard, torch.arange(len(index))).detach()
+    size = stored_bytes(phi, hard, data)
     return Subject(name, setup, given, labels, size, lr, f"{normalisation.name}, as phi was trained")
 
 

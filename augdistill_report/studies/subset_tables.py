@@ -171,8 +171,8 @@ def subset_table(settings: Settings, scores: dict, fraction: float) -> list[dict
     return grouped(settings, rows)
 
 
-def cost_table(settings: Settings, chosen: dict, cost: dict, fraction: float) -> list[dict]:
-    """The table rows at one fraction: CPU seconds, and the selected option."""
+def cost_table(settings: Settings, chosen: dict, cost: dict, stored: dict, fraction: float) -> list[dict]:
+    """The table rows at one fraction: CPU seconds, bytes stored, and the selected option."""
     rows, known = {}, shown_rows(settings)
     for (id, f), (learning, epoch) in cost.items():
         if f == fraction and id != FULL.id:
@@ -181,6 +181,7 @@ def cost_table(settings: Settings, chosen: dict, cost: dict, fraction: float) ->
                 sized(settings, fraction): known[id].label,
                 "CPU seconds to learn": f"{learning:.0f}" if learning else "",
                 "CPU seconds per student epoch": f"{epoch:.2f}",
+                "bytes stored": f"{stored[id, f]:,}",
                 "selected on validation": ", ".join(options),
             }
     return grouped(settings, rows)

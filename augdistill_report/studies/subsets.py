@@ -18,6 +18,7 @@ from augdistill_report.files.store import Store
 from augdistill_report.settings import Settings
 from augdistill_report.show.image_grids import readable_choice
 from augdistill_report.studies.drift import Drift, shares
+from augdistill_report.studies.subjects import experts_bytes, stored_bytes
 from augdistill_report.studies.subset_methods import (
     CONTROL,
     FULL,
@@ -154,6 +155,20 @@ def seconds(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], tuple[f
         epoch = run.seconds(job) / c.eval_students / c.steps(images) * -(-images // c.eval_batch)
         found.setdefault((id, f), []).append((learning, epoch))
     return {key: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for key, rows in found.items()}
+
+
+def bytes_stored(run, jobs: dict[Key, Evaluation]) -> dict[tuple[str, float], int]:
+    """Bytes that each method needs at each fraction while students train: images, labels, phi, experts that label.
+
+    Of the first trial.
+    """
+    found = {}
+    for (id, f, k), job in jobs.items():
+        if k == 0:
+            phi = job.distilled.stored_phi(run.store).phi if job.distilled else None
+            hard = run.data.train.labels[subset_index(job.subset, job.setup, run.store)]
+            found[id, f] = sum(stored_bytes(phi, hard, run.data).values()) + experts_bytes(job.setup, job.config)
+    return found
 
 
 def other_students(run, fraction: float, chosen: dict) -> dict[tuple[str, str, int], Evaluation]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from augdistill_core import ConvNet, labels_under, make_phi, seeded
+from augdistill_core import Applied, ConvNet, labels_under, make_phi, seeded
 from augdistill_report import open_run
 from augdistill_report.data.augmentations import RANDOM_RANGES, augmentation
 from augdistill_report.data.datasets import load
@@ -14,6 +14,7 @@ from augdistill_report.files.phi_files import load_phi, open_phi, rebuilt
 from augdistill_report.settings import resolve
 from augdistill_report.show.subset_plots import changes_by_subset
 from augdistill_report.studies import subset_tables, subsets
+from augdistill_report.studies.subjects import stored_bytes
 from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
 from augdistill_report.work.difficulty import Difficulty
 from augdistill_report.work.scoring import EvalConfig, Evaluation, teacher_of, train_student
@@ -125,6 +126,36 @@ def test_learned_labels_are_saved_with_the_images_and_drawn(world):
     bars = subsets.label_bars(torch.tensor([[0.5, 0.0, 1.0, 0.26]]), torch.zeros(1, 3, 4, 8))[0, 0]
     dark = (bars < 0.5).sum(0).tolist()
     assert dark == [2, 2, 0, 0, 4, 4, 1, 1] and bars[-1, 0] < 0.5 < bars[0, 0]
+
+
+@pytest.mark.parametrize(
+    "name, images, labels, phi",
+    [
+        ("", 1, "hard", None),
+        ("identity", 1, "hard", 0),
+        ("pixels", 4, "hard", None),
+        ("labels", 1, "soft", None),
+        ("labels_mixed", 1, "soft", None),
+        ("labels+pixels", 4, "soft", None),
+        ("pixels+policy", 4, "hard", "policy"),
+        ("unet_noise", 1, "hard", "unet_noise"),
+        ("labels+unet_noise", 1, "soft", "unet_noise"),
+    ],
+)
+def test_bytes_are_those_of_what_students_need(name, images, labels, phi):
+    data = load("digits", 8)
+    base = data.train.take(slice(0, 12))
+    made = make_phi(name, base.images, 10, 0) if name else None
+    if made and name.startswith("labels"):
+        made.get_submodule("phis.0" if "+" in name else "").soft.fill_(0.1)
+    expected = {"images": 12 * 64 * images, "labels": 12 * (40 if labels == "soft" else 1)}
+    if phi is not None:
+        own = make_phi(phi, base.images, 10, 0).state_dict().values() if phi else []
+        expected |= {"phi": 4 * sum(tensor.numel() for tensor in own)}
+    found = stored_bytes(made, base.labels, data)
+    assert found == expected
+    applied = stored_bytes(Applied(made, probability=0.5), base.labels, data) if made else expected
+    assert applied == expected
 
 
 def test_fixed_copies_are_made_once_and_each_has_its_label():

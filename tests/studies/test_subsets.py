@@ -331,7 +331,10 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
     run, scores = world["run"], world["scores"]
     cost, methods_here = subsets.seconds(run, world["jobs"]), methods(run.settings, 0.1)
     table = subset_tables.subset_table(run.settings, scores, 0.1)
-    costs = subset_tables.cost_table(run.settings, world["chosen"], cost, 0.1)
+    stored = subsets.bytes_stored(run, world["jobs"])
+    costs = subset_tables.cost_table(run.settings, world["chosen"], cost, stored, 0.1)
+    n = len(subsets.trials(run.settings)[0].subset(0.1).index(run.data))
+    assert stored["none", 0.1] == n * (64 + 1) and stored["pixels_mtt", 0.1] == n * (4 * 64 + 1)
     pooled, stored, gains = (
         subset_tables.by_method(scores),
         subset_tables.as_results(scores),
