@@ -28,6 +28,8 @@ follow();
 
 KEY_NOTEBOOK = "03_phi_distillation"  # its key figure stands on the front page, where it was run
 
+ANSWER = "05_subset_evaluation"  # its headline answers the question, and comes first
+
 QUESTION = (
     "Can we learn a stochastic augmentation phi(x), by matching training trajectories, so that a classifier trained on "
     "phi(x) from a small part of the data does as well as one trained on all of it?"
@@ -104,13 +106,18 @@ def origin_line(result: dict) -> str:
 
 
 def front(folder: Path, results: dict[str, dict], titles: dict[str, str]) -> str:
-    """The answer, a line a notebook; the key figure; and a card for each notebook: headline, figure, time, links."""
+    """The answer, then a line for each other notebook; the key figure; and a card for each notebook.
+
+    A card has the headline, the figure, the time, and links.
+    """
     timings = folder / "timings.json"
     seconds = read_json(timings, "timings")["seconds"] if timings.is_file() else {}
     said = {
         name: html.escape(result["headline"], quote=False) for name, result in results.items() if result["headline"]
     }
-    answer = "".join(f'<li>{line} <a href="#{name}">{name[:2]}</a></li>' for name, line in said.items())
+    lines = {name: f'{line} <a href="#{name}">{name[:2]}</a>' for name, line in said.items()}
+    first = f'<p class="first">{lines.pop(ANSWER)}</p>' if ANSWER in lines else ""
+    answer = "".join(f"<li>{line}</li>" for line in lines.values())
     key = next((name for name in (KEY_NOTEBOOK, *results) if name in results and results[name]["figure"]), "")
     cards = []
     for name, result in results.items():
@@ -121,7 +128,7 @@ def front(folder: Path, results: dict[str, dict], titles: dict[str, str]) -> str
             f'<small>{took}<a href="results/{name}.json">numbers</a></small></div>'
         )
     picture = inline(folder / "figures", results[key]["figure"]) if key else ""
-    return f'<ul class="answer">{answer}</ul>{picture}<div class="cards">{"".join(cards)}</div>'
+    return f'{first}<ul class="answer">{answer}</ul>{picture}<div class="cards">{"".join(cards)}</div>'
 
 
 def build_report(folder: Path, configuration: str) -> Path:
