@@ -47,7 +47,9 @@ class WorkConfig(Config):
     """Where jobs run."""
 
     workers: int = knob(0, "worker processes; 0 = one per core (one, on a GPU)", low=0)
-    notebooks_at_once: int = knob(0, "notebooks of a report run at once; 0 = two, or all on a cluster", low=0)
+    notebooks_at_once: int = knob(
+        0, "notebooks of a report run at once; 0 = two (one worker: one), or all on a cluster", low=0
+    )
     cluster: str = knob("", "run jobs on this Dask cluster: its scheduler's address, or its scheduler.json")
     cluster_insecure: bool = knob(False, "accept a cluster on other machines without TLS, if you trust that network")
 

@@ -61,8 +61,8 @@ def that_meet(folder: Path, **last: str) -> None:
 def test_notebooks_in_parallel(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     that_meet(tmp_path / "notebooks")
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "notebooks_at_once=2"]
-    assert main(command) == 0
+    command = ["report", "--preset", "smoke", "--out", str(tmp_path / "out"), "--set", "workers=2"]
+    assert main(command) == 0  # two at a time, unless another number is asked for
     error = capsys.readouterr().err
     assert "01_a: " in error and "02_b: " in error
     assert {"01_a", "02_b"} == set(runner.notebook_seconds(tmp_path / "out"))
