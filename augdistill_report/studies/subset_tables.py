@@ -25,7 +25,7 @@ from augdistill_report.studies.subset_methods import (
 from augdistill_report.studies.subsets import EQUAL, Key
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
-from augdistill_report.work.statistics import GAIN, Accuracy, Difference, difference, gain, pooled
+from augdistill_report.work.statistics import GAIN, Accuracy, Difference, difference, gain, pooled, unpaired
 
 
 def percent(fraction: float) -> str:
@@ -207,7 +207,8 @@ def verdict(scores: dict, settings: Settings) -> str:
     Two methods differ significantly if the 95 % interval of their mean difference over trials (over students, if there
     is one trial) excludes 0.
     """
-    said, full, reached, rows = [], pooled(at(scores, 1.0))[FULL.id], [], shown_rows(settings)
+    said, full, rows = [], pooled(at(scores, 1.0))[FULL.id], shown_rows(settings)
+    missing = over_all_the_data(scores)
     for f in dict.fromkeys(f for id, f, _ in scores if id != FULL.id):
         here = {key: score for key, score in at(scores, f).items() if key[0] != FULL.id}
         means = {id: score.mean for id, score in pooled(here).items()}
@@ -233,17 +234,28 @@ def verdict(scores: dict, settings: Settings) -> str:
         pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
         pairs |= {pair: "" for pair in [(PHI, hand), *((id, rows[id].follows) for id in means)] if pair not in pairs}
         said[-1] += "".join(f" {w}{compared(here, *p, rows)}." for p, w in pairs.items() if means.keys() >= {*p})
-        if means[best] >= full.mean - full.std:
-            reached.append(f"{percent(f)} with *{rows[best].label}*")
-    within = ", ".join(reached) or "no subset with any method"
-    return "\n\n".join([*said, f"{FULL.label.capitalize()}: {full}. At most one standard deviation below: {within}."])
+        said[-1] += f" Compared with all the data: {in_words(missing[best][f])}."
+    return "\n\n".join([*said, f"{FULL.label.capitalize()}: {full}."])
+
+
+def over_all_the_data(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Difference]]:
+    """The accuracy of each method minus that of all the data (`unpaired`), by its id and fraction."""
+    full, found = pooled(at(scores, 1.0))[FULL.id], {}
+    for id, f in dict.fromkeys((id, f) for id, f, _ in scores if id != FULL.id):
+        trials = [score.test for (name, _), score in at(scores, f).items() if name == id]
+        found.setdefault(id, {})[f] = unpaired(trials, full.test)
+    return found
 
 
 def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
     """A sentence that compares one method with another."""
-    its = difference(here, one, other)
-    said = f", {its.verdict}" if its.half is not None else ""
-    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its} points{said}"
+    its = in_words(difference(here, one, other))
+    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its}"
+
+
+def in_words(its: Difference) -> str:
+    """A difference with what it says: "+1.2 ± 5.0 points, not significantly different"."""
+    return f"{its} points, {its.verdict}" if its.half is not None else f"{its} points"
 
 
 def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[tuple[str, int], Accuracy]]:

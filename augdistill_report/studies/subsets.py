@@ -98,6 +98,10 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
             (id, f): [o for o in method.options(settings) if all(o.get(k, v) == v for k, v in kept(method, f).items())]
             for (id, f), method in ready.items()
         }
+        alone = {key: several[0] for key, several in options.items() if len(several) == 1}
+        found |= alone
+        if alone:  # rows that follow these may be ready too, and are better trained beside the others
+            continue
         jobs = {
             ((id, f), number): first.scored(rows[id, f], f, option)
             for (id, f), several in options.items()
@@ -120,13 +124,16 @@ def make_needed(run, jobs: list[Evaluation]) -> None:
 def evaluations(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[Key, Evaluation]:
     """The evaluations of every method at every fraction in every trial, with the chosen options.
 
-    All the data are the same in every trial, so they are evaluated only in the first.
+    All the data are the same in every trial: the first evaluates them, with as many students as all trials have.
     """
-    jobs = {}
+    settings, jobs = run.settings, {}
+    everyone = dict(eval_students=settings.eval_students * settings.subset_repeats)
     for (id, f), option in chosen.items():
-        method = FULL if id == FULL.id else methods(run.settings, f)[id]
-        for trial in trials(run.settings)[: 1 if method is FULL else None]:
-            jobs[id, f, trial.number] = trial.scored(method, f, option, **changes)
+        if id == FULL.id:
+            jobs[id, f, 0] = trials(settings)[0].scored(FULL, f, option, **everyone, **changes)
+        else:
+            of_row = methods(settings, f)[id]
+            jobs |= {(id, f, t.number): t.scored(of_row, f, option, **changes) for t in trials(settings)}
     return jobs
 
 

@@ -160,6 +160,10 @@ FEWEST = 3  # values that an interval needs: that of two is 9 times their standa
 
 UNDECIDED = "not significantly different"
 
+EQUIVALENCE = (
+    0.005  # two accuracies are equivalent if the interval of their difference is within it, on both sides of 0
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -179,11 +183,19 @@ class Difference:
         return self.half is not None and abs(self.mean) > self.half
 
     @property
+    def equivalent(self) -> bool:
+        """Whether the 95 % interval is within `EQUIVALENCE` of 0 (two one-sided tests at 2.5 %); False without one."""
+        return self.half is not None and abs(self.mean) + self.half <= EQUIVALENCE
+
+    @property
     def verdict(self) -> str:
-        """ "significantly better", "significantly worse", "not significantly different", or that n is too small."""
+        """ "significantly better" or "worse", "equivalent within .5 points", "not significantly different", or that n
+        is too small."""
         if self.half is None:
             return f"too few to say (n = {self.over})"
-        return f"significantly {'better' if self.mean > 0 else 'worse'}" if self.significant else UNDECIDED
+        if self.significant:
+            return f"significantly {'better' if self.mean > 0 else 'worse'}"
+        return f"equivalent within {100 * EQUIVALENCE:g} points".replace("0.", ".") if self.equivalent else UNDECIDED
 
     def __str__(self):
         """The difference in percentage points, with its interval or n."""
@@ -196,14 +208,43 @@ def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Differ
     n counts repetitions if there are several, since students of one repetition share images, experts and phi. With one
     repetition n counts its students.
     """
-    from scipy import stats  # takes a second to import
-
     found = [(score - scores[other, k])["values"] for (name, k), score in scores.items() if name == method]
-    values, of = ([float(np.mean(v)) for v in found], "repetitions") if len(found) > 1 else (found[0], "students")
+    values, over = independent(found)
     n, half = len(values), None
     if n >= FEWEST:
-        half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-    return Difference(float(np.mean(values)), half, f"{n} {of if n > 1 else of.removesuffix('s')}")
+        half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / n**0.5
+    return Difference(float(np.mean(values)), half, over)
+
+
+def independent(repetitions: list[list[float]]) -> tuple[list[float], str]:
+    """The values that an interval counts, and how many of what: means of repetitions; students if there is one."""
+    several = len(repetitions) > 1
+    values = [float(np.mean(v)) for v in repetitions] if several else repetitions[0]
+    n, of = len(values), "repetitions" if several else "students"
+    return values, f"{n} {of if n > 1 else of.removesuffix('s')}"
+
+
+def t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy import stats  # takes a second to import
+
+    return float(stats.t.ppf(0.975, freedom))
+
+
+def unpaired(repetitions: list[list[float]], reference: list[float]) -> Difference:
+    """The mean accuracy of a method minus that of students that share nothing with it, with Welch's 95 % interval.
+
+    `repetitions` are the accuracies of the method's students by repetition, which n counts as in `difference`;
+    `reference` those of the other students, for instance with all the data: the same images for each of them.
+    """
+    values, over = independent(repetitions)
+    parts = [(float(np.var(v, ddof=1)) / len(v), len(v) - 1) for v in (values, reference) if len(v) >= FEWEST]
+    half = None
+    if len(parts) == 2:
+        variance = sum(part for part, _ in parts)
+        freedom = variance**2 / sum(part**2 / n for part, n in parts) if variance else 1.0
+        half = t_quantile(freedom) * variance**0.5
+    return Difference(float(np.mean(values) - np.mean(reference)), half, f"{over} and {len(reference)} students")
 
 
 GAIN = f"gain over {BASELINE} (points, 95 % CI)"  # the title of a table's column

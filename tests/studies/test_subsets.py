@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from augdistill_core import ConvNet, Phi, flatten, initial_parameters, logits_of, seeded, unflatten
 from augdistill_report import open_run
@@ -21,7 +22,16 @@ from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import MAX_LOOKS, EvalConfig, Evaluation, Patience, Score, train_student
 from augdistill_report.work.setup import Setup
-from augdistill_report.work.statistics import GAIN, Accuracy, brief, difference, gain, markdown_table
+from augdistill_report.work.statistics import (
+    GAIN,
+    Accuracy,
+    Difference,
+    brief,
+    difference,
+    gain,
+    markdown_table,
+    unpaired,
+)
 from augdistill_report.work.students import STUDENTS, accuracy, accuracy_of
 
 
@@ -86,19 +96,19 @@ def both(data, count=20):
 
 
 def test_every_method_has_the_same_protocol(world):
-    run, jobs = world["run"], world["jobs"]
+    run, jobs = world["run"], dict(world["jobs"])
     rows = methods(run.settings, 0.1) | {FULL.id: FULL}
     assert {id for id, _, _ in jobs} == {*rows}
     free = {"eval_augment", "eval_labels", "eval_magnitude", "eval_reward", "eval_lr"}
     free |= {"eval_augment_probability", "phi_strength", "phi_probability"}
+    everyone = sum(len(score.test) for (id, *_), score in world["scores"].items() if id == "none")
+    assert jobs.pop((FULL.id, 1.0, 0)).config.eval_students == everyone == 4  # as many as each other row has
     same = [{k: v for k, v in job.config.to_dict().items() if k not in free} for job in jobs.values()]
     assert all(config == same[0] for config in same) and same[0]["eval_steps"] == run.settings.subset_eval_steps
     for (id, _, k), job in jobs.items():
         assert job.config.eval_augment == rows[id].augment
-        if id != FULL.id:
-            assert job.subset == Subset(run.settings.seed + k, fraction=0.1)
-            assert not job.distilled or job.distilled.subset == job.subset  # it learned on that very subset
-    assert [k for id, _, k in jobs if id == FULL.id] == [0]
+        assert job.subset == Subset(run.settings.seed + k, fraction=0.1)
+        assert not job.distilled or job.distilled.subset == job.subset  # it learned on that very subset
     identity, plain = ([world["scores"][name, 0.1, k].test for k in (0, 1)] for name in ("identity", "none"))
     assert identity == plain
 
@@ -133,7 +143,7 @@ def test_validation_chooses_and_the_best_option_is_the_one_that_is_scored(world)
             own = world["chosen"]["randaugment", 0.1]
             options = [o for o in options if all(o[key] == own[key] for key in RANDAUGMENT_S_OWN)]
         jobs = [first.scored(method, 0.1, option) for option in options]
-        means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs]
+        means = [sum(job.stored(run.store)[1]["validation"]) for job in jobs] if len(jobs) > 1 else [0.0]
         assert world["chosen"][name, 0.1] == options[means.index(max(means))]
     rows = methods(run.settings, 0.1)
     expected = [(magnitude, often) for magnitude in (2, 9) for often in (1.0, 0.5)]
@@ -325,6 +335,30 @@ def test_differences_and_words_are_those_of_the_numbers():
     assert (
         subset_tables.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50] + [0.51] * 3
     )
+
+
+def test_equivalence_is_an_interval_within_half_a_point():
+    """Welch's interval, beside scipy's own; a missing difference alone is not called equivalence."""
+    few = [[0.980, 0.984, 0.982], [0.981, 0.983, 0.979], [0.981, 0.981, 0.980]]
+    full = [0.9810, 0.9830, 0.9800, 0.9815, 0.9805]
+    its = unpaired(few, full)
+    means = [sum(v) / 3 for v in few]
+    theirs = stats.ttest_ind(means, full, equal_var=False).confidence_interval(0.95)
+    assert its.mean - its.half == pytest.approx(theirs.low) and its.mean + its.half == pytest.approx(theirs.high)
+    assert its.over == "3 repetitions and 5 students"
+    assert its.equivalent and its.verdict == "equivalent within .5 points"
+    further = [[v - 0.004 for v in several] for several in few]
+    assert unpaired(further, full).verdict == "significantly worse"
+    scattered = [[v + shift for v in several] for several, shift in zip(few, (-0.01, 0, 0.01), strict=True)]
+    assert not (its := unpaired(scattered, full)).equivalent and its.verdict == "not significantly different"
+    assert unpaired(few[:1], full).over == "3 students and 5 students"
+    for too_few in (unpaired(few[:2], full), unpaired(few, full[:2])):
+        assert too_few.half is None and not too_few.equivalent and too_few.verdict.startswith("too few to say")
+    assert unpaired([[0.5]] * 3, [0.5] * 3) == Difference(0.0, 0.0, "3 repetitions and 3 students")
+    scores = {("phi", 0.1, k): Accuracy(v, v) for k, v in enumerate(few)} | {("all", 1.0, 0): Accuracy(full, full)}
+    scores |= {("none", 0.1, k): Accuracy(v, v) for k, v in enumerate(further)}
+    words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
+    assert "Compared with all the data: +0.0 ± 0.2 points, equivalent within .5 points." in words
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
