@@ -150,8 +150,9 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
         everyone = dataclasses.replace(settings, notebooks_at_once=1).pool
         with Line() as line:
             run_jobs(missing_experts(settings.select(Setup)), store, everyone, functools.partial(line.count, "experts"))
+    known = {path.stem for path in chosen} <= before.keys()  # else nobody knows how much of the work a notebook is
     with Line() as line:
-        run_jobs(tasks, store, Pool(at_once), functools.partial(line.count, "notebooks"))
+        run_jobs(tasks, store, Pool(at_once), functools.partial(line.count, "notebooks", even=known))
     for path in chosen:
         print(f"{path.stem}: {notebook_seconds(folder)[path.stem]:.0f} s", file=sys.stderr)
     return folder / "report.html"

@@ -24,11 +24,13 @@ class Line(contextlib.AbstractContextManager):
     def __exit__(self, *_):
         self.clear()
 
-    def count(self, what: str, done: float, total: float, note: str = "") -> None:
-        """Show `done` of `total`, and the estimated time left."""
-        share = done / total
-        left = f", about {(time.monotonic() - self.start) * (1 - share) / share:.0f} s left" if share > 0.02 else ""
-        self.show(f"{done:.1f} of {total} {what}{left}" + (f" | {note}" if note else ""))
+    def count(self, what: str, done: float, total: float, note: str = "", *, even: bool = True) -> None:
+        """Show `done` of `total`, and the estimated time left; the time so far if progress is not `even` in time."""
+        share, spent = done / total, time.monotonic() - self.start
+        times = f", {spent:.0f} s so far"
+        if even:
+            times = f", about {spent * (1 - share) / share:.0f} s left" if share > 0.02 else ""
+        self.show(f"{done:.1f} of {total} {what}{times}" + (f" | {note}" if note else ""))
 
     def show(self, text: str) -> None:
         if self.live:

@@ -407,6 +407,7 @@ def test_check_says_what_it_found(tmp_path, capsys):
     data, said = load("mnist", 0, str(tmp_path)), capsys.readouterr().out
     for fact in (str(tmp_path), "1 x 8 x 8", "180 train, 20 validation, 30 test", f"{data.mean.item():.4f}"):
         assert fact in said
+    assert "resized" not in said
     assert f"fingerprint: {data.fingerprint}" in said and f"std: {data.std.item():.4f}" in said
     lines = [line.split() for line in said.splitlines()]
     assert ["0", "-", "zero", "18", "2", "3"] in lines
