@@ -133,6 +133,9 @@ class DistillConfig(Config):
     alpha_momentum: float = knob(0.0, "momentum of alpha's optimizer, if it has one", low=0, high=1)
     label_share: float = knob(0.5, "share of the experts in the initial labels of a phi", low=0, high=1)
     label_temperature: float = knob(1.0, "temperature of the experts in these labels", low=0.01, high=100)
+    label_snapshots: int = knob(
+        10, "snapshots of each expert that these labels average, from the last sixth of its trajectory", low=1
+    )
     memory: str = knob(
         "auto",
         "memory mode of the unroll; auto = captured on a CUDA device, else graph if it fits",
@@ -249,7 +252,7 @@ def distill(
     run, stopped = DistillState(phi, step_size, config, seed, memory), None
     if resume:
         run.load_state_dict(resume)
-    start_labels(phi, experts, images, config.label_share, config.label_temperature)
+    start_labels(phi, experts, images, config.label_share, config.label_temperature, config.label_snapshots)
 
     while len(run.history) < config.iterations and not stopped:
         if run.history and run.seconds >= run.budget:

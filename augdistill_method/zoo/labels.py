@@ -4,6 +4,9 @@ In a chain it learns together with any other phi: `labels+pixels` are free image
 PAD), `labels+unet_noise` a network with learned labels, `labels` alone real images with learned labels. Each base image
 has K probabilities. They start at a mixture: a share of the experts' mean probabilities for the image as it is, and
 its hard label for the rest (`start_labels`, which `distill` calls). `labels_mixed` keeps that mixture: the control.
+
+The mean is over experts and over snapshots late in their trajectories. An expert's last steps are mostly the noise of
+its batches: a mean over snapshots has less of it, and costs no training.
 """
 
 from collections.abc import Callable
@@ -49,24 +52,31 @@ class Labels(Phi):
         return (first.clamp(min=LEAST).log() + LOGIT_PACE * self.change[index]).softmax(1)
 
 
-def teacher_of(experts: Trajectories, temperature: float = 1.0) -> Callable[[Tensor], Tensor]:
+def teacher_of(experts: Trajectories, temperature: float = 1.0, snapshots: int = 1) -> Callable[[Tensor], Tensor]:
     """The mean class probabilities `[B, classes]` of the trained experts for images `[B, C, H, W]`.
 
-    `temperature` divides their logits.
+    `temperature` divides their logits. Each expert counts by up to `snapshots` of its snapshots, evenly spaced over the
+    last sixth of its trajectory; 1 = the last one alone.
     """
     student, last = experts.student, experts.snapshots - 1
-    ends = [unflatten(student, trajectory[last]) for trajectory in experts.trajectories]
+    late = torch.linspace(last, last - last // 6, snapshots).round().int().unique().tolist()
+    ends = [unflatten(student, trajectory[time]) for trajectory in experts.trajectories for time in late]
     return lambda images: torch.stack(
         [(logits_of(student, end, images) / temperature).softmax(1) for end in ends]
     ).mean(0)
 
 
 @torch.no_grad()
-def start_labels(phi: nn.Module, experts: Trajectories, images: Tensor, share: float, temperature: float) -> None:
-    """Give the labels in `phi` their initial mixture, with this `share` of the experts; those that have one keep it."""
+def start_labels(
+    phi: nn.Module, experts: Trajectories, images: Tensor, share: float, temperature: float, snapshots: int
+) -> None:
+    """Give the labels in `phi` their initial mixture, with this `share` of the experts (`teacher_of`).
+
+    Labels that have one keep it.
+    """
     for labels in phi.modules():
         if isinstance(labels, Labels) and not labels.soft.any():
-            teacher = teacher_of(experts, temperature)
+            teacher = teacher_of(experts, temperature, snapshots)
             labels.soft.copy_(share * torch.cat([teacher(x) for x in images.split(512)]))
 
 

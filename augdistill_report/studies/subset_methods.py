@@ -30,8 +30,7 @@ APPLIED = ({"eval_augment_probability": 1.0}, {"eval_augment_probability": 0.5})
 
 USES = tuple(dict(phi_strength=s, phi_probability=p) for s, p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)))  # of a phi
 
-# of initial labels: the experts' share, and the temperature of their probabilities
-MIXES = tuple(dict(label_share=s, label_temperature=t) for s, t in ((0.5, 1.0), (0.5, 2.0), (0.75, 1.0)))
+MIXES = tuple(dict(label_share=share) for share in (0.5, 0.75, 1.0))  # of the experts in initial labels
 
 WINDOWS = tuple(dict(window=place) for place in PLACES)  # of difficulty
 

@@ -150,7 +150,6 @@ CHOSEN = {  # the keys of an option, as a table names them
     "eval_augment_probability": "augmentation probability",
     "eval_candidate": "candidate",
     "label_share": "experts' share of labels",
-    "label_temperature": "temperature of labels",
     "window": "window of difficulty",
     "phi_strength": "phi strength",
     "phi_probability": "phi probability",

@@ -21,19 +21,20 @@ from augdistill_core import (
 )
 from augdistill_report.work.scoring import EvalConfig, train_student
 
-SHARE, TEMPERATURE, PACE = 0.4, 2.0, 3.0
+SHARE, TEMPERATURE, SNAPSHOTS, PACE = 0.4, 2.0, 2, 3.0
 IMAGES, LABELS = toy(9)
 
 
 @pytest.fixture(scope="module")
 def experts():
     student = built(lambda: ConvNet(1, 3, 8, width=4, depth=1))
-    return train_experts(student, *toy(24), ExpertConfig(experts=2, epochs=3, expert_lr=0.1, expert_batch=6), 0)
+    return train_experts(student, *toy(24), ExpertConfig(experts=2, epochs=6, expert_lr=0.1, expert_batch=6), 0)
 
 
 def config(**changes):
     plain = dict(iterations=1, syn_steps=3, expert_epochs=1, max_start_epoch=0, alpha=0.05, alpha_mode="fixed")
-    rest = dict(phi_optimizer="SGD", phi_lr=1.0, label_share=SHARE, label_temperature=TEMPERATURE)
+    rest = dict(phi_optimizer="SGD", phi_lr=1.0, label_share=SHARE)
+    rest |= dict(label_temperature=TEMPERATURE, label_snapshots=SNAPSHOTS)
     return DistillConfig(**plain | rest | changes)
 
 
@@ -44,7 +45,8 @@ def logits(student, theta, x):
 
 
 def mixture(experts):
-    means = [(logits(experts.student, t[-1], IMAGES) / TEMPERATURE).softmax(1) for t in experts.trajectories]
+    ends = [theta for t in experts.trajectories for theta in (t[-1], t[-2])]  # 1 is a sixth of 6 epochs
+    means = [(logits(experts.student, theta, IMAGES) / TEMPERATURE).softmax(1) for theta in ends]
     return (SHARE * torch.stack(means).mean(0) + (1 - SHARE) * F.one_hot(LABELS, 3).double()).detach()
 
 

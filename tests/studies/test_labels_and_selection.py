@@ -52,8 +52,7 @@ def test_every_row_is_scored_and_compared_with_the_one_it_follows(world):
         job = jobs[id, 0.1, 0].distilled
         assert (job.setup.augment, job.setup.expert_augment, job.config.iterations) == (unrolled, "dsa", epochs)
         option = chosen["mixed_labels", 0.1]
-        mix = job.config.label_share, job.config.label_temperature
-        assert mix == (option["label_share"], option["label_temperature"])
+        assert job.config.label_share == option["label_share"]
 
 
 def test_what_one_change_adds_is_the_difference_from_the_row_that_is_followed():
@@ -87,7 +86,7 @@ def test_the_best_window_is_the_window_that_is_scored(world):
     base = run.data.train.take(job.distilled.index(run.store))
     phi = job.distilled.stored_phi(run.store).phi
     experts = subsets.load_trajectories(job.setup, run.store)
-    teacher = teacher_of(experts, job.distilled.config.label_temperature)
+    teacher = teacher_of(experts, snapshots=job.distilled.config.label_snapshots)
     share = job.distilled.config.label_share
     expected = share * teacher(base.images) + (1 - share) * F.one_hot(base.labels, 10)
     torch.testing.assert_close(labels_under(phi, base.labels, torch.arange(len(base))), expected)
