@@ -216,6 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.what == "fetch":
                 options.size, options.data = 0, str(downloads.fetch(options.name, options.mirror, options.data))
             print(data.describe(data.load(options.name, options.size, options.data)))
+            if options.name.startswith("folder:"):
+                print("\nImages of another size are resized to this one, not cropped; --size gives another.")
         elif options.command == "experts":
             if options.what == "check":
                 paths = experts.files_of(options.files, options.preset, options.out)

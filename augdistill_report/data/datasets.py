@@ -411,11 +411,11 @@ def load_data(dataset: str, size: int, data: str, device: str, zca: bool = False
 def describe(data: Dataset) -> str:
     """A summary as text: where it was found, images per split and class, shape, mean, std, fingerprint."""
     counts = {k: torch.bincount(getattr(data, k).labels, minlength=len(data.classes)).tolist() for k in SPLITS}
-    width, resizing = max(map(len, data.classes)), "; files of another size are resized to it, not cropped (--size)"
+    width = max(map(len, data.classes))
     rows = [f"{c:{width}} " + " ".join(f"{counts[k][i]:>10}" for k in SPLITS) for i, c in enumerate(data.classes)]
     facts = {
         "where": data.where,
-        "shape": " x ".join(map(str, data.shape)) + " (C, H, W)" + resizing * data.name.startswith("folder:"),
+        "shape": " x ".join(map(str, data.shape)) + " (C, H, W)",
         "images": ", ".join(f"{len(getattr(data, k))} {k}" for k in SPLITS),
         "mean": ", ".join(f"{v:.4f}" for v in data.mean.flatten()),
         "std": ", ".join(f"{v:.4f}" for v in data.std.flatten()),

@@ -174,7 +174,7 @@ def test_split_folders_are_the_split_that_they_are(tmp_path, capsys, counts, siz
         assert len(set(torch.bincount(getattr(data, split).labels).tolist())) == 1  # as many of each class
     assert main(["data", "check", f"folder:{root}", "--size", "12"]) == 0
     said = capsys.readouterr().out
-    assert says in said and "x 12 x 12 (C, H, W); files of another size are resized to it, not cropped" in said
+    assert says in said and "x 12 x 12 (C, H, W)" in said and "Images of another size are resized to this one" in said
 
 
 def test_a_class_may_have_a_split_s_name_among_others(tmp_path):
