@@ -20,7 +20,15 @@ from augdistill_report.show.page import finished
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.subset_methods import FULL, NONE
 from augdistill_report.studies.why import gain_points, values
-from augdistill_report.work.statistics import Difference, markdown_table, mean_and_std, over_seeds, row_label, shown
+from augdistill_report.work.statistics import (
+    Difference,
+    markdown_table,
+    mean_and_std,
+    over_seeds,
+    row_label,
+    shown,
+    unpaired,
+)
 
 FIGURES, PAGES = ROOT / "figures", (ROOT / "docs" / "results.md", ROOT / "README.md")
 
@@ -198,6 +206,30 @@ def front_table(found: dict[str, dict]) -> list[dict]:
     return list(rows.values())
 
 
+BESIDE_FULL = ("none", "experts_augmentation", "policy", "mixed_labels", "learned_labels", "pixels_augmented")
+
+
+def full_table(found: dict[str, dict]) -> list[dict]:
+    """What a few methods give minus what all the data give, a column for each subset of each file (notebook 05).
+
+    The methods are fixed: the best of many would be above all the data by chance. "Equivalent": the interval is within
+    .5 points of 0.
+    """
+    rows: dict[str, dict] = {}
+    for result in found.values():
+        scores, settings = result["numbers"]["test accuracy"]["equal updates"], result["settings"]
+        for fraction in sorted(scores[NONE], key=float):
+            column = f"{settings['dataset']} {100 * float(fraction):g} %, {settings['subset_eval_steps']:,} steps"
+            for id in BESIDE_FULL:
+                if values := scores.get(id, {}).get(fraction, {}).get("values"):
+                    each = len(values) // settings["subset_repeats"]
+                    trials = [values[start : start + each] for start in range(0, len(values), each)]
+                    its = unpaired(trials, scores[FULL.id]["1"]["values"])
+                    label = {"minus all the data (points, 95 % CI)": result["numbers"]["methods"][id]}
+                    rows.setdefault(id, label)[column] = f"{its}{' (equivalent)' * its.equivalent}"
+    return [rows[id] for id in BESIDE_FULL if id in rows]
+
+
 def scores_table(found: dict[str, dict]) -> list[dict]:
     """What a set gives, and the real images that stand beside it: test accuracy, and how many images that is."""
     columns = ("the set", "random", "random, same bytes", "best window", "all the data")
@@ -234,6 +266,7 @@ def study_table(found: dict[str, dict]) -> list[dict]:
 
 TABLES = {
     "front": front_table,
+    "full": full_table,
     "images": images_table,
     "scores": scores_table,
     "subsets": subsets_table,

@@ -425,6 +425,23 @@ def test_the_published_table_is_of_equal_updates():
     ]
 
 
+def test_the_published_differences_from_all_the_data_are_over_repetitions():
+    ours = [0.50, 0.52, 0.61, 0.63, 0.70, 0.72]  # three repetitions of two students
+    full = [0.80, 0.82, 0.81]
+    scores = {"none": {"0.5": {"values": ours}}, "crop_flip": {"0.5": {"values": full}}, "all": {"1": {"values": full}}}
+    scores["policy"] = {"0.5": {"values": [0.81] * 6}}
+    numbers = {"methods": {id: id.upper() for id in scores}, "test accuracy": {"equal updates": scores}}
+    settings = {"dataset": "digits", "subset_eval_steps": 3000, "subset_repeats": 3}
+    rows = gallery.full_table({"mine/05_subset_evaluation": {"numbers": numbers, "settings": settings}})
+    its = unpaired([ours[:2], ours[2:4], ours[4:]], full)
+    assert [list(row.values()) for row in rows] == [["NONE", str(its)], ["POLICY", "+0.0 ± 2.5"]]
+    assert list(rows[0]) == ["minus all the data (points, 95 % CI)", "digits 50 %, 3,000 steps"]
+    settings["subset_repeats"] = 1
+    full[:] = [0.8101, 0.8100, 0.8102]
+    (_, row) = gallery.full_table({"mine/05_subset_evaluation": {"numbers": numbers, "settings": settings}})
+    assert row["digits 50 %, 3,000 steps"] == "+0.0 ± 0.0 (equivalent)"
+
+
 def test_a_method_is_added_in_one_place(world, monkeypatch):
     """A row in the list is in the table, the choices, every picture, the drifts and among the carried-over methods."""
     settings, (first, *_) = world["run"].settings, subsets.trials(world["run"].settings)
