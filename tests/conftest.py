@@ -54,7 +54,12 @@ def phis_of_one_file():
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Path:
-    """A finished run of the smoke preset, to be read or copied: one for all processes of a test session."""
+    """A finished run of the smoke preset, to be read or copied: one for all processes of a test session.
+
+    It is made here, unless the environment names one that this code has made (AUGDISTILL_SMOKE, as in .ci/run).
+    """
+    if given := os.environ.get("AUGDISTILL_SMOKE"):
+        return Path(given)
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smoke"
     with FileLock(folder.with_suffix(".lock")):

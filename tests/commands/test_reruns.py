@@ -24,7 +24,7 @@ def test_a_second_run_reuses_finished_work_and_gives_the_same_bytes(smoke, tmp_p
 
     before, artefacts = contents(), {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()}
     # those with the most kinds of jobs: a kernel for each notebook takes longer than their jobs
-    assert main(["report", "--preset", "smoke", "--out", str(smoke), "--only", "02,04,05,07"]) == 0
+    assert main(["report", "--preset", "smoke", "--out", str(smoke), "--only", "04,05,07"]) == 0
     assert contents() == before
     assert {p: p.stat().st_mtime_ns for p in (smoke / "artefacts").iterdir()} == artefacts
 
@@ -83,11 +83,11 @@ def test_a_notebook_that_fails_ends_the_parallel_one(tmp_path, monkeypatch, caps
 
 
 def test_notebooks_in_parallel_give_the_same_numbers(smoke, tmp_path):
-    command = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "01,02,03", "--set", "workers=4"]
+    command = ["report", "--preset", "smoke", "--out", str(tmp_path), "--only", "02,03", "--set", "workers=4"]
     assert main([*command, "--set", "notebooks_at_once=2"]) == 0
-    for name in NAMES[:3]:
+    for name in NAMES[1:3]:
         ours = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert ours["numbers"] == results(smoke)[name]["numbers"]
         assert ours["configuration"] == results(smoke)[name]["configuration"]
     page = (tmp_path / "report.html").read_text()
-    assert "Left out" not in page and all(f'<section id="{name}">' in page for name in NAMES[:3])
+    assert "Left out" not in page and all(f'<section id="{name}">' in page for name in NAMES[1:3])

@@ -214,13 +214,12 @@ def test_a_sweep_gives_the_numbers_of_this_machine(two, tmp_path, monkeypatch):
     assert (here / picture).read_bytes() == (there / picture).read_bytes()
 
 
-def test_a_report_s_notebooks_run_in_parallel_here_and_their_jobs_on_workers(two, tmp_path, capsys):
-    arguments = ["report", "--preset", "smoke", "--only", "02,03"]
-    assert main([*arguments, "--out", str(tmp_path / "there"), "--cluster", two.address]) == 0
+def test_a_report_s_notebooks_run_in_parallel_here_and_their_jobs_on_workers(smoke, two, tmp_path, capsys):
+    arguments = ["report", "--preset", "smoke", "--only", "02,03", "--out", str(tmp_path)]
+    assert main([*arguments, "--cluster", two.address]) == 0
     assert "notebooks" in capsys.readouterr().err
-    assert main([*arguments, "--out", str(tmp_path / "here")]) == 0
     for name in ("02_baseline_mtt", "03_phi_distillation"):
-        here, there = (json.loads((tmp_path / at / "results" / f"{name}.json").read_text()) for at in ("here", "there"))
+        here, there = (json.loads((at / "results" / f"{name}.json").read_text()) for at in (smoke, tmp_path))
         assert here["numbers"] == there["numbers"] and here["configuration"] == there["configuration"]
     for name in ("first", "second"):  # pieces were made there, and sent back
         assert list((two.folder / name).rglob("accuracy-*.safetensors"))
