@@ -216,10 +216,10 @@ def full_table(found: dict[str, dict]) -> list[dict]:
     .5 points of 0.
     """
     rows: dict[str, dict] = {}
-    for result in found.values():
+    for name, result in found.items():
         scores, settings = result["numbers"]["test accuracy"]["equal updates"], result["settings"]
         for fraction in sorted(scores[NONE], key=float):
-            column = f"{settings['dataset']} {100 * float(fraction):g} %, {settings['subset_eval_steps']:,} steps"
+            column = f"{name.partition('/')[0]}, {100 * float(fraction):g} %, {settings['subset_eval_steps']:,} steps"
             for id in BESIDE_FULL:
                 if values := scores.get(id, {}).get(fraction, {}).get("values"):
                     each = len(values) // settings["subset_repeats"]

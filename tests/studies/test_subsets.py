@@ -431,15 +431,15 @@ def test_the_published_differences_from_all_the_data_are_over_repetitions():
     scores = {"none": {"0.5": {"values": ours}}, "crop_flip": {"0.5": {"values": full}}, "all": {"1": {"values": full}}}
     scores["policy"] = {"0.5": {"values": [0.81] * 6}}
     numbers = {"methods": {id: id.upper() for id in scores}, "test accuracy": {"equal updates": scores}}
-    settings = {"dataset": "digits", "subset_eval_steps": 3000, "subset_repeats": 3}
+    settings = {"subset_eval_steps": 3000, "subset_repeats": 3}
     rows = gallery.full_table({"mine/05_subset_evaluation": {"numbers": numbers, "settings": settings}})
     its = unpaired([ours[:2], ours[2:4], ours[4:]], full)
     assert [list(row.values()) for row in rows] == [["NONE", str(its)], ["POLICY", "+0.0 ± 2.5"]]
-    assert list(rows[0]) == ["minus all the data (points, 95 % CI)", "digits 50 %, 3,000 steps"]
+    assert list(rows[0]) == ["minus all the data (points, 95 % CI)", "mine, 50 %, 3,000 steps"]
     settings["subset_repeats"] = 1
     full[:] = [0.8101, 0.8100, 0.8102]
     (_, row) = gallery.full_table({"mine/05_subset_evaluation": {"numbers": numbers, "settings": settings}})
-    assert row["digits 50 %, 3,000 steps"] == "+0.0 ± 0.0 (equivalent)"
+    assert row["mine, 50 %, 3,000 steps"] == "+0.0 ± 0.0 (equivalent)"
 
 
 def test_a_method_is_added_in_one_place(world, monkeypatch):
