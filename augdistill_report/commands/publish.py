@@ -206,7 +206,10 @@ def front_table(found: dict[str, dict]) -> list[dict]:
     return list(rows.values())
 
 
-BESIDE_FULL = ("none", "experts_augmentation", "policy", "mixed_labels", "learned_labels", "pixels_augmented")
+BESIDE_FULL = (  # ids of rows
+    *("none", "experts_augmentation", "crop_flip", "randaugment"),
+    *("policy", "mixed_labels", "learned_labels", "pixels_augmented"),
+)
 
 
 def full_table(found: dict[str, dict]) -> list[dict]:

@@ -129,11 +129,9 @@ def evaluations(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[K
     settings, jobs = run.settings, {}
     everyone = dict(eval_students=settings.eval_students * settings.subset_repeats)
     for (id, f), option in chosen.items():
-        if id == FULL.id:
-            jobs[id, f, 0] = trials(settings)[0].scored(FULL, f, option, **everyone, **changes)
-        else:
-            of_row = methods(settings, f)[id]
-            jobs |= {(id, f, t.number): t.scored(of_row, f, option, **changes) for t in trials(settings)}
+        method, own = (FULL, changes | everyone) if id == FULL.id else (methods(settings, f)[id], changes)
+        for trial in trials(settings)[: 1 if method is FULL else None]:
+            jobs[id, f, trial.number] = trial.scored(method, f, option, **own)
     return jobs
 
 

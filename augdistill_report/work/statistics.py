@@ -160,9 +160,7 @@ FEWEST = 3  # values that an interval needs: that of two is 9 times their standa
 
 UNDECIDED = "not significantly different"
 
-EQUIVALENCE = (
-    0.005  # two accuracies are equivalent if the interval of their difference is within it, on both sides of 0
-)
+EQUIVALENCE = 0.005  # accuracies are equivalent if the whole interval of their difference is at most so far from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +230,10 @@ def t_quantile(freedom: float) -> float:
 
 
 def unpaired(repetitions: list[list[float]], reference: list[float]) -> Difference:
-    """The mean accuracy of a method minus that of students that share nothing with it, with Welch's 95 % interval.
+    """The mean accuracy of a method minus that of students that do not come in repetitions, with Welch's 95 % interval.
 
     `repetitions` are the accuracies of the method's students by repetition, which n counts as in `difference`;
-    `reference` those of the other students, for instance with all the data: the same images for each of them.
+    `reference` those of the other students: with all the data there is one set of images for all repetitions.
     """
     values, over = independent(repetitions)
     parts = [(float(np.var(v, ddof=1)) / len(v), len(v) - 1) for v in (values, reference) if len(v) >= FEWEST]

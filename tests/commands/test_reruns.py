@@ -65,6 +65,7 @@ def test_notebooks_in_parallel(tmp_path, monkeypatch, capsys):
     assert main(command) == 0  # two at a time, unless another number is asked for
     error = capsys.readouterr().err
     assert "01_a: " in error and "02_b: " in error
+    assert "s so far" in error and not re.search("notebooks, about", error)  # nobody knows yet how long they take
     assert {"01_a", "02_b"} == set(runner.notebook_seconds(tmp_path / "out"))
     assert len(list((tmp_path / "out" / "artefacts").glob("expert-*.safetensors"))) == 2  # made beforehand, for both
 

@@ -1,5 +1,7 @@
 """Learned labels, against plain autograd in double precision, the mixture on paper, and a plain loop of SGD."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from augdistill_core import (
     labels_under,
     make_phi,
     seeded,
+    teacher_of,
     train_experts,
 )
 from augdistill_report.work.scoring import EvalConfig, train_student
@@ -111,6 +114,16 @@ def test_students_train_on_these_labels(experts):
         loss = -(y * logits(experts.student, theta, IMAGES).log_softmax(1)).sum(1).mean()
         theta = theta - (0.1 if step < 3 else 0.01) * torch.autograd.grad(loss, theta)[0]
     torch.testing.assert_close(torch.nn.utils.parameters_to_vector(found.parameters()), theta, rtol=1e-9, atol=1e-12)
+
+
+def test_the_teacher_is_a_mean_over_late_snapshots(experts):
+    """Of 13 snapshots the last sixth are three; more cannot be asked for, and one is the last alone."""
+    student, trajectories = experts.student, [torch.cat([t, t.flip(0)])[:13] for t in experts.trajectories]
+    long = dataclasses.replace(experts, trajectories=trajectories)
+    for snapshots, times in ((1, [12]), (2, [10, 12]), (3, [10, 11, 12]), (50, [10, 11, 12])):
+        means = [logits(student, t[time], IMAGES).softmax(1) for t in trajectories for time in times]
+        found = teacher_of(long, snapshots=snapshots)(IMAGES)
+        torch.testing.assert_close(found, torch.stack(means).mean(0))
 
 
 def test_two_phis_with_labels_in_one_chain_are_refused():

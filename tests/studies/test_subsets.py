@@ -218,7 +218,7 @@ def test_a_table_may_have_some_rows_only(world):
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
     assert set(learned(settings)) == {"policy", "identity"}
     few = {key: score for key, score in world["scores"].items() if key[0] in ("none", "policy", "all")}
-    assert "compared with" not in subset_tables.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
+    assert "* compared with" not in subset_tables.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
 
 
 # --- until it stops improving -----------------------------------------------------------------------------------------
@@ -358,7 +358,13 @@ def test_equivalence_is_an_interval_within_half_a_point():
     scores = {("phi", 0.1, k): Accuracy(v, v) for k, v in enumerate(few)} | {("all", 1.0, 0): Accuracy(full, full)}
     scores |= {("none", 0.1, k): Accuracy(v, v) for k, v in enumerate(further)}
     words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
-    assert "Compared with all the data: +0.0 ± 0.2 points, equivalent within .5 points." in words
+    picked = "Best on validation is *phi (unet_noise)*; compared with all the data: "
+    assert f"{picked}+0.0 ± 0.2 points, equivalent within .5 points." in words
+    # the row is picked on validation, whatever its test accuracy
+    scores |= {("none", 0.1, k): Accuracy(v, [1.0] * 3) for k, v in enumerate(further)}
+    words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
+    assert "*phi (unet_noise)* is best (98.1 %" in words
+    assert f"Best on validation is *no augmentation*; compared with all the data: {unpaired(further, full)}" in words
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
@@ -428,7 +434,7 @@ def test_the_published_table_is_of_equal_updates():
 def test_the_published_differences_from_all_the_data_are_over_repetitions():
     ours = [0.50, 0.52, 0.61, 0.63, 0.70, 0.72]  # three repetitions of two students
     full = [0.80, 0.82, 0.81]
-    scores = {"none": {"0.5": {"values": ours}}, "crop_flip": {"0.5": {"values": full}}, "all": {"1": {"values": full}}}
+    scores = {"none": {"0.5": {"values": ours}}, "identity": {"0.5": {"values": full}}, "all": {"1": {"values": full}}}
     scores["policy"] = {"0.5": {"values": [0.81] * 6}}
     numbers = {"methods": {id: id.upper() for id in scores}, "test accuracy": {"equal updates": scores}}
     settings = {"subset_eval_steps": 3000, "subset_repeats": 3}
