@@ -28,7 +28,7 @@ from augdistill_report.work.progress import Progress
 from augdistill_report.work.scoring import EvalConfig, Evaluation, Score
 from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation, keep_set
 from augdistill_report.work.setup import public_name
-from augdistill_report.work.statistics import UNDECIDED, Accuracy, Difference, difference, summary
+from augdistill_report.work.statistics import Accuracy, Difference, difference, summary
 
 THE_SET, RANDOM_ROW, BYTES_ROW, WINDOW_ROW, ALL_ROW = (
     "the set",
@@ -235,16 +235,6 @@ def over_row(found: dict[str, Measured], other: str, row: str = THE_SET) -> Diff
     return difference(scores, row, other)
 
 
-def difference_in_words(found: Difference, what: str) -> str:
-    """A comparison as words: "above random images by 21.3 ± 1.2 points". Without an interval only the numbers."""
-    if found.half is None:
-        return f"{found} points compared with {what}"
-    if not found.significant:
-        return f"{UNDECIDED} from {what} ({found} points)"
-    side = "above" if found.mean > 0 else "below"
-    return f"{side} {what} by {100 * abs(found.mean):.1f} ± {100 * found.half:.1f} points"
-
-
 def set_sentence(name: str, found: dict[str, Measured]) -> str:
     """What the numbers say about the set, in one plain sentence."""
     what = {
@@ -253,7 +243,7 @@ def set_sentence(name: str, found: dict[str, Measured]) -> str:
         WINDOW_ROW: "the best window of difficulty",
         ALL_ROW: "all the data",
     }
-    said = [difference_in_words(over_row(found, row), text) for row, text in what.items() if row in found]
+    said = [f"compared with {text} {over_row(found, row).words}" for row, text in what.items() if row in found]
     return f"{name} gives {found[THE_SET].accuracy}" + (f": {'; '.join(said)}" if said else "") + "."
 
 

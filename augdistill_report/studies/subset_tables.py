@@ -235,19 +235,13 @@ def verdict(scores: dict, settings: Settings) -> str:
         valid = {id: sum(score.validation) / len(score.validation) for id, score in pooled(here).items()}
         picked = max(valid, key=valid.get)  # the best on the test split of many rows would be above by chance
         its = unpaired([score.test for (id, _), score in here.items() if id == picked], full.test)
-        said[-1] += f" Best on validation is *{rows[picked].label}*; compared with all the data: {in_words(its)}."
+        said[-1] += f" Best on validation is *{rows[picked].label}*; compared with all the data: {its.words}."
     return "\n\n".join([*said, f"{FULL.label.capitalize()}: {full}."])
 
 
 def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
     """A sentence that compares one method with another."""
-    its = in_words(difference(here, one, other))
-    return f"*{rows[one].label}* compared with *{rows[other].label}*: {its}"
-
-
-def in_words(its: Difference) -> str:
-    """A difference with what it says: "+1.2 ± 5.0 points, not significantly different"."""
-    return f"{its} points, {its.verdict}" if its.half is not None else f"{its} points"
+    return f"*{rows[one].label}* compared with *{rows[other].label}*: {difference(here, one, other).words}"
 
 
 def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[tuple[str, int], Accuracy]]:

@@ -158,8 +158,6 @@ def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
 
 FEWEST = 3  # values that an interval needs: that of two is 9 times their standard deviation, or 0 where they agree
 
-UNDECIDED = "not significantly different"
-
 EQUIVALENCE = 0.005  # accuracies are equivalent if the whole interval of their difference is at most so far from 0
 
 
@@ -193,7 +191,15 @@ class Difference:
             return f"too few to say (n = {self.over})"
         if self.significant:
             return f"significantly {'better' if self.mean > 0 else 'worse'}"
-        return f"equivalent within {100 * EQUIVALENCE:g} points".replace("0.", ".") if self.equivalent else UNDECIDED
+        if self.equivalent:
+            return f"equivalent within {100 * EQUIVALENCE:g} points".replace("0.", ".")
+        return "not significantly different"
+
+    @property
+    def words(self) -> str:
+        """The difference with what it says: "+1.2 ± 5.0 points, not significantly different". Without an interval only
+        the number."""
+        return f"{self} points" + (f", {self.verdict}" if self.half is not None else "")
 
     def __str__(self):
         """The difference in percentage points, with its interval or n."""
