@@ -202,7 +202,7 @@ def front_table(found: dict[str, dict]) -> list[dict]:
             column = f"{result['settings']['dataset']} {size}x{size}, {100 * float(fraction):g} %"
             for label, id in [*FRONT_ROWS.items(), (FULL.label, FULL.id)]:
                 score = scores.get(id, {}).get("1" if id == FULL.id else fraction)
-                rows[label][column] = "" if score is None else mean_and_std([100 * v for v in score["values"]])
+                rows[label][column] = "" if score is None else mean_and_std(score["values"], unit=100)
     return list(rows.values())
 
 

@@ -166,8 +166,10 @@ def curve_rows(panels: dict[str, dict], loss: str = "matching loss", rows: dict 
             if not np.isfinite(y[-1]) or len(y) < max(map(len, histories.values())):
                 finite = [v for v in y if np.isfinite(v)]
                 left.plot(x[len(finite) - 1], finite[-1], "x", color=its.colour, markersize=9, markeredgewidth=2)
-        left.axhline(1, color="black", linewidth=0.7, linestyle=":")
-        unit = "\n(dotted: a student that does not move)" if "matching" in loss else ""
+        matching = "matching" in loss
+        if matching:
+            left.axhline(1, color="black", linewidth=0.7, linestyle=":")
+        unit = "\n(dotted: a student that does not move)" if matching else ""
         left.set(xlabel="iteration", ylabel=loss + unit)
         right.set(xlabel="iteration", ylabel="alpha (the student's step size)")
         left.set_title(title, loc="left", fontsize=10.5, fontweight="bold")

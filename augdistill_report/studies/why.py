@@ -202,7 +202,7 @@ def learns(gains: list[float]) -> bool:
 
 def gain_points(gains: list[float]) -> str:
     """Gains over seeds (mean ± standard deviation), in points of accuracy."""
-    return f"{mean_and_std([100 * gain for gain in gains], '+z.1f')} points"
+    return f"{mean_and_std(gains, '+z.1f', unit=100)} points"
 
 
 SGD_1000, ADAM, BOTH = ("report", "SGD 1000"), ("report", "Adam for phi"), ("report", "both optimisers")

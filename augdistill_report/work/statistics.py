@@ -40,7 +40,7 @@ class Accuracy:
         return summary(self.test)["std"] or 0.0
 
     def __str__(self):
-        return f"{mean_and_std([100 * v for v in self.test])} %{stop_mark(self.stopped)}"
+        return f"{mean_and_std(self.test, unit=100)} %{stop_mark(self.stopped)}"
 
     def numbers(self) -> dict:
         """The `summary` of the test accuracies, with `stopped` if the run stopped early."""
@@ -64,11 +64,14 @@ def outcomes(results: dict) -> list[dict]:
     ]
 
 
-def mean_and_std(values: list[float], form: str = "z.1f", std_form: str = "") -> str:
-    """ "mean ± standard deviation", each in its number format ("z": no -0.0); "mean (n = 1)" for one value."""
+def mean_and_std(values: list[float], form: str = "z.1f", std_form: str = "", unit: float = 1) -> str:
+    """ "mean ± standard deviation", each in its number format ("z": no -0.0); "mean (n = 1)" for one value.
+
+    `unit` multiplies both (100: per cent) after the mean was taken, as in `shown`: else the last digit could differ.
+    """
     found = summary(values)
-    deviation = f"± {found['std']:{std_form or form.lstrip('+')}}" if len(values) > 1 else "(n = 1)"
-    return f"{found['mean']:{form}} {deviation}"
+    deviation = f"± {unit * found['std']:{std_form or form.lstrip('+')}}" if len(values) > 1 else "(n = 1)"
+    return f"{unit * found['mean']:{form}} {deviation}"
 
 
 def shown(value) -> str:

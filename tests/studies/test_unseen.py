@@ -231,6 +231,13 @@ def test_no_number_is_shown_as_minus_zero():
     assert why.gain_points([-0.0004, -0.0002]) == "+0.0 ± 0.0 points"
 
 
+def test_a_mean_is_rounded_alike_in_sentences_and_tables():
+    """A measured case on the edge: the mean of the percentages is 52.1499..., 100 times the mean 52.1500..."""
+    measured = [0.5233, 0.5227, 0.5256, 0.5175, 0.5172, 0.5223, 0.5273, 0.5191, 0.5185]
+    text, table = str(Accuracy(measured, measured)), statistics.shown(statistics.summary(measured))
+    assert text == "52.2 ± 0.4 %" and table == f"{text} (n = 9)"
+
+
 def test_ranges_over_the_last_quarter():
     histories = [
         [{"iteration": i, "phi": {"rotation": 0.1 * 2.0**-i, "flip": 0.5}} for i in range(8)],
