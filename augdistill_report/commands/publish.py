@@ -177,9 +177,38 @@ def subsets_table(found: dict[str, dict]) -> list[dict]:
 
     return [
         {"test accuracy; gain (points, 95 % CI)": numbers["methods"][id]}
-        | {f"{100 * float(fraction):g} %": cell(id, fraction) for fraction in fractions}
+        | {subset_title(result, fraction): cell(id, fraction) for fraction in fractions}
         for id in scores
     ]
+
+
+def subset_title(result: dict, fraction: str) -> str:
+    """A subset as the title of a column: "10 % (450 a class)"."""
+    each = float(fraction) * result.get("images", {}).get("train", 0) / result.get("classes", 1)
+    about = "" if each == round(each) else "about "
+    return f"{100 * float(fraction):g} %" + (f" ({about}{each:.0f} a class)" if each and float(fraction) < 1 else "")
+
+
+def settings_table(found: dict[str, dict]) -> list[dict]:
+    """What the runs of notebook 05 had in common and what not: a row a run."""
+    rows = []
+    for name, result in found.items():
+        s = result["settings"]
+        taught = s.get("taught_augment") or s["teach"]  # its name in older files
+        rows.append(
+            {
+                "run": f"`{name.partition('/')[0]}`",
+                "data": f"{s['dataset']} {s['size']}x{s['size']}",
+                "experts": f"{s['experts']} of {s['epochs']} epochs",
+                "experts' augmentation": taught,
+                "iterations of phi; of policies, labels, images under augmentation": (
+                    f"{s['subset_iterations']}; {s['policy_iterations']}"
+                ),
+                "students": f"width {s['width']}, {s['subset_eval_steps']:,} steps",
+                "subsets x students": f"{s['subset_repeats']} x {s['eval_students']}",
+            }
+        )
+    return rows
 
 
 FRONT_ROWS = {  # of README's table: how it names a row, and the row's id
@@ -272,6 +301,7 @@ TABLES = {
     "full": full_table,
     "images": images_table,
     "scores": scores_table,
+    "settings": settings_table,
     "subsets": subsets_table,
     "unseen": unseen_table,
     "study": study_table,
