@@ -123,6 +123,13 @@ def test_every_published_file_has_a_command():
     assert line["command"].startswith("`augdistill report --preset digits-full --only 05")
 
 
+def test_the_title_of_a_subset_says_how_many_images_a_class_it_has():
+    cifar10 = {"images": {"train": 45_000}, "classes": 10}
+    titles = [gallery.subset_title(cifar10, fraction) for fraction in ("0.1", "0.0023", "1")]
+    assert titles == ["10 % (450 a class)", "0.23 % (about 10 a class)", "100 %"]
+    assert gallery.subset_title({}, "0.1") == "10 %"  # an older file does not say how many images there are
+
+
 def test_what_is_published_now_comes_before_what_lies_there():
     page = "<!-- table: unseen digits/07_unseen_images -->\nold\n<!-- /table -->\n"
     score = {"mean": 0.5, "std": 0.25, "n": 4, "values": []}
