@@ -5,6 +5,7 @@ covers what it shows, and chance is a line in it. Figures of subsets and ranges 
 """
 
 import dataclasses
+import textwrap
 import zlib
 from collections.abc import Callable
 
@@ -284,7 +285,7 @@ def heat_map(cells: list[dict], number: str = "", columns: int = 2) -> Figure:
     """The results of a sweep: one row per choice, one square per seed (or point on other axes), coloured by a number.
 
     `cells` are the results of a grid. `number` names the number to show (empty = the first); accuracies and their
-    differences are in points. A cross marks a run that diverged. A grey row failed; its text says why.
+    differences are in points. A cross marks a run that diverged. A grey row failed; the text beside it says why.
     """
     numbers = [cell["numbers"] for cell in cells if "numbers" in cell]
     number = number or next((k for n in numbers for k, v in n.items() if level(v) is not None), "")
@@ -326,8 +327,8 @@ def _heat_panel(axis, rows: dict[str, list[dict]], number: str, unit: float, loo
         known = field[y][np.isfinite(field[y])]
         text = mean_and_std(known.tolist(), "+z.1f") if len(known) else ""
         errors = dict.fromkeys(c["error"] for c in group if "error" in c)
-        axis.text(width - 0.35, y, text, va="center", fontsize=8.5)
-        axis.text(-0.45, y, "; ".join(errors)[:70], va="center", fontsize=7.5, zorder=3)
+        why = "\n".join(textwrap.wrap("; ".join(errors), 34)[:2])
+        axis.text(width - 0.35, y, text or why, va="center", fontsize=8.5 if text else 6.5)
     axis.imshow(np.ma.masked_invalid(field), aspect="auto", **look)
     axis.set_facecolor("#dddddd")
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
