@@ -203,6 +203,6 @@ def drift_panels(panels: dict[str, dict[str, dict]], noise: str, rows: dict | No
         handles, labels = axis.get_legend_handles_labels()
         style = dict(frameon=False, fontsize=8.5, loc="center left", title=groups[row] or None, alignment="left")
         legend.legend(handles, labels, **style).get_title().set(fontsize=10.5, fontweight="bold")
-    label = "remaining squared distance to the target (linear up to .2)\n(0: like all the data, 1: no movement)"
+    label = "remaining squared distance to the target\n(0: like all the data, 1: no movement;\nlinear axis up to .2)"
     figure.supylabel(label, fontsize=9, multialignment="center")
     return figure
