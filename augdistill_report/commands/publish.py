@@ -186,7 +186,7 @@ def subset_title(result: dict, fraction: str) -> str:
     """A subset as the title of a column: "10 % (450 a class)"."""
     each = float(fraction) * result.get("images", {}).get("train", 0) / result.get("classes", 1)
     about = "" if each == round(each) else "about "
-    return f"{100 * float(fraction):g} %" + (f" ({about}{each:.0f} a class)" if each and float(fraction) < 1 else "")
+    return f"{100 * float(fraction):g} %" + (f" ({about}{each:,.0f} a class)" if each and float(fraction) < 1 else "")
 
 
 def settings_table(found: dict[str, dict]) -> list[dict]:
