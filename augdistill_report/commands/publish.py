@@ -141,7 +141,7 @@ def fill(text: str, now: dict[str, dict] | None = None) -> str:
     """
     now = now or {}
     studies = {f"{path.parent.name}/{STUDY}" for path in FIGURES.glob(f"*/{STUDY}.json")}
-    studies |= {name for name in now if name.endswith(STUDY)}
+    studies |= {name for name in now if name.partition("/")[2] == STUDY}
 
     def result(name: str) -> dict:
         path = FIGURES / f"{name}.json"

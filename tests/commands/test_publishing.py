@@ -135,6 +135,8 @@ def test_what_is_published_now_comes_before_what_lies_there():
     score = {"mean": 0.5, "std": 0.25, "n": 4, "values": []}
     now = {"digits/07_unseen_images": {"numbers": {"test accuracy": {"mine": score}}}}
     assert "| mine | 50.0 ± 25.0 % (n = 4) |" in gallery.fill(page, now)
+    study = "<!-- table: study -->\n<!-- /table -->\n"  # of sweeps alone, not of the notebook that is called alike
+    assert gallery.fill(study, {"digits/04_why_phi_failed": {"numbers": {}}}) == gallery.fill(study)
     damaged = "<!-- table: images digits/none -->\n<!-- /table -->\n"
     with pytest.raises((ValueError, OSError), match=r"none\.json"):
         gallery.fill(damaged)
