@@ -157,13 +157,14 @@ def curve_rows(panels: dict[str, dict], loss: str = "matching loss", rows: dict 
     figure, axes = new_figure(10.5, 3.6 * len(panels), 2, len(panels))
     for title, histories, left, right in zip(panels, panels.values(), axes[::2], axes[1::2], strict=True):
         drawn: list[str] = []
-        for name, history in histories.items():
+        for turn, (name, history) in enumerate(histories.items()):
             x, y, its = [r["iteration"] for r in history], [r["loss"] for r in history], look(name, rows)
             line = ("-", "--", ":", "-.")[drawn.count(its.colour) % 4]
             drawn.append(its.colour)
+            width = 3.2 - 2 * turn / max(1, len(histories) - 1)  # so that no line hides another
             left.plot(x, y, color=its.colour, linewidth=0.5, alpha=0.25)
             for axis, values in ((left, smooth(y, max(1, len(y) // 10))), (right, [r["alpha"] for r in history])):
-                axis.plot(x, values, color=its.colour, linestyle=line, label=its.label)
+                axis.plot(x, values, color=its.colour, linestyle=line, linewidth=width, label=its.label)
             if not np.isfinite(y[-1]) or len(y) < max(map(len, histories.values())):
                 finite = [v for v in y if np.isfinite(v)]
                 left.plot(x[len(finite) - 1], finite[-1], "x", color=its.colour, markersize=9, markeredgewidth=2)

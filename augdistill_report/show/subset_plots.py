@@ -83,22 +83,39 @@ def by_fraction(
 def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, str], rows: dict) -> Figure:
     """What one change adds: the accuracy of a method minus that of the method that it follows, with 95 % intervals.
 
-    `found` holds differences by method and fraction, and `sizes` the names of fractions.
+    `found` holds differences by method and fraction, and `sizes` the names of fractions: groups of points from left to
+    right, or, if there is one fraction, one line of text and one point for each method.
     """
     names = {id: textwrap.fill(f"{rows[id].label}, over {rows[rows[id].follows].label}", 44) for id in found}
-    figure, (axis,) = new_figure(9.0, max(3.4, 1.2 + 0.22 * sum(name.count("\n") + 1 for name in names.values())))
     fractions = sorted({f for by in found.values() for f in by})
+    over = next(iter(next(iter(found.values())).values())).over
+    what, zero = (
+        "difference in test accuracy\n(points, 95 % interval\nover",
+        dict(color="black", linewidth=0.7, linestyle=":"),
+    )
+    if len(fractions) == 1:
+        (f,) = fractions
+        figure, (axis,) = new_figure(8.5, 1.1 + 0.5 * len(found))
+        for y, (id, by) in enumerate(found.items()):
+            its, half = look(id, rows), 100 * (by[f].half or 0)
+            axis.errorbar(100 * by[f].mean, y, xerr=half, fmt=its.marker, color=its.colour, capsize=3)
+        axis.axvline(0, **zero)
+        axis.set_yticks(range(len(found)), [f"{name}   {found[id][f]}" for id, name in names.items()], fontsize=8.5)
+        axis.set_ylim(len(found) - 0.5, -0.5)
+        axis.set_xlabel(f"{what} {over})".replace("\n", " "))
+        axis.set_title(sizes[f], loc="left", fontsize=10.5, fontweight="bold")
+        return figure
+    figure, (axis,) = new_figure(9.0, max(3.4, 1.2 + 0.22 * sum(name.count("\n") + 1 for name in names.values())))
     for turn, (id, by) in enumerate(found.items()):
         its = look(id, rows)
         x = [fractions.index(f) + 0.09 * (turn - (len(found) - 1) / 2) for f in by]
         style = dict(marker=its.marker, linestyle=its.line, color=its.colour, capsize=2.5, linewidth=1)
         halves = [100 * (d.half or 0) for d in by.values()]
         axis.errorbar(x, [100 * d.mean for d in by.values()], halves, label=names[id], **style)
-    axis.axhline(0, color="black", linewidth=0.7, linestyle=":")
+    axis.axhline(0, **zero)
     axis.set_xticks(range(len(fractions)), [sizes[f].replace(" (", "\n(") for f in fractions], fontsize=8.5)
     axis.set_xlim(-0.5, len(fractions) - 0.5)
-    over = next(iter(next(iter(found.values())).values())).over
-    axis.set(xlabel="subset", ylabel=f"difference in test accuracy\n(points, 95 % interval\nover {over})")
+    axis.set(xlabel="subset", ylabel=f"{what} {over})")
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -76,6 +76,14 @@ def test_what_one_change_adds_is_the_difference_from_the_row_that_is_followed():
     assert [line.get_ydata().tolist() for line, *_ in axis.containers] == [
         [pytest.approx(100 * v) for v in by.values()] for by in means.values()
     ]
+    one = {id: {0.1: by[0.1]} for id, by in found.items() if 0.1 in by}  # a single size: texts instead of a legend
+    (axis,) = changes_by_subset(one, {0.1: "10 % (2)"}, rows).axes
+    assert [line.get_xdata().tolist() for line, *_ in axis.containers] == [[pytest.approx(5)], [pytest.approx(15)]]
+    texts = [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()]
+    assert texts == [
+        f"{rows[id].label}, over {rows[rows[id].follows].label}   {found[id][0.1]}"
+        for id in ("learned_labels", "pixels_learned")
+    ]
 
 
 def test_the_best_window_is_the_window_that_is_scored(world):
