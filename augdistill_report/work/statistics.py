@@ -188,14 +188,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "significantly better" or "worse", "equivalent within .5 points", "not significantly different", or that n
+        """ "significantly better" or "worse", "equivalent within 0.5 points", "not significantly different", or that n
         is too small."""
         if self.half is None:
             return f"too few to say (n = {self.over})"
         if self.significant:
             return f"significantly {'better' if self.mean > 0 else 'worse'}"
         if self.equivalent:
-            return f"equivalent within {100 * EQUIVALENCE:g} points".replace("0.", ".")
+            return f"equivalent within {100 * EQUIVALENCE:g} points"
         return "not significantly different"
 
     @property

@@ -346,7 +346,7 @@ def test_equivalence_is_an_interval_within_half_a_point():
     theirs = stats.ttest_ind(means, full, equal_var=False).confidence_interval(0.95)
     assert its.mean - its.half == pytest.approx(theirs.low) and its.mean + its.half == pytest.approx(theirs.high)
     assert its.over == "3 repetitions and 5 students"
-    assert its.equivalent and its.verdict == "equivalent within .5 points"
+    assert its.equivalent and its.verdict == "equivalent within 0.5 points"
     further = [[v - 0.004 for v in several] for several in few]
     assert unpaired(further, full).verdict == "significantly worse"
     scattered = [[v + shift for v in several] for several, shift in zip(few, (-0.01, 0, 0.01), strict=True)]
@@ -359,7 +359,7 @@ def test_equivalence_is_an_interval_within_half_a_point():
     scores |= {("none", 0.1, k): Accuracy(v, v) for k, v in enumerate(further)}
     words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
     picked = "Best on validation is *phi (unet_noise)*; compared with all the data: "
-    assert f"{picked}+0.0 ± 0.2 points, equivalent within .5 points." in words
+    assert f"{picked}+0.0 ± 0.2 points, equivalent within 0.5 points." in words
     # the row is picked on validation, whatever its test accuracy
     scores |= {("none", 0.1, k): Accuracy(v, [1.0] * 3) for k, v in enumerate(further)}
     words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
