@@ -154,6 +154,7 @@ def every_method(settings: Settings) -> list[Method]:
     late = dict(recipe=by_two_draws, experts=taught, small=True, drift=True)
     randaugment = dict(augment="randaugment", choices=(MAGNITUDES, APPLIED))
     both, under = dict(phi=f"{CONDITIONED}+{POLICY}"), dict(phi="pixels", under=taught, augment=taught)
+    soft = dict(labels="soft", augment=taught, choices=of_taught, asked=True)
     labels = dict(augment=taught, choices=(MIXES, *of_taught), asked=True)
     learned = labels | late | dict(under=taught, drift=False)
     known = COLOURS  # of labels that other notebooks show too
@@ -198,7 +199,7 @@ def every_method(settings: Settings) -> list[Method]:
         ),
         Method(
             *("soft_augmented", f"soft labels + {EXPERTS}", CONTROL, "#999933", "D", ":"),
-            **dict(labels="soft", augment=taught, choices=of_taught, asked=True),
+            **soft | dict(follows="experts_augmentation"),
         ),
         Method(
             *(MIXED, f"mixed labels + {EXPERTS}", CONTROL, "#117733", "s", "--", "labels_mixed", one_iteration, taught),
@@ -211,6 +212,11 @@ def every_method(settings: Settings) -> list[Method]:
         Method(
             *("pixels_mixed", f"pixels, mixed labels + {EXPERTS}", IMAGES, "#882255", "s", "--", "labels_mixed+pixels"),
             **learned | dict(follows=MIXED),
+        ),
+        # the images of `pixels_augmented`, which learned with hard labels; the experts label what students see
+        Method(
+            *("pixels_soft", f"pixels, soft labels + {EXPERTS}", IMAGES, "#aa4499", "D", ":", "pixels"),
+            **late | soft | dict(under=taught, drift=False, follows="soft_augmented"),
         ),
         Method(
             *("pixels_learned", f"pixels, learned labels + {EXPERTS}", IMAGES, "#cc3311", "o", "-", "labels+pixels"),

@@ -53,6 +53,9 @@ def test_every_row_is_scored_and_compared_with_the_one_it_follows(world):
         assert (job.setup.augment, job.setup.expert_augment, job.config.iterations) == (unrolled, "dsa", epochs)
         option = chosen["mixed_labels", 0.1]
         assert job.config.label_share == option["label_share"]
+    soft = jobs["pixels_soft", 0.1, 0]  # images learned with hard labels, for students that the experts of DSA teach
+    assert (soft.distilled.phi, soft.distilled.setup.augment) == ("pixels", "dsa")
+    assert (soft.config.eval_labels, soft.config.eval_augment, soft.setup.expert_augment) == ("soft", "dsa", "dsa")
 
 
 def test_what_one_change_adds_is_the_difference_from_the_row_that_is_followed():
