@@ -216,8 +216,9 @@ FRONT_ROWS = {  # of README's table: how it names a row, and the row's id
     "RandAugment": "randaugment",
     "distilled pixels (MTT)": "pixels_mtt",
     "phi: U-Net with noise": "phi",
-    "phi: free images + policy": "pixels_policy",
     "phi: free images + the experts' augmentation": "pixels_augmented",
+    "real images, mixed labels + the experts' augmentation": "mixed_labels",
+    "real images, soft labels + the experts' augmentation": "soft_augmented",
 }
 
 
@@ -237,7 +238,7 @@ def front_table(found: dict[str, dict]) -> list[dict]:
 
 BESIDE_FULL = (  # ids of rows
     *("none", "experts_augmentation", "crop_flip", "randaugment"),
-    *("policy", "mixed_labels", "learned_labels", "pixels_augmented"),
+    *("policy", "soft_augmented", "mixed_labels", "learned_labels", "pixels_augmented"),
 )
 
 
