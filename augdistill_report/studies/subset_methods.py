@@ -89,10 +89,10 @@ class Method:
     choices: what is selected on the validation split, besides the step size: a tuple of alternatives per choice, each
         a change of `EvalConfig`, of `DistillConfig`, or of the subset (`window`)
     follows: the id of the method that it is compared with, and whose selected alternatives it keeps; only other choices
-        are selected for it
+        are selected for it (if that method is not in the table: of the one that that one follows)
     asked: whether it is in the table only if `subset_rows` names it
     small: whether it learns only on subsets up to `policy_fraction`, because it is slow
-    drift: whether it is in the drift table
+    drift: whether it is in the drift table, where each student step has its own draw (so not fixed copies)
     carried: whether students of other architectures are trained by it too
     """
 
@@ -194,8 +194,7 @@ def every_method(settings: Settings) -> list[Method]:
         ),
         Method(
             *("policy_copies", "policy, ten fixed copies", LEARNED, "#88ccee", "d", ":", POLICY),
-            **dict(choices=(USES, COPIES), follows="policy", asked=True),
-            **late,
+            **late | dict(choices=(USES, COPIES), follows="policy", asked=True, drift=False),
         ),
         Method(
             *("soft_augmented", f"soft labels + {EXPERTS}", CONTROL, "#999933", "D", ":"),
@@ -249,10 +248,8 @@ def every_method(settings: Settings) -> list[Method]:
 
 def in_window(row: Method) -> Method:
     """The row on a window of difficulty: where it lies is selected for no augmentation, and kept by all others."""
-    if WINDOWS in row.choices:
-        return row
-    follows = "" if row.id == NONE else row.follows or NONE
-    return dataclasses.replace(row, choices=(*row.choices, WINDOWS), follows=follows)
+    choices = row.choices if WINDOWS in row.choices else (*row.choices, WINDOWS)
+    return dataclasses.replace(row, choices=choices, follows="" if row.id == NONE else row.follows or NONE)
 
 
 def methods(settings: Settings, fraction: float) -> dict[str, Method]:
@@ -268,15 +265,28 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
         known = ", ".join(name for name in every if name != NONE)
         raise ValueError(f"subset_rows={settings.subset_rows!r}: unknown row {unknown[0]!r}; must be among {known}")
     small = fraction <= settings.policy_fraction
-    return {
-        id: method
+    there = [
+        id
         for id, method in every.items()
         if id == NONE or ((id in named if named else not method.asked) and (small or not method.small))
-    }
+    ]
+    return linked(every, there)
+
+
+def linked(every: dict[str, Method], there: list[str]) -> dict[str, Method]:
+    """The rows `there` of a table by id. A row whose followed row is left out follows the one that that one follows."""
+
+    def followed(method: Method) -> str:
+        other = method.follows
+        while other and other not in there:
+            other = every[other].follows
+        return other
+
+    return {id: dataclasses.replace(every[id], follows=followed(every[id])) for id in there}
 
 
 def shown_rows(settings: Settings) -> dict[str, Method]:
     """The rows of all fractions by id, and the row of all the data, for figures and tables."""
-    found = {id: method for f in settings.fraction_list for id, method in methods(settings, f).items()}
-    order = [method.id for method in every_method(settings) if method.id in found]
-    return {id: found[id] for id in order} | {FULL.id: FULL}
+    found = {id for f in settings.fraction_list for id in methods(settings, f)}
+    every = {method.id: method for method in every_method(settings)}
+    return linked(every, [id for id in every if id in found]) | {FULL.id: FULL}

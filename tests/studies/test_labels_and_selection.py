@@ -1,6 +1,7 @@
 """Rows that must be asked for: learned labels, images selected by difficulty, and the controls of a policy."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from augdistill_report.show.subset_plots import changes_by_subset
 from augdistill_report.studies import subset_tables, subsets
 from augdistill_report.studies.subjects import stored_bytes
 from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
-from augdistill_report.work.difficulty import Difficulty
+from augdistill_report.work.difficulty import PLACES, Difficulty
 from augdistill_report.work.scoring import EvalConfig, Evaluation, teacher_of, train_student
 from augdistill_report.work.statistics import Accuracy
 
@@ -112,9 +113,39 @@ def test_a_window_for_all_rows_lies_where_no_augmentation_wants_it():
         last = row.id
         while rows[last].follows:
             last = rows[last].follows
-        assert last in (NONE, "window")
+        assert last == NONE
     with pytest.raises(ValueError, match="subset_by='best': must be one of random, window"):
         resolve("smoke", {"subset_by": "best"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "by", "expected"),
+    [
+        ("mixed_labels, pixels_learned", "random", {"mixed_labels": "", "pixels_learned": "mixed_labels"}),
+        ("window, window_mixed", "random", {"window": "", "window_mixed": "window"}),
+        ("mixed_labels", "window", {"mixed_labels": NONE}),
+        ("window_mixed, pixels_soft", "window", {"window_mixed": NONE, "pixels_soft": NONE}),
+    ],
+)
+def test_a_row_whose_followed_row_is_left_out_follows_the_next_one(rows, by, expected):
+    settings = resolve("smoke", {"subset_rows": rows, "subset_by": by, "taught_augment": "dsa"})
+    assert {id: row.follows for id, row in methods(settings, 0.1).items()} == {NONE: ""} | expected
+    assert {id: row.follows for id, row in subset_tables.shown_rows(settings).items()} == (
+        {NONE: ""} | expected | {"all": ""}
+    )
+
+
+def test_what_is_chosen_is_kept_along_rows_that_are_left_out(monkeypatch):
+    """Each row by itself would choose its last option."""
+    settings = resolve("smoke", {"subset_rows": "window, window_mixed", "fractions": "0.1", "taught_augment": "dsa"})
+    run = types.SimpleNamespace(settings=settings, choose=lambda jobs: dict(list(jobs)))
+    monkeypatch.setattr(subsets, "make_needed", lambda *_: None)
+    chosen = subsets.choose(run, [0.1])
+    assert chosen["window_mixed", 0.1]["window"] == chosen["window", 0.1]["window"] == PLACES[-1]
+
+
+def test_fixed_copies_are_not_in_the_drift_table_which_draws_in_each_step():
+    assert not methods(resolve("smoke", {"subset_rows": "policy_copies"}), 0.1)["policy_copies"].drift
 
 
 def test_learned_labels_are_saved_with_the_images_and_drawn(world):
