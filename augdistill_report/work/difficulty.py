@@ -21,6 +21,8 @@ PLACES = (0.0, 0.15, 0.3, 0.45, 0.6)  # of windows that validation selects from:
 
 LOOKS = 24  # snapshots that are measured, in all: evenly spaced, equally many of each expert
 
+MOMENTS = 3  # snapshots of each expert, at least: of many experts, only the first 8 are measured
+
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty(Job):
@@ -37,14 +39,20 @@ class Difficulty(Job):
 
     def work(self, store, tick):
         train, experts = self.data.train, load_trajectories(self.setup, store)
-        used = experts.trajectories[:LOOKS]
-        times = torch.linspace(1, experts.snapshots - 1, max(1, LOOKS // len(used))).round().int().unique().tolist()
+        count, times = looks(len(experts.trajectories), experts.snapshots)
+        used = experts.trajectories[:count]
         found = torch.zeros(len(train), dtype=torch.float64)
         for done, (trajectory, time) in enumerate((expert, time) for expert in used for time in times):
             theta = unflatten(experts.student, trajectory[time].to(train.images.device).float())
             found += label_probability(experts.student, theta, train).cpu()
             tick(done + 1, len(used) * len(times))
         return {"probability": (found / (len(used) * len(times))).float()}, {}
+
+
+def looks(experts: int, snapshots: int) -> tuple[int, list[int]]:
+    """How many of so many experts are measured, and at which of so many snapshots of each: `LOOKS` in all."""
+    used = min(experts, LOOKS // MOMENTS)
+    return used, torch.linspace(1, snapshots - 1, LOOKS // used).round().int().unique().tolist()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from augdistill_core import unflatten
 from augdistill_report.data.datasets import WINDOW, load, window_of
 from augdistill_report.files.store import Store
 from augdistill_report.settings import resolve
-from augdistill_report.work.difficulty import PLACES, Difficulty, subset_index
+from augdistill_report.work.difficulty import LOOKS, PLACES, Difficulty, looks, subset_index
 from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.setup import Setup
@@ -38,6 +38,14 @@ def test_an_image_is_as_easy_as_the_experts_find_its_label_probable(world):
     assert torch.allclose(ease.double(), torch.stack(means).mean(0), atol=1e-6)
     unrolled = dataclasses.replace(setup, augment="affine")  # what the unroll does is no matter of the experts
     assert Difficulty(unrolled).spec() == Difficulty(setup).spec()
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8, 12, 13, 24, 25, 100])
+def test_early_and_late_snapshots_are_measured_of_any_number_of_experts(experts):
+    used, times = looks(experts, 51)
+    assert used == min(experts, 8) and len(times) >= 3 and used * len(times) <= LOOKS
+    assert times[0] == 1 and times[-1] == 50 and times == sorted(times)
+    assert looks(experts, 2) == (used, [1])  # one epoch, one snapshot
 
 
 def test_a_window_lies_where_its_place_says():
