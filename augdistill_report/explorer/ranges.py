@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from augdistill_core import Phi, Trajectories, Wrapper
+from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import Dataset
 from augdistill_report.explorer.choices import Choice
 from augdistill_report.run import Run
@@ -189,9 +190,10 @@ def loss_along(
     like, marks = choice.like, {row.learned, row.taught or 0.0}
     values = sorted(v for v in marks | {f * row.learned for f in (0.0, 0.5, 1.5, 2.0, 3.0)} if v <= row.most)
     base, alpha, losses = data.train.take(like.subset.index(data)), choice.alpha(), {}
+    augment = augmentation(like.setup.augment, data)
     for done, value in enumerate(values):
         tick(done, len(values))
-        found = probe(phi_at(value), alpha, base, experts, like.config, SEGMENTS, like.setup.seed)
+        found = probe(phi_at(value), alpha, base, experts, like.config, SEGMENTS, like.setup.seed, augment)
         losses[value] = np.subtract(found["loss"], found["variance"])
     over = {value: those - losses[row.learned] for value, those in losses.items()}
     return {v: (float(those.mean()), float(those.std(ddof=1) / len(those) ** 0.5)) for v, those in over.items()}

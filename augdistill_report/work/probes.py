@@ -1,6 +1,7 @@
 """Measurements of a phi and a student, without any training."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from augdistill_core import (
     seeded,
     unroll,
 )
+from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import Split
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories, own_experts
@@ -58,7 +60,8 @@ class Probe(Job):
         if self.ranges:
             phi.hold(dict(self.ranges))
         arguments = (phi, alpha, base, load_trajectories(self.setup, store), distilled.config)
-        return {}, probe(*arguments, self.segments, self.setup.seed)
+        augment = augmentation(distilled.setup.augment, self.data)
+        return {}, probe(*arguments, self.segments, self.setup.seed, augment)
 
 
 @torch.no_grad()
@@ -82,10 +85,18 @@ def phi_images(phi, split: Split, seed: int) -> Tensor:
 
 @torch.no_grad()
 def probe(
-    phi, alpha: float, train: Split, experts: Trajectories, config: DistillConfig, segments: int, seed: int
+    phi,
+    alpha: float,
+    train: Split,
+    experts: Trajectories,
+    config: DistillConfig,
+    segments: int,
+    seed: int,
+    augment: Callable | None = None,
 ) -> dict[str, list[float]]:
     """The matching loss and related measures on `segments` random trajectory segments, without training.
 
+    `augment` is the augmentation in the unroll, after phi, with which phi is trained; the identity has it too.
     Lists of one value a segment: `loss` (the matching loss), `identity` (the loss without phi at the same alpha),
     `variance` (the share of `loss` that is noise of phi and of the batches, E||end - E end||^2 divided by the squared
     distance from start to target, estimated from two independent draws), `change` (the relative change of x,
@@ -103,7 +114,7 @@ def probe(
         for one, batches in ((phi, first), (phi, second), (identity, first)):
             own = seeded(seed, "probe", segment, len(ends))
             draws.append(augmented(one, x, train.labels[base], base, own))
-            fed, _ = draw_batches(one, None, train.images, train.labels, base, batches, config, "graph", own)
+            fed, _ = draw_batches(one, augment, train.images, train.labels, base, batches, config, "graph", own)
             ends.append(unroll(experts.student, start, fed, batch_labels(one, train.labels, batches), alpha))
         losses = [float(matching_loss(end, target, start)) for end in ends]
         both = float(matching_loss(torch.stack(ends[:2]), target, start))

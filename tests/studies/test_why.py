@@ -159,6 +159,14 @@ def test_a_probe_is_the_matching_loss_of_plain_sgd(world):
     assert found["variance"] == pytest.approx([0.0] * 3, abs=1e-6)
 
 
+def test_a_probe_has_the_augmentation_of_the_unroll_after_phi(world):
+    settings, _, _, experts, base = world
+    arguments = 0.05, base, experts, settings.select(DistillConfig), 3, 11
+    halved = probe(Shrink(), *arguments)
+    augmented = probe(lambda images, **_: images, *arguments, augment=lambda images, **_: 0.5 * images)
+    assert augmented["loss"] == augmented["identity"] == pytest.approx(halved["loss"], rel=1e-6)
+
+
 def test_a_probe_s_variance_and_spread_are_those_of_the_noise(world):
     settings, _, _, experts, base = world
 
