@@ -31,8 +31,7 @@ from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset, Task
-from augdistill_report.work.pool import WorkConfig, run_jobs
-from augdistill_report.work.progress import Progress
+from augdistill_report.work.pool import WorkConfig, make_jobs
 from augdistill_report.work.provenance import SOURCES, environment, own_source
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
@@ -113,10 +112,16 @@ class Run:
     # --- jobs: run on all cores; finished results are reused ----------------------------------------------------------
 
     def make(self, jobs: list[Task], what: str) -> None:
-        """Run the jobs whose results the store lacks; `what` names them in the progress bar."""
-        run_jobs(jobs, self.store, self.settings.pool, Progress(what))
+        """Run the jobs whose results the store lacks, after the experts that they need; `what` names them in the
+        progress bar."""
+        make_jobs(self.store, self.settings.pool, jobs, what)
         if what != "experts":  # they are made once for many runs
-            self.jobs |= {self.store.path(job.kind, job.spec()): job for job in jobs}
+            self.count(jobs)
+
+    def count(self, jobs: list[Task]) -> None:
+        """Add the CPU seconds of finished jobs to those of this notebook (`finish`); each job counts once."""
+        done = [job for job in jobs if self.store.has(job.kind, job.spec())]
+        self.jobs |= {self.store.path(job.kind, job.spec()): job for job in done}
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:
         """The expert trajectories, and for each the validation accuracy by snapshot, in [0, 1]."""
@@ -132,8 +137,6 @@ class Run:
 
     def distill(self, rows: dict) -> dict:
         """Train every row's phi; returns a `Distilled` for each, and writes its curve as JSON lines to curves/."""
-        setups = dict.fromkeys(job.setup for job in rows.values())
-        self.make([job for setup in setups for job in missing_experts(setup)], "experts")
         self.make(list(rows.values()), "distillation")
         results = {name: job.stored_phi(self.store) for name, job in rows.items()}
         for name, result in results.items():
@@ -275,6 +278,9 @@ def fold(markdown: str, summary: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{markdown}\n</details>"
 
 
+UNIMPORTANT = {*WorkConfig.names(), "track", "data"}  # settings that change no number
+
+
 def made_by(folder: Path, settings: Settings) -> dict:
     """The preset of a run's folder, how its settings differ from it, and a digest of each file of the user's own phis:
     what repeats the run."""
@@ -282,8 +288,7 @@ def made_by(folder: Path, settings: Settings) -> dict:
     count = "images_per_class"  # a preset may choose its settings by it
     before, now = resolve(preset, {count: getattr(settings, count)}).public(), settings.public()
     before[count] = getattr(resolve(preset), count)
-    unimportant = [*WorkConfig.names(), "track", "data"]
-    changes = {key: now[key] for key in now if now[key] != before[key] and key not in unimportant}
+    changes = {key: now[key] for key in now if now[key] != before[key] and key not in UNIMPORTANT}
     own = {path.name: digest(path.read_text(encoding="utf-8")) for path in settings.phi_files}
     return {"preset": Path(preset).stem, "changes": changes, "phi_files": own}
 

@@ -23,6 +23,7 @@ from augdistill_report.run import folder_config, picture, run_folder, start_fold
 from augdistill_report.settings import resolve
 from augdistill_report.show.plots import bars
 from augdistill_report.studies.pieces import Campaign, Piece, read_campaign
+from augdistill_report.work.experts import Expert, Together
 from augdistill_report.work.jobs import Job
 from augdistill_report.work.progress import Line
 from augdistill_report.work.provenance import environment
@@ -38,7 +39,8 @@ GAIN_OVER_CONTROL = "gain over the first row without a phi on the same images (p
 
 @dataclasses.dataclass
 class Row:
-    """A piece with what became of it: its state, the seconds of this call, and its accuracy once it is done."""
+    """A piece with what became of it: its state, the CPU seconds of its finished jobs without those of experts (all
+    calls together), and its accuracy once it is done."""
 
     piece: Piece
     state: str = WAITING
@@ -84,7 +86,8 @@ def campaign(
     store, rows = Store(folder / "artefacts", deadline), [Row(piece) for piece in given.pieces]
     target = folder / "campaigns" / f"{given.name}{'-tiny' if tiny else ''}"
     for row in rows:  # what is there already (the first look at a data set may fit ZCA)
-        *_, score = row.piece.jobs(folder)
+        *_, score = jobs = row.piece.jobs(folder)
+        row.seconds = spent(jobs, store)
         if store.has(score.kind, score.spec()):
             row.state, row.accuracy = DONE, Accuracy(**score.stored(store)[1])
     write_rows(target, given, base.public(), tiny, rows)
@@ -102,8 +105,8 @@ def campaign(
 
 def make(row: Row, folder: Path, store: Store, show) -> None:
     """Make a piece, as far as the store's deadline allows; sets the row's state, seconds and accuracy."""
-    began = time.monotonic()
     torch.set_num_threads(row.piece.settings.threads)
+    jobs: list[Job] = []
     try:
         with alarm(store.deadline + RESERVE / 2):
             jobs = row.piece.jobs(folder)
@@ -122,7 +125,13 @@ def make(row: Row, folder: Path, store: Store, show) -> None:
     except Exception as error:  # whatever it is, it must not cost the other pieces
         row.state = FAILED + in_one_line(error)
     finally:
-        row.seconds = time.monotonic() - began
+        row.seconds = spent(jobs, store)
+
+
+def spent(jobs: list[Job], store: Store) -> float:
+    """The CPU seconds of the finished jobs but experts', which are made once for many pieces."""
+    own = [job for job in jobs if not isinstance(job, Expert | Together)]
+    return sum(store.seconds(job.kind, job.spec()) for job in own if store.has(job.kind, job.spec()))
 
 
 def run_until(job: Job, store: Store, show) -> str:

@@ -283,7 +283,10 @@ def unseen_table(found: dict[str, dict]) -> list[dict]:
 
 def study_table(found: dict[str, dict]) -> list[dict]:
     """What phi adds to the test accuracy, by row of the study's short form and by preset (notebook 04)."""
-    cells = {name.partition("/")[0]: result["cells"] for name, result in found.items()}
+    columns = {}  # by preset, with what was changed in it
+    for name, result in found.items():
+        columns[name] = ", ".join([name.partition("/")[0], *(f"{k} {v}" for k, v in result.get("changes", {}).items())])
+    cells = {columns[name]: result["cells"] for name, result in found.items()}
     presets = sorted(cells, key=lambda name: (name != "digits", name != "fashion-small", name))
 
     def gain(cells: list[dict], row: tuple[str, str]) -> str:
@@ -348,6 +351,8 @@ def origin_row(path: Path) -> dict:
         facts = read_sweep(path)
         command = f"augdistill sweep notebooks/sweeps/{raw['grid']} --preset {raw['preset']}"
         command += " --short" if raw["short"] else ""
+        command += set_arguments(raw.get("changes", {}))  # older files do not have them
+        command += "".join(f" --row {shlex.quote(row)}" for row in raw.get("only", []))
         facts["seconds"] = sum(cell.get("seconds", 0.0) for cell in raw["cells"])
     elif raw["kind"] == "campaign":
         facts = read_json(path, "campaign")

@@ -6,6 +6,7 @@ print(score("logged_files/CIFAR10/images_best.pt", on="cifar10", protocol="dc-be
 """
 
 import dataclasses
+import functools
 import shlex
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from augdistill_report.run import file_name, folder_config, made_by, row_file, r
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.studies.set_scores import BESIDE, score_subject, table_of, training_by
 from augdistill_report.studies.subjects import Subject, from_phi, from_row, from_set
-from augdistill_report.work.pool import WorkConfig
+from augdistill_report.work.pool import WorkConfig, make_jobs
 from augdistill_report.work.provenance import environment
+from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.statistics import markdown_table, shown
 
 SCOREBOARD = FIGURES / "scoreboard"
@@ -150,11 +152,12 @@ def score(
     A `ValueError` says what is wrong with a file or an argument.
     """
     changes = dict(changes or {})
-    subject, settings, folder = subject_named(what, on, preset, size, out, changes, labels, normalisation, name)
+    own = {k: v for k, v in changes.items() if k in EvalConfig.names()}  # of the protocol
+    others = {k: v for k, v in changes.items() if k not in own}
+    subject, settings, folder = subject_named(what, on, preset, size, out, others, labels, normalisation, name)
     torch.set_num_threads(settings.threads)
     if lr:
         subject = dataclasses.replace(subject, lr=lr)
-    own = {k: v for k, v in changes.items() if k.startswith("eval_")}
     own |= {"eval_student": student} if student else {}
     own |= {"eval_students": students} if students else {}
     own |= {"eval_labels": "soft"} if labels == "experts" else {}
@@ -163,7 +166,9 @@ def score(
     if publish and not is_committed({"environment": around}):
         raise ValueError("publish: the code has uncommitted changes, so nobody could repeat the score; commit first")
     rows = tuple(part.strip() for part in beside.split(",") if part.strip())
-    result = score_subject(subject, training, Store(folder / "artefacts"), settings.pool, rows)
+    store = Store(folder / "artefacts")
+    make = functools.partial(make_jobs, store, settings.pool)
+    result = score_subject(subject, training, store, make, rows)
     asked = dict(on=on, protocol=protocol, student=student, students=students, labels=labels, lr=lr, beside=beside)
     asked |= {} if row_file(Path(what)).is_file() else {"preset": preset, "normalisation": normalisation, "size": size}
     result |= {"command": command_of(what, asked, changes), "environment": around}

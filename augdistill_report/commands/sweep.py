@@ -15,7 +15,15 @@ from augdistill_report.commands.execute import KernelManager, NotebookFailed, ex
 from augdistill_report.commands.preflight import preflight
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.files.store import TOKEN, Store, write
-from augdistill_report.run import configuration, file_name, folder_config, picture, run_folder, start_folder
+from augdistill_report.run import (
+    UNIMPORTANT,
+    configuration,
+    file_name,
+    folder_config,
+    picture,
+    run_folder,
+    start_folder,
+)
 from augdistill_report.settings import Settings, preset_path, preset_text, read_preset, resolve
 from augdistill_report.show.plots import heat_map
 from augdistill_report.studies.grid import Grid, GridPoint, changed, read_grid, run_grid, sweep_table
@@ -129,7 +137,13 @@ def sweep(
         start_folder(run, preset, base)
     store, folder = Store(run / "artefacts"), run / "sweeps" / grid.path.stem
     folder.mkdir(parents=True, exist_ok=True)
-    cells = {choice: cell_of(choice, grid, preset, base) for choice in choices}
+    given, cells = changed(base, changes or {}, "--set"), {c: cell_of(c, grid, preset, base) for c in choices}
+    places: dict[str, GridPoint] = {}
+    for choice, cell in cells.items():
+        if (other := places.setdefault(cell.place, choice)) is not choice:
+            raise ValueError(
+                f"{grid.path}: {other.name!r} and {choice.name!r} have one folder, {cell.place}; rename one"
+            )
     if fresh:
         for cell in cells.values():
             store.path(cell.kind, cell.spec()).unlink(missing_ok=True)
@@ -144,10 +158,12 @@ def sweep(
         def show(done, total, note):
             line.count(f"cells ({len(failures)} failed)", done, total, note)
 
-        found = run_grid(cells, store, changed(base, changes or {}, "--set").pool, show, failures)
+        found = run_grid(cells, store, given.pool, show, failures)
     write(folder / "table.md", sweep_table(found))
     write(folder / f"{grid.path.stem}.png", picture(heat_map(found, grid.picture)))
     facts = {"grid": grid.path.name, "notebook": grid.notebook.name, "preset": preset_path(preset).stem, "short": short}
+    facts["changes"] = {key: value for key, value in given.public().items() if key in {*(changes or {})} - UNIMPORTANT}
+    facts["only"] = only or []
     facts["environment"] = environment(base.device)
     write_json(folder / f"{grid.path.stem}.json", "sweep", facts | {"cells": found})
     return folder, found

@@ -5,6 +5,7 @@ papers: none was measured here, and their protocols differ (several keep the bes
 """
 
 import dataclasses
+import operator
 from pathlib import Path
 
 from augdistill_report.files.sealed_json import read_json
@@ -30,7 +31,10 @@ PIXELS = 3 * 32 * 32
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A marker of the scoreboard: accuracies in [0, 1], `spread` a standard deviation (None: it is not known)."""
+    """A marker of the scoreboard: accuracies in [0, 1], `spread` a standard deviation (None: it is not known).
+
+    `training` says how students were trained: only accuracies with the same can be compared.
+    """
 
     method: str
     data: str
@@ -39,6 +43,7 @@ class Entry:
     bytes: int
     accuracy: float
     spread: float | None = None
+    training: str = "that of the paper"
     source: str = "measured"
 
     @property
@@ -80,23 +85,27 @@ PUBLISHED_SCORES = [
 
 def entries_of(result: dict) -> list[Entry]:
     """The rows of a score as entries: the set by its own name, the rows beside it by theirs."""
-    found = []
+    found, how = [], result["protocol"]
+    changed = "".join(f", {key} {value}" for key, value in how["changed"].items() if key != "eval_student")
+    training = f"{how['name']}: {how['eval_student']}, {how['steps']:,} steps{changed}"
     for name, row in result["rows"].items():
         if name not in (THE_SET, *BESIDE.values()):
             continue
         method = result["name"] if name == THE_SET else name
         if name in (RANDOM_ROW, BYTES_ROW):
-            soft = row["bytes"]["labels"] >= 4 * row["images"]  # it has the labels of the set
+            # it has the labels of the set, or those of experts
+            soft = row["bytes"]["labels"] >= 4 * row["images"] or "decoder" in row["bytes"]
             method = f"random real images{', soft labels' if soft else ''}"
         accuracy, size = row["accuracy"], sum(row["bytes"].values())
         where = (result["data"], result["size"], row["images"], size)
-        found.append(Entry(method, *where, accuracy["mean"], accuracy["std"]))
+        found.append(Entry(method, *where, accuracy["mean"], accuracy["std"], training))
     return found
 
 
 def distinct(entries: list[Entry]) -> list[Entry]:
     """Entries without those that stand beside several scores (all the data, as many random images): the first stays."""
-    return list({(e.method, e.data, e.size, e.images, e.bytes): e for e in reversed(entries)}.values())[::-1]
+    key = operator.attrgetter("method", "data", "size", "images", "bytes", "training")
+    return list({key(entry): entry for entry in reversed(entries)}.values())[::-1]
 
 
 def read_board(folder: Path = BOARD) -> list[dict]:
@@ -123,6 +132,7 @@ def board_table(entries: list[Entry]) -> list[dict]:
             + " %",
             "images": entry.images,
             "bytes": f"{entry.bytes:,}",
+            "students": entry.training,
             "source": entry.source if entry.is_measured else f"published, not measured: {entry.source}",
         }
         for panel in by_data(entries).values()
@@ -136,7 +146,7 @@ def score_rows(run: Run, rows: dict, protocol: str = "ours") -> dict[str, dict]:
     for name, job in rows.items():
         subject = from_row(job, name, run.settings, run.store, run.store)
         training = training_by(protocol, subject, run.settings, {})
-        found[name] = score_subject(subject, training, run.store, run.settings.pool, tuple(BESIDE))
+        found[name] = score_subject(subject, training, run.store, run.make, tuple(BESIDE))
     return found
 
 

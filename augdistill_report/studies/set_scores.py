@@ -8,6 +8,7 @@ when nothing is left to select.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,11 +21,8 @@ from augdistill_report.settings import Settings
 from augdistill_report.studies.protocols import PROTOCOLS, Protocol, augmentation_robust_score, label_robust_score
 from augdistill_report.studies.subjects import Subject, experts_bytes, label_bytes
 from augdistill_report.work.difficulty import PLACES, Difficulty
-from augdistill_report.work.experts import missing_experts
-from augdistill_report.work.jobs import Subset
+from augdistill_report.work.jobs import Job, Subset
 from augdistill_report.work.normalisation import WHITE
-from augdistill_report.work.pool import Pool, run_jobs
-from augdistill_report.work.progress import Progress
 from augdistill_report.work.scoring import EvalConfig, Evaluation, Score
 from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation, keep_set
 from augdistill_report.work.setup import public_name
@@ -37,6 +35,8 @@ THE_SET, RANDOM_ROW, BYTES_ROW, WINDOW_ROW, ALL_ROW = (
     "best window",
     "all the data",
 )
+
+Make = Callable[[list[Job], str], None]  # runs the jobs that are missing; the text names them in a progress bar
 
 BESIDE = {
     "random": RANDOM_ROW,
@@ -99,7 +99,7 @@ class StudentTraining:
 
 
 def training_by(protocol: str, subject: Subject, settings: Settings, changes: dict) -> StudentTraining:
-    """How students of a subject train by a protocol with `changes` (settings eval_*).
+    """How students of a subject train by a protocol with `changes` (eval_*) of it; `settings` are without them.
 
     A `ValueError` if there is no such protocol, or no step size is known.
     """
@@ -107,7 +107,10 @@ def training_by(protocol: str, subject: Subject, settings: Settings, changes: di
         raise ValueError(f"protocol={protocol!r}: must be one of {', '.join(PROTOCOLS)}")
     its = {"eval_student": PROTOCOLS[protocol].student, **PROTOCOLS[protocol].changes}
     config = settings.select(EvalConfig, **its | changes)
-    changed = {k: getattr(config, k) for k in changes if its.get(k, getattr(settings, k)) != getattr(config, k)}
+    before = {k: its.get(k, getattr(settings, k)) for k in changes}
+    if "eval_lr" in changes and PROTOCOLS[protocol].lrs:
+        before["eval_lr"] = PROTOCOLS[protocol].lrs  # one step size is a change of a selection
+    changed = {k: getattr(config, k) for k, value in before.items() if value != getattr(config, k)}
     training = StudentTraining(protocol, config, changed)
     if config.eval_lr or training.lrs:
         return training
@@ -134,7 +137,7 @@ def of_classes(classes: Tensor, pools: list[Tensor], generator: torch.Generator)
 
 
 def rows_of(
-    subject: Subject, training: StudentTraining, store: Store, pool: Pool, beside: tuple[str, ...]
+    subject: Subject, training: StudentTraining, store: Store, make: Make, beside: tuple[str, ...]
 ) -> dict[str, ScoredRow]:
     """What is scored, by name: the set, and the rows in `beside` (keys of `BESIDE`). Ranks the images, if it must."""
     data, setup, n, config = subject.data, subject.setup, len(subject.labels), training.config
@@ -176,9 +179,8 @@ def rows_of(
             row = real(drawn(many, every), many, dataclasses.replace(steps, eval_labels="hard"))
             rows[BYTES_ROW] = ScoredRow(row, len(many), real_bytes(many))
     if "window" in beside:
-        run_jobs(missing_experts(setup), store, pool, Progress("experts"))
         ranked = Difficulty(setup)
-        run_jobs([ranked], store, pool, Progress("difficulty"))
+        make([ranked], "difficulty")
         ease = ranked.stored(store)[0]["probability"]
         counts = torch.bincount(subject.hard, minlength=classes).tolist()
         found = {}
@@ -195,24 +197,25 @@ def rows_of(
         plain = dataclasses.replace(steps, eval_augment="none")
         rows[PLAIN_SET] = ScoredRow(own(plain), n, rows[THE_SET].bytes)
         rows[PLAIN_RANDOM] = ScoredRow(real(drawn(subject.hard, every), subject.labels, plain), n, size)
-        if subject.labels.ndim == 2:
+        if subject.labels.ndim == 2 or steps.eval_labels == "soft":
             tensors = store.load(STORED_SET, {"content": subject.given.content})[0] | {"labels": subject.hard[None]}
-            hard = keep_set(store, tensors, subject.given.normalisation)
+            content = keep_set(store, tensors, subject.given.normalisation).content
+            hard = dataclasses.replace(subject.given, content=content, hard=True)
             size = subject.bytes | {"labels": label_bytes(subject.hard, classes)}
-            rows[HARD_SET] = ScoredRow(own(steps, hard), n, size)
+            rows[HARD_SET] = ScoredRow(own(dataclasses.replace(steps, eval_labels="hard"), hard), n, size)
     return rows
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measured_rows(rows: dict[str, ScoredRow], store: Store, pool: Pool) -> tuple[dict[str, Measured], int]:
+def measured_rows(rows: dict[str, ScoredRow], store: Store, make: Make) -> tuple[dict[str, Measured], int]:
     """Select each row's option on the validation split, then score all rows on the test split.
 
     Also: how many rows of this data set have had their test accuracy measured in this store, these included.
     """
     several = [job for row in rows.values() if len(row.options) > 1 for job in row.options.values()]
-    run_jobs(several, store, pool, Progress("choices"))
+    make(several, "choices")
     chosen = {}
     for name, row in rows.items():
         values = dict.fromkeys(row.options, 0.0)
@@ -220,7 +223,7 @@ def measured_rows(rows: dict[str, ScoredRow], store: Store, pool: Pool) -> tuple
             values = {how: float(np.mean(job.stored(store)[1]["validation"])) for how, job in row.options.items()}
         chosen[name] = max(values, key=values.get)  # the first of equal ones
     scores = {name: Score(row.options[chosen[name]].setup, row.options[chosen[name]]) for name, row in rows.items()}
-    run_jobs(list(scores.values()), store, pool, Progress("test accuracy"))
+    make(list(scores.values()), "test accuracy")
     found = {}
     for name, score in scores.items():
         jobs = [score, *(rows[name].options.values() if len(rows[name].options) > 1 else [])]
@@ -284,16 +287,16 @@ def result_of(subject: Subject, training: StudentTraining, found: dict[str, Meas
 
 
 def score_subject(
-    subject: Subject, training: StudentTraining, store: Store, pool: Pool, beside: tuple[str, ...]
+    subject: Subject, training: StudentTraining, store: Store, make: Make, beside: tuple[str, ...]
 ) -> dict:
     """Score a subject and what stands beside it (keys of `BESIDE`): the result as plain JSON values.
 
-    It says how many test accuracies the store holds then. What is finished is found there.
+    It says how many test accuracies the store holds then. What is finished is found there; the rest `make` makes.
     """
     if unknown := [name for name in beside if name not in BESIDE]:
         raise ValueError(f"beside={unknown[0]!r}: must be among {', '.join(BESIDE)}")
-    rows = rows_of(subject, training, store, pool, beside)
-    found, opened = measured_rows(rows, store, pool)
+    rows = rows_of(subject, training, store, make, beside)
+    found, opened = measured_rows(rows, store, make)
     return result_of(subject, training, found) | {"opened": {"now": len(found), "in all": opened}}
 
 

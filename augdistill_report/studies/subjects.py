@@ -31,6 +31,7 @@ from augdistill_report.work.normalisation import (
 )
 from augdistill_report.work.pool import run_jobs
 from augdistill_report.work.progress import Progress
+from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.set_scoring import GivenSet, SetEvaluation, keep_phi, keep_set
 from augdistill_report.work.setup import Setup
@@ -243,7 +244,8 @@ def from_phi(path: Path, name: str, settings: Settings, store: Store, lr: float 
     hard = data.train.labels.cpu()[index]
     normalisation = Normalisation("zca-own" if setup.zca else "own")
     tensors = {"index": index[None], "labels": hard[None]}  # phi itself replaces the labels that it has learned
-    given = keep_set(store, tensors, normalisation, keep_phi(store, path.read_bytes()))
+    code = dict(phi=keep_phi(store, path.read_bytes()), phi_name=about["phi"], phi_source=own_source(about["phi"]))
+    given = dataclasses.replace(keep_set(store, tensors, normalisation), **code)
     labels = labels_under(phi, hard, torch.arange(len(index))).detach()
     size = stored_bytes(phi, hard, data)
     return Subject(name, setup, given, labels, size, lr, f"{normalisation.name}, as phi was trained")

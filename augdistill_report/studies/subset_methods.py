@@ -270,6 +270,14 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
         for id, method in every.items()
         if id == NONE or ((id in named if named else not method.asked) and (small or not method.small))
     ]
+    given, taught = settings.expert_augment, settings.taught_augment
+    unlike = [every[id].label for id in there if every[id].phi and every[id].experts != taught]
+    if settings.subset_by == "window" and unlike:
+        raise ValueError(
+            f"subset_by='window': experts rank the images, and all rows need the same ones; but {unlike[0]!r} has "
+            f"experts with expert_augment={given!r}, others with taught_augment={taught!r}; make these equal, or leave "
+            "that row out"
+        )
     return linked(every, there)
 
 

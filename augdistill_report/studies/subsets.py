@@ -28,7 +28,7 @@ from augdistill_report.studies.subset_methods import (
 from augdistill_report.studies.unseen import Repetition
 from augdistill_report.work.difficulty import Difficulty, subset_index
 from augdistill_report.work.distillation import Distillation
-from augdistill_report.work.experts import load_trajectories, missing_experts
+from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.scoring import EvalConfig, Evaluation, train_student
 from augdistill_report.work.setup import Setup
@@ -115,8 +115,6 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
 def make_needed(run, jobs: list[Evaluation]) -> None:
     """Make what evaluations need, kind by kind: else several workers would wait for one that makes it."""
     needed = dict.fromkeys(need for job in jobs for need in job.needs())
-    setups = dict.fromkeys(need.setup for need in needed)
-    run.make([job for setup in setups for job in missing_experts(setup)], "experts")
     for kind in (Difficulty, Distillation):
         run.make([need for need in needed if isinstance(need, kind)], kind.kind)
 

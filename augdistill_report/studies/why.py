@@ -110,6 +110,7 @@ def study(run: Run, grid: Grid, short: bool) -> tuple[list[dict], dict[tuple[str
         [job for setup in dict.fromkeys(c.setup for c in cases.values()) for job in missing_experts(setup)], "experts"
     )
     found = run_grid(cases, run.store, settings.pool, Progress("cases"))
+    run.count(list(cases.values()))
     rows: dict[tuple[str, str], list[Case]] = {}
     for choice, case in cases.items():
         rows.setdefault((choice.panel, choice.row), []).append(case)

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from loky import get_reusable_executor
 from augdistill_core import Config, knob
 from augdistill_report.files.store import Store, write
 from augdistill_report.work.crew import Crew, own_phis, run_with
-from augdistill_report.work.progress import REFRESH
+from augdistill_report.work.experts import Expert, missing_experts
+from augdistill_report.work.progress import REFRESH, Progress
+from augdistill_report.work.setup import Setup
 from augdistill_report.work.worker import start_worker
 
 
@@ -170,6 +172,22 @@ def run_jobs(
             notes = dict.fromkeys(note for note in (crew.about, *(note for _, note in states.values())) if note)
             partly = sum(fraction * weight[job_of[future]] for future, (fraction, _) in states.items())
             show(finished + partly if waiting else count, count, "; ".join(notes))
+
+
+def make_jobs(store: Store, pool: Pool, jobs: list, what: str) -> None:
+    """Run the jobs whose results the store lacks, with a progress bar called `what`, after the experts they need.
+
+    Else several workers would wait for one that trains an expert, whose time would count as that of its job.
+    """
+
+    def setups(job) -> Iterator[Setup]:
+        if not store.has(job.kind, job.spec()):
+            for need in job.needs():
+                yield from [need.setup] if need.kind == Expert.kind else setups(need)
+
+    needed = dict.fromkeys(setup for job in jobs for setup in setups(job))
+    run_jobs([expert for setup in needed for expert in missing_experts(setup)], store, pool, Progress("experts"))
+    run_jobs(jobs, store, pool, Progress(what))
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from augdistill_core import teacher_of
+from augdistill_core import Phi, teacher_of
 from augdistill_report.data.datasets import Dataset
 from augdistill_report.files.phi_files import load_phi
 from augdistill_report.files.store import Store, digest, tensor_digest, write
 from augdistill_report.work.experts import load_trajectories, own_experts
 from augdistill_report.work.jobs import Tick
 from augdistill_report.work.normalisation import Normalisation, data_in
+from augdistill_report.work.provenance import phi_modules
 from augdistill_report.work.scoring import Evaluation, train_student
 from augdistill_report.work.students import accuracy_of
 
@@ -24,18 +25,26 @@ STORED_SET = "set"  # kind of a stored set's file
 
 @dataclasses.dataclass(frozen=True)
 class GivenSet:
-    """In the place of a `Subset`: `images` images that the store keeps under `content`, and perhaps a saved `phi`."""
+    """In the place of a `Subset`: `images` images that the store keeps under `content`, and perhaps a saved phi.
+
+    phi: the digest of its file in the store ("" = none); a score depends on its code too: `phi_name` is its name in
+        PHIS, `phi_source` the source of a user's own
+    hard: whether students get the labels of the content, not those that phi gives
+    """
 
     content: str
     images: int
     normalisation: Normalisation = Normalisation()  # noqa: RUF009 (frozen)
     phi: str = ""
+    phi_name: str = ""
+    phi_source: str = ""
+    hard: bool = False
 
     def about(self, data: Dataset) -> float:
         return self.images
 
 
-def keep_set(store: Store, tensors: dict[str, Tensor], normalisation: Normalisation, phi: str = "") -> GivenSet:
+def keep_set(store: Store, tensors: dict[str, Tensor], normalisation: Normalisation) -> GivenSet:
     """Put a set into the store.
 
     `tensors`: `labels` `[draws, n]` or `[draws, n, classes]`, and either `images` `[n, C, H, W]`, as students are
@@ -46,7 +55,7 @@ def keep_set(store: Store, tensors: dict[str, Tensor], normalisation: Normalisat
     if not store.has(STORED_SET, {"content": content}):
         with store.making(STORED_SET, {"content": content}):
             store.save(STORED_SET, {"content": content}, tensors, {})
-    return GivenSet(content, tensors["labels"].shape[1], normalisation, phi)
+    return GivenSet(content, tensors["labels"].shape[1], normalisation)
 
 
 def keep_phi(store: Store, content: bytes) -> str:
@@ -65,9 +74,24 @@ def real_images(data: Dataset, index: Tensor) -> Tensor:
     return images
 
 
+class ImagesOnly(Phi):
+    """The images of a phi, without the labels that it gives."""
+
+    def __init__(self, phi: Phi):
+        super().__init__()
+        self.phi = phi
+
+    def forward(self, images, **given):
+        return self.phi(images, **given)
+
+
 @dataclasses.dataclass(frozen=True)
 class SetEvaluation(Evaluation):
     """Fresh students trained on a `GivenSet` (in the place of `subset`). Its `Score` measures their test accuracy."""
+
+    def modules(self):
+        name = self.subset.phi_name
+        return [*super().modules(), *(phi_modules(name) if name else [])]
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +112,7 @@ class SetEvaluation(Evaluation):
         data, config, setup = self.data, self.config, self.setup
         tensors, _ = store.load(STORED_SET, {"content": self.subset.content})
         phi, augment, validation = self.phi(store), self.augment(), data.validation.made()
-        phi = phi and phi.to(setup.device)
+        phi = phi and (ImagesOnly(phi) if self.subset.hard else phi).to(setup.device)
         teacher = self.teacher(store) if config.eval_labels == "soft" else None
         models = []
         for k in range(config.eval_students):

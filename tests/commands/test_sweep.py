@@ -10,6 +10,7 @@ from helpers import CUT, TINY, found, grid_file
 from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands.cli import main
+from augdistill_report.commands.sweep import sweep
 from augdistill_report.files.sealed_json import read_json, write_json
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.why import study
@@ -63,6 +64,7 @@ def test_a_notebook_finds_in_the_same_cells_what_the_sweep_found(swept, tmp_path
         if other:
             assert cell.get("numbers") == other.get("numbers") and ("error" in cell) == ("error" in other)
     assert {c["row"] for c in cells if "error" in c} == {"cut", "dies"}
+    assert len(run.jobs) == 2 and all(run.store.seconds(job.kind, job.spec()) > 0 for job in run.jobs.values())
 
 
 def test_a_second_sweep_runs_what_is_missing_and_nothing_else(swept, capsys):
@@ -79,6 +81,8 @@ def test_a_second_sweep_runs_what_is_missing_and_nothing_else(swept, capsys):
     numbers = {(cell["row"], cell["point"]["seed"]): cell.get("numbers") for cell in found(sweep)}
     # one after the other, on what the cells had made
     assert main(["sweep", str(path), "--out", str(run), "--row", "U-Net", "--row", "none"]) == 0
+    command = "sweep notebooks/sweeps/mine.yaml --preset smoke --row U-Net --row none`"
+    assert gallery.origin_row(sweep / "mine.json")["command"].endswith(command)
     again = {(cell["row"], cell["point"]["seed"]): cell["numbers"] for cell in found(sweep)}
     assert len(again) == 4 and again.items() <= numbers.items() and gone.exists()
     (sweep / "mine.json").write_bytes(whole)
@@ -122,6 +126,23 @@ def test_any_notebook_can_be_swept(tmp_path):
     assert [cell["point"] for cell in cells] == [{"expert_lr": 0.01}, {"expert_lr": 0.1}]
     assert [cell["settings"]["expert_lr"] for cell in cells] == [0.01, 0.1]
     assert cells[0]["numbers"] != cells[1]["numbers"]
+
+
+def test_what_a_sweep_changed_is_in_its_file_its_command_and_the_table_of_studies(tmp_path):
+    path = grid_file(tmp_path / "grid", notebook="01_expert_trajectories.ipynb", axes={"expert_lr": [0.01]}, set={})
+    assert main(["sweep", str(path), "--out", str(tmp_path / "run"), "--set", "width=4", "--set", "workers=1"]) == 0
+    written = tmp_path / "run" / "sweeps" / "mine" / "mine.json"
+    result = read_json(written, "sweep")
+    assert result["changes"] == {"width": 4} and result["only"] == []
+    assert gallery.origin_row(written)["command"].endswith("mine.yaml --preset smoke --set width=4`")
+    assert set(gallery.study_table({"smoke/mine": result})[0]) == {"gain over the real images", "smoke, width 4"}
+
+
+def test_rows_whose_names_would_share_a_folder_are_refused(tmp_path):
+    rows = {"Adam, .1": {"phi_lr": 0.1}, "Adam; .1": {"phi_lr": 0.2}}
+    path = grid_file(tmp_path / "grid", rows=rows)
+    with pytest.raises(ValueError, match=r"'Adam, \.1' and 'Adam; \.1' have one folder, .*Adam__\.1; rename one"):
+        sweep(path, out=str(tmp_path / "run"))
 
 
 def test_a_sweep_of_which_every_cell_fails_says_so(tmp_path):

@@ -135,6 +135,13 @@ def test_a_row_whose_followed_row_is_left_out_follows_the_next_one(rows, by, exp
     )
 
 
+def test_a_window_for_all_rows_needs_experts_of_one_kind():
+    rows = {"subset_by": "window", "expert_augment": "none", "taught_augment": "dsa"}
+    with pytest.raises(ValueError, match=r"subset_by='window': .* 'identity' has experts with expert_augment='none'"):
+        methods(resolve("smoke", rows | {"subset_rows": "dsa, identity"}), 0.1)
+    assert "pixels_augmented" in methods(resolve("smoke", rows | {"subset_rows": "dsa, pixels_augmented"}), 0.1)
+
+
 def test_what_is_chosen_is_kept_along_rows_that_are_left_out(monkeypatch):
     """Each row by itself would choose its last option."""
     settings = resolve("smoke", {"subset_rows": "window, window_mixed", "fractions": "0.1", "taught_augment": "dsa"})

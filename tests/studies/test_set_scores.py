@@ -3,14 +3,17 @@
 import dataclasses
 import math
 import re
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from augdistill_core import Applied, seeded
 from augdistill_report import score
 from augdistill_report.commands.cli import main
+from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import load, whitened
 from augdistill_report.files.distilled_sets import read_set
 from augdistill_report.files.sealed_json import read_json, write_json
@@ -20,9 +23,12 @@ from augdistill_report.show.budget_plot import accuracy_by_bytes, colours_of
 from augdistill_report.studies import scoreboard
 from augdistill_report.studies.protocols import PROTOCOLS, augmentation_robust_score, label_robust_score
 from augdistill_report.studies.set_scores import of_classes
+from augdistill_report.studies.subjects import from_phi
 from augdistill_report.work.networks import alexnet, convnet3, vgg11
 from augdistill_report.work.normalisation import CONSTANTS, Normalisation
-from augdistill_report.work.set_scoring import STORED_SET
+from augdistill_report.work.scoring import EvalConfig, evaluate
+from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation
+from augdistill_report.work.students import accuracy_of
 
 CHANGES = dict(width=16, syn_steps=5, iterations=30, eval_steps=100, eval_students=3)
 
@@ -158,6 +164,47 @@ def test_what_stands_beside_a_score(run, capsys):
     assert scores["augmentation-robust score"] == augmentation_robust_score(values[0], values[1], *values[4:])
     assert main(arguments) == 0  # everything is found again, and the test split stays closed
     assert f"holds {before} test accuracies" in capsys.readouterr().out
+
+
+def test_a_changed_setting_of_the_students_is_said_and_used(run):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    mine = score(row, beside="", changes={"eval_steps": "7", "phi_probability": "0.5"})
+    assert mine.result["protocol"]["changed"] == {"eval_steps": 7, "phi_probability": 0.5}
+    assert mine.result["protocol"]["steps"] == 7 and "changed: eval_steps=7, phi_probability=0.5" in str(mine)
+    assert score(row, beside="", changes={"eval_steps": "100"}).result["protocol"]["changed"] == {}  # as it was
+    short = {"eval_epochs": "2", "eval_student": "convnet", "eval_lr": "0.02"}  # one step size, also the default one
+    ranked = score(row, protocol="dd-ranking", beside="", changes=short).result
+    assert ranked["protocol"]["changed"]["eval_lr"] == 0.02 == ranked["protocol"]["eval_lr"]
+    assert ranked["rows"]["the set"]["option"] == ""
+    with pytest.raises(ValueError, match=r"unknown key 'eval_setps'"):
+        score(row, beside="", changes={"eval_setps": "7"})
+
+
+@pytest.mark.parametrize("labels", ["", "experts"])
+def test_the_hard_labels_of_dd_ranking_are_on_the_images_of_the_set(run, labels):
+    """Students of learned images with learned labels, or with labels by experts: the same images with hard labels."""
+    row = f"{run.folder}/02_baseline_mtt/{'pixels (MTT)' if labels else 'with labels'}"
+    options = dict(protocol="dd-ranking", student="convnet", labels=labels, beside="random,all")
+    result = score(row, changes={"eval_epochs": "4", "eval_lr": "0.01"}, **options).result
+    job = run.rows["pixels (MTT)" if labels else "with labels"]
+    pixels, train = job.stored_phi(run.store).phi, run.train(run.base)
+    config = EvalConfig.from_dict({k: v for k, v in result["protocol"].items() if k in EvalConfig.names()})
+    config = dataclasses.replace(config, eval_steps=4, eval_epochs=0, eval_labels="hard")
+    augment = Applied(augmentation("dsa", run.data), probability=config.eval_augment_probability)
+    images = pixels(train.images, labels=train.labels, index=torch.arange(10), generator=seeded(0)).detach()
+    learned = types.SimpleNamespace(images=images, labels=train.labels)
+    arguments = (run.student, None, learned, run.data.validation, config, run.settings.seed)
+    models, _ = evaluate(*arguments, augment=augment)
+    expected = [accuracy_of(model, run.data.test.opened()) for model in models]
+    assert result["rows"]["the set, hard labels"]["accuracy"]["values"] == pytest.approx(expected)
+
+
+def test_the_score_of_a_saved_phi_depends_on_its_code(run, tmp_path):
+    subject = from_phi(run.save("code", run.rows["unet_noise"]), "code", run.settings, run.store)
+    job = SetEvaluation(subject.setup, subject.given, run.settings.select(EvalConfig))
+    assert "augdistill_method.zoo.unet" in job.modules()
+    other = dataclasses.replace(job, subset=dataclasses.replace(subject.given, phi_source="changed"))
+    assert other.spec() != job.spec()
 
 
 def test_dd_ranking_s_scores_are_those_of_its_paper():
@@ -304,6 +351,8 @@ def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
         write_json(tmp_path / f"{result.path.name}", "score", result.result)
     entries = [entry for result in scoreboard.read_board(tmp_path) for entry in scoreboard.entries_of(result)]
     assert [entry.method for entry in entries].count("random real images") == 4
+    short = [dataclasses.replace(entry, training="ours: convnet, 7 steps", accuracy=0.1) for entry in entries]
+    assert len(scoreboard.distinct(entries + short)) == 2 * len(scoreboard.distinct(entries))  # never for one another
     entries = scoreboard.distinct(entries)  # ten random images stand beside both rows
     assert [entry.method for entry in entries].count("random real images") == 3
     board = entries + scoreboard.PUBLISHED_SCORES

@@ -5,10 +5,13 @@ import dataclasses
 
 from augdistill_core import DistillConfig
 from augdistill_report.files.store import Store
+from augdistill_report.settings import resolve
+from augdistill_report.work import pool
 from augdistill_report.work.crew import Crew
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset, Task
-from augdistill_report.work.pool import Pool, run_jobs
+from augdistill_report.work.pool import Pool, make_jobs, run_jobs
+from augdistill_report.work.scoring import EvalConfig, Evaluation, Score
 from augdistill_report.work.setup import Setup
 
 
@@ -54,6 +57,28 @@ def test_the_most_expensive_job_starts_first_and_counts_most(tmp_path, monkeypat
     run_jobs(pieces, Store(tmp_path / "one"), Pool(1), lambda *state: shown.append(state))
     assert began == ["short", "long", "other short", "middle"]  # alone, in their own order
     assert [done for done, _, _ in shown] == [0, 0.25, 0.5, 1.5, 2.5, 2.75, 3, 3.5, 4]  # in eighths of the cost, of 4
+
+
+def test_experts_are_made_first_and_alone(tmp_path, monkeypatch):
+    """Students of soft labels and a phi need experts, directly or not; students of hard labels and stored jobs none."""
+    settings = resolve("smoke", {"width": 4})
+    setup, subset, store = settings.select(Setup), Subset(0, per_class=1), Store(tmp_path)
+    asked = []
+    monkeypatch.setattr(pool, "run_jobs", lambda jobs, *_: asked.append([job.kind for job in jobs]))
+
+    def asked_for(config: EvalConfig, distilled=None) -> list[str]:
+        asked.clear()
+        make_jobs(store, Pool(), [Score(setup, Evaluation(setup, subset, config, distilled))], "evaluation")
+        experts, rest = asked
+        assert rest == ["accuracy"]
+        return experts
+
+    hard, soft = (settings.select(EvalConfig, eval_labels=labels, eval_steps=2) for labels in ("hard", "soft"))
+    phi = Distillation(setup, "identity", subset, settings.select(DistillConfig))
+    assert asked_for(hard) == [] and asked_for(soft) == asked_for(hard, phi) == ["expert"] * settings.experts
+    score = Score(setup, Evaluation(setup, subset, soft))
+    store.save(score.kind, score.spec(), {}, {"validation": [0.5], "test": [0.5], "stopped": ""}, 1.0)
+    assert asked_for(soft) == []
 
 
 def test_cost_follows_what_a_distillation_does():
