@@ -55,7 +55,7 @@ class Row:
         """Its entry in the JSON file; of the settings, those that differ from `base`."""
         entry = {"row": self.piece.row, "images": self.piece.images, "seed": self.piece.settings.seed}
         entry |= {key: getattr(self.piece, key) for key in ("fraction", "phi", "mtt", "only")}
-        entry |= {"state": self.state, "seconds": round(self.seconds, 1)}
+        entry |= {"state": self.state, "seconds": round(self.seconds, 3)}
         if self.accuracy:
             entry |= {"test": self.accuracy.numbers(), "validation": summary(self.accuracy.validation)}
         own = self.piece.settings.public()
