@@ -130,8 +130,12 @@ def make(row: Row, folder: Path, store: Store, show) -> None:
 
 def spent(jobs: list[Job], store: Store) -> float:
     """The CPU seconds of the finished jobs but experts', which are made once for many pieces."""
-    own = [job for job in jobs if not isinstance(job, Expert | Together)]
-    return sum(store.seconds(job.kind, job.spec()) for job in own if store.has(job.kind, job.spec()))
+    seconds = 0.0
+    for job in jobs:
+        if not isinstance(job, Expert | Together) and store.has(job.kind, job.spec()):
+            with contextlib.suppress(ValueError):  # the piece that uses a damaged file says so in its row
+                seconds += store.seconds(job.kind, job.spec())
+    return seconds
 
 
 def run_until(job: Job, store: Store, show) -> str:

@@ -173,6 +173,19 @@ def test_a_campaign_goes_on_after_a_limit_and_a_kill_and_finds_what_an_undisturb
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_damaged_result_costs_its_own_piece_alone(tmp_path, capsys):
+    path = str(a_list(tmp_path, *LINES, tiny={"size": 8, "width": 4, "iterations": 3}))
+    command = ["campaign", path, "--tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    for kind in ("accuracy", "distilled"):  # the scores are gone, so the pieces need their phis, which are damaged
+        for file in (tmp_path / "out" / "artefacts").glob(f"{kind}-*.safetensors"):
+            file.unlink() if kind == "accuracy" else file.write_bytes(b"damaged")
+    assert main(command) == 0
+    rows = read_json(tmp_path / "out" / "campaigns" / "mine-tiny.json", "campaign")["rows"]
+    for row in rows:
+        assert row["state"].startswith("failed: ") if row["phi"] or row["row"] == "bad" else row["state"] == "done", row
+
+
 def test_a_report_of_the_same_run_finds_a_campaign_s_jobs(tmp_path):
     """Its jobs have the same specifications as those of notebook 02."""
     from augdistill_report.run import Run
