@@ -89,10 +89,8 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
     names = {id: textwrap.fill(f"{rows[id].label}, over {rows[rows[id].follows].label}", 44) for id in found}
     fractions = sorted({f for by in found.values() for f in by})
     over = next(iter(next(iter(found.values())).values())).over
-    what, zero = (
-        "difference in test accuracy\n(points, 95 % interval\nover",
-        dict(color="black", linewidth=0.7, linestyle=":"),
-    )
+    what = f"difference in test accuracy\n(points, 95 % interval\nover {over})"
+    zero = dict(color="black", linewidth=0.7, linestyle=":")
     if len(fractions) == 1:
         (f,) = fractions
         figure, (axis,) = new_figure(8.5, 1.1 + 0.5 * len(found))
@@ -102,7 +100,7 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
         axis.axvline(0, **zero)
         axis.set_yticks(range(len(found)), [f"{name}   {found[id][f]}" for id, name in names.items()], fontsize=8.5)
         axis.set_ylim(len(found) - 0.5, -0.5)
-        axis.set_xlabel(f"{what} {over})".replace("\n", " "))
+        axis.set_xlabel(what.replace("\n", " "))
         axis.set_title(sizes[f], loc="left", fontsize=10.5, fontweight="bold")
         return figure
     figure, (axis,) = new_figure(9.0, max(3.4, 1.2 + 0.22 * sum(name.count("\n") + 1 for name in names.values())))
@@ -115,7 +113,7 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
     axis.axhline(0, **zero)
     axis.set_xticks(range(len(fractions)), [sizes[f].replace(" (", "\n(") for f in fractions], fontsize=8.5)
     axis.set_xlim(-0.5, len(fractions) - 0.5)
-    axis.set(xlabel="subset", ylabel=f"{what} {over})")
+    axis.set(xlabel="subset", ylabel=what)
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -89,7 +89,7 @@ class Method:
     choices: what is selected on the validation split, besides the step size: a tuple of alternatives per choice, each
         a change of `EvalConfig`, of `DistillConfig`, or of the subset (`window`)
     follows: the id of the method that it is compared with, and whose selected alternatives it keeps; only other choices
-        are selected for it (if that method is not in the table: of the one that that one follows)
+        are selected for it (if that method is left out of the table: the next one along `follows`)
     asked: whether it is in the table only if `subset_rows` names it
     small: whether it learns only on subsets up to `policy_fraction`, because it is slow
     drift: whether it is in the drift table, where each student step has its own draw (so not fixed copies)
@@ -282,7 +282,7 @@ def methods(settings: Settings, fraction: float) -> dict[str, Method]:
 
 
 def linked(every: dict[str, Method], there: list[str]) -> dict[str, Method]:
-    """The rows `there` of a table by id. A row whose followed row is left out follows the one that that one follows."""
+    """The rows `there` of a table by id. If the row that one follows is left out, it follows the next one along."""
 
     def followed(method: Method) -> str:
         other = method.follows
