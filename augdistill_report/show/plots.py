@@ -31,7 +31,7 @@ COLOURS = {  # of names in notebooks 01 to 04 and 07; methods of 05 define their
     "soft labels": "#8c6d31",
     "identity": "#aaaaaa",
     "pixels (MTT)": "#d55e00",
-    "pixels (2018 loss)": "#e69f00",
+    "pixels (2018 loss)": "#f4a582",
     "unet": "#0072b2",
     "unet_noise": "#009e73",
     "distnet2, SGD 1000": "#000000",

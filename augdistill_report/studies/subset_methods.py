@@ -79,7 +79,7 @@ class Method:
     """A row of the subset table. Students train on `augment`(phi(x)) for x of a subset, with phi's or soft labels.
 
     id: its key in results, and its name in `subset_rows`
-    label, colour, marker, line: how every table and figure shows it (matplotlib's terms)
+    label, colour, marker, line: how every table and figure shows it (matplotlib's terms); each row has its own colour
     group: one of `CONTROL`, `HAND`, `LEARNED`, `IMAGES`, `SELECTED`
     phi: the phi that learns on the subset, any name in PHIS ("" = none)
     recipe: how it learns: a function of the repetition that returns changes of `DistillConfig`
@@ -158,7 +158,7 @@ def every_method(settings: Settings) -> list[Method]:
     labels = dict(augment=taught, choices=(MIXES, *of_taught), asked=True)
     learned = labels | late | dict(under=taught, drift=False)
     known = COLOURS  # of labels that other notebooks show too
-    orange, blue, green, sky, pink, brown = "#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#8c6d31"
+    sky, pink = "#56b4e9", "#cc79a7"
     rows = [
         Method(NONE, BASELINE, CONTROL, known[BASELINE], drift=True, carried=True),
         Method("identity", "identity", CONTROL, known["identity"], "s", ":", "identity", one_iteration, given),
@@ -166,13 +166,13 @@ def every_method(settings: Settings) -> list[Method]:
         Method(
             "experts_augmentation", EXPERTS, HAND, known[EXPERTS], "s", augment=taught, choices=of_taught, drift=True
         ),
-        Method("dsa", "DSA", HAND, pink, "D", augment="dsa", choices=(APPLIED,)),
-        Method("crop_flip", crop, HAND, sky, "^", augment="crop_flip", choices=(APPLIED,)),
-        Method("autoaugment", "AutoAugment", HAND, green, "v", augment="autoaugment", choices=(APPLIED,)),
-        Method("randaugment", "RandAugment", HAND, orange, "P", **randaugment, drift=True, carried=True),
-        Method("trivialaugment", "TrivialAugment", HAND, brown, "X", augment="trivialaugment", choices=(APPLIED,)),
+        Method("dsa", "DSA", HAND, "#a6761d", "D", augment="dsa", choices=(APPLIED,)),
+        Method("crop_flip", crop, HAND, "#e8c53a", "^", augment="crop_flip", choices=(APPLIED,)),
+        Method("autoaugment", "AutoAugment", HAND, "#7fbc41", "v", augment="autoaugment", choices=(APPLIED,)),
+        Method("randaugment", "RandAugment", HAND, "#5a6e7f", "P", **randaugment, drift=True, carried=True),
+        Method("trivialaugment", "TrivialAugment", HAND, "#5c4033", "X", augment="trivialaugment", choices=(APPLIED,)),
         # it learns together with the student, also how often it applies each transformation
-        Method("instaaug", "InstaAug", LEARNED, brown, "*", augment="instaaug", choices=(REWARDS,)),
+        Method("instaaug", "InstaAug", LEARNED, "#005f73", "*", augment="instaaug", choices=(REWARDS,)),
         Method(
             "pixels_mtt", "pixels (MTT)", IMAGES, known["pixels (MTT)"], "^", "-", "pixels", by_mtt, given, carried=True
         ),
@@ -181,7 +181,7 @@ def every_method(settings: Settings) -> list[Method]:
         ),
         Method(PHI, f"phi ({settings.phi})", LEARNED, look(settings.phi).colour, "P", choices=(USES,), **own),
         Method("policy", "policy", LEARNED, sky, "X", choices=(USES,), phi=POLICY, **late),
-        Method("unet_policy", "U-Net + policy", LEARNED, blue, "*", choices=(USES,), **both, **late),
+        Method("unet_policy", "U-Net + policy", LEARNED, "#1b3a6b", "*", choices=(USES,), **both, **late),
         Method("pixels_policy", "pixels + policy", IMAGES, "#000000", choices=(USES,), phi=f"pixels+{POLICY}", **late),
         Method(
             *("pixels_augmented", f"pixels + {EXPERTS}", IMAGES, pink, "h"),
@@ -189,7 +189,7 @@ def every_method(settings: Settings) -> list[Method]:
         ),
         # the controls of a policy, real images with other labels, images and labels together, images selected
         Method(
-            *("random_policy", "policy, random ranges", HAND, "#999933", "d", ":"),
+            *("random_policy", "policy, random ranges", HAND, "#c2a5cf", "d", ":"),
             **dict(augment="random_policy", choices=(random_ranges(settings), APPLIED), follows="policy", asked=True),
         ),
         Method(
@@ -225,9 +225,9 @@ def every_method(settings: Settings) -> list[Method]:
             *("unet_learned", f"U-Net, learned labels + {EXPERTS}", LEARNED, "#332288", "o", "-", "labels+unet_noise"),
             **learned | dict(choices=(MIXES, *of_taught, USES), follows=LEARNED_LABELS),
         ),
-        Method("window", "best window", SELECTED, "#882255", "v", choices=(WINDOWS,), asked=True),
+        Method("window", "best window", SELECTED, "#bf812d", "v", choices=(WINDOWS,), asked=True),
         Method(
-            *("window_augmented", f"best window + {EXPERTS}", SELECTED, "#332288", "s", "--"),
+            *("window_augmented", f"best window + {EXPERTS}", SELECTED, "#80cdc1", "s", "--"),
             **dict(augment=taught, choices=(WINDOWS, *of_taught), follows="window", asked=True),
         ),
         Method(

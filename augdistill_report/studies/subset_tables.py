@@ -200,18 +200,43 @@ def side_by_side(settings: Settings, scores: dict, others: dict, budget: str) ->
 MOST_NAMED = 4  # most methods that a sentence lists
 
 
-def verdict(scores: dict, settings: Settings) -> str:
-    """Which method is best at each fraction: paragraphs of Markdown, from the numbers.
+def best(here: dict[tuple[str, int], Accuracy], ids: Iterable[str] = ()) -> str:
+    """The method (of `ids`, if given) with the highest mean validation accuracy; "" if there is none.
 
-    Two methods differ significantly if the 95 % interval of their mean difference over trials (over students, if there
-    is one trial) excludes 0.
+    The method that is best of many on the test split would owe some of that to chance.
+    """
+    means = {id: sum(score.validation) / len(score.validation) for id, score in pooled(here).items()}
+    return max((id for id in means if id in ids or not ids), key=means.get, default="")
+
+
+def leaders(settings: Settings, scores: dict[Key, Accuracy], fraction: float) -> list[str]:
+    """No augmentation, and the method of each group that is best on validation at a fraction, in order."""
+    here, rows = at(scores, fraction), shown_rows(settings)
+    ids = [id for id in pooled(here) if id not in (NONE, FULL.id)]
+    groups = ([id for id in ids if rows[id].group == group] for group in GROUPS)
+    return [NONE, *(best(here, members) for members in groups if members)]
+
+
+def headline(settings: Settings, scores: dict[Key, Accuracy], fraction: float) -> str:
+    """The sentence that sums up a fraction: the method that is best on validation, with its test accuracy."""
+    here, rows, full = at(scores, fraction), shown_rows(settings), pooled(at(scores, 1.0))[FULL.id]
+    means, id = pooled(here), best(here)
+    plain = f"no augmentation has {means[NONE]}, " if id != NONE else ""
+    name = f"With {sized(settings, fraction)} of the data “{rows[id].label}” is best on validation"
+    return f"{name}: {means[id]} on the test split; {plain}all the data {full}."
+
+
+def verdict(settings: Settings, scores: dict[Key, Accuracy]) -> str:
+    """What the scores say at each fraction: paragraphs of Markdown, from the numbers.
+
+    Methods are picked by validation accuracy. Two methods differ significantly if the 95 % interval of their mean
+    difference over trials (over students, if there is one trial) excludes 0.
     """
     said, full, rows = [], pooled(at(scores, 1.0))[FULL.id], shown_rows(settings)
     for f in dict.fromkeys(f for id, f, _ in scores if id != FULL.id):
         here = {key: score for key, score in at(scores, f).items() if key[0] != FULL.id}
-        means = {id: score.mean for id, score in pooled(here).items()}
-        best = max(means, key=means.get)
-        over = {id: difference(here, best, id) for id in means if id != best}
+        means, first = {id: score.mean for id, score in pooled(here).items()}, best(here)
+        over = {id: difference(here, first, id) for id in means if id != first}
         near = [id for id, its in over.items() if not its.significant]
         unlike = "significantly different from all others (95 % interval excludes 0)"
         if near:
@@ -221,27 +246,34 @@ def verdict(scores: dict, settings: Settings) -> str:
             unlike = f"not significantly different from {len(near)} of {len(means) - 1} others{baseline}"
         if near and over[near[0]].half is None:
             unlike = f"with n = {over[near[0]].over} nothing is said about significance"
+        its = unpaired([score.test for (id, _), score in here.items() if id == first], full.test)
         said.append(
-            f"**{sized(settings, f)}**: *{rows[best].label}* is best ({100 * means[best]:.1f} %"
-            + (f"; {rows[NONE].label} {100 * means[NONE]:.1f} %" if best != NONE else "")
-            + f"), {unlike}."
+            f"**{sized(settings, f)}**: *{rows[first].label}* is best on validation ({100 * means[first]:.1f} % on the "
+            + (f"test split; {rows[NONE].label} {100 * means[NONE]:.1f} %" if first != NONE else "test split")
+            + f"), {unlike}. Compared with all the data: {its.words}."
         )
         learned = [id for id in means if rows[id].group in (LEARNED, IMAGES)]
         designed = [id for id in means if rows[id].group == HAND]
-        ours, hand = (max(group, key=means.get, default="") for group in (learned, designed))
+        ours, hand = (best(here, group) if group else "" for group in (learned, designed))
         pairs = {(ours, hand): "The best method learned on the subset, and the best hand-designed augmentation: "}
-        pairs |= {pair: "" for pair in [(PHI, hand), *((id, rows[id].follows) for id in means)] if pair not in pairs}
+        pairs |= {pair: "" for pair in [(PHI, hand)] if pair not in pairs}
         said[-1] += "".join(f" {w}{compared(here, *p, rows)}." for p, w in pairs.items() if means.keys() >= {*p})
-        valid = {id: sum(score.validation) / len(score.validation) for id, score in pooled(here).items()}
-        picked = max(valid, key=valid.get)  # the best on the test split of many rows would be above by chance
-        its = unpaired([score.test for (id, _), score in here.items() if id == picked], full.test)
-        said[-1] += f" Best on validation is *{rows[picked].label}*; compared with all the data: {its.words}."
     return "\n\n".join([*said, f"{FULL.label.capitalize()}: {full}."])
 
 
 def compared(here: dict[tuple[str, int], Accuracy], one: str, other: str, rows: dict[str, Method]) -> str:
     """A sentence that compares one method with another."""
     return f"*{rows[one].label}* compared with *{rows[other].label}*: {difference(here, one, other).words}"
+
+
+def changes_table(settings: Settings, changes: dict[str, dict[float, Difference]]) -> list[dict]:
+    """What one change adds (`over_followed`), in words, by method and fraction."""
+    rows = shown_rows(settings)
+    return [
+        {"method": rows[id].label, "minus (points, 95 % CI)": rows[rows[id].follows].label}
+        | {percent(f): its.words.replace(" points", "") for f, its in by.items()}
+        for id, by in changes.items()
+    ]
 
 
 def by_student(carried: dict[tuple[str, str, int], Accuracy]) -> dict[str, dict[tuple[str, int], Accuracy]]:

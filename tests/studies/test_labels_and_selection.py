@@ -37,11 +37,14 @@ def world(tmp_path_factory):
 def test_every_row_is_scored_and_compared_with_the_one_it_follows(world):
     run, chosen, jobs, scores = world
     assert {id for id, _, _ in scores} >= {*ASKED, NONE}
-    text = subset_tables.verdict(scores, run.settings)
+    changes = subset_tables.over_followed(run.settings, scores)
+    table = {row["method"]: row for row in subset_tables.changes_table(run.settings, changes)}
     rows = methods(run.settings, 0.1)
     for one in ASKED:
         if other := rows[one].follows:
-            assert f"*{rows[one].label}* compared with *{rows[other].label}*" in text
+            row = table[rows[one].label]
+            assert row["minus (points, 95 % CI)"] == rows[other].label
+            assert row["10 %"].startswith(f"{100 * changes[one][0.1].mean:+z.1f} ")
             shared = {k for choice in rows[other].choices for o in choice for k in o}
             shared &= {k for choice in rows[one].choices for o in choice for k in o}
             assert all(chosen[one, 0.1][k] == chosen[other, 0.1][k] for k in shared), one

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,13 @@ def both(data, count=20):
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phi", ["unet_noise", "unet"])
+def test_no_two_methods_have_one_colour(phi):
+    """A picture of the best of each group holds methods of all groups."""
+    colours = [method.colour for method in every_method(resolve("digits", {"phi": phi}))]
+    assert len(set(colours)) == len(colours)
 
 
 def test_every_method_has_the_same_protocol(world):
@@ -218,7 +226,7 @@ def test_a_table_may_have_some_rows_only(world):
     settings = dataclasses.replace(world["run"].settings, subset_rows="policy, identity")
     assert set(learned(settings)) == {"policy", "identity"}
     few = {key: score for key, score in world["scores"].items() if key[0] in ("none", "policy", "all")}
-    assert "* compared with" not in subset_tables.verdict(few, dataclasses.replace(settings, subset_rows="policy"))
+    assert "* compared with" not in subset_tables.verdict(dataclasses.replace(settings, subset_rows="policy"), few)
 
 
 # --- until it stops improving -----------------------------------------------------------------------------------------
@@ -357,14 +365,16 @@ def test_equivalence_is_an_interval_within_half_a_point():
     assert unpaired([[0.5]] * 3, [0.5] * 3) == Difference(0.0, 0.0, "3 repetitions and 3 students")
     scores = {("phi", 0.1, k): Accuracy(v, v) for k, v in enumerate(few)} | {("all", 1.0, 0): Accuracy(full, full)}
     scores |= {("none", 0.1, k): Accuracy(v, v) for k, v in enumerate(further)}
-    words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
-    picked = "Best on validation is *phi (unet_noise)*; compared with all the data: "
-    assert f"{picked}+0.0 ± 0.2 points, equivalent within 0.5 points." in words
+    words = subset_tables.verdict(resolve("smoke", {"subset_rows": "phi"}), scores)
+    assert "*phi (unet_noise)* is best on validation (98.1 % on the test split; no augmentation" in words
+    assert "Compared with all the data: +0.0 ± 0.2 points, equivalent within 0.5 points." in words
     # the row is picked on validation, whatever its test accuracy
     scores |= {("none", 0.1, k): Accuracy(v, [1.0] * 3) for k, v in enumerate(further)}
-    words = subset_tables.verdict(scores, resolve("smoke", {"subset_rows": "phi"}))
-    assert "*phi (unet_noise)* is best (98.1 %" in words
-    assert f"Best on validation is *no augmentation*; compared with all the data: {unpaired(further, full)}" in words
+    words = subset_tables.verdict(resolve("smoke", {"subset_rows": "phi"}), scores)
+    assert "*no augmentation* is best on validation (" in words and "is best (" not in words
+    assert f"Compared with all the data: {unpaired(further, full)}" in words
+    said = subset_tables.headline(resolve("smoke", {"subset_rows": "phi"}), scores, 0.1)
+    assert "“no augmentation” is best on validation: " in said and said.count("no augmentation") == 1
 
 
 def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
@@ -397,14 +407,21 @@ def test_the_table_and_the_verdict_hold_the_numbers_of_the_results(world):
         learning, epoch = cost[id, 0.1]
         assert epoch > 0 and (learning > 0) == bool(method.phi)
     assert markdown_table(table).count("\n") == len(table) + 2
-    words = subset_tables.verdict(scores, run.settings)
-    best = max((id for id in pooled if id != FULL.id), key=lambda id: pooled[id][0.1].mean)
-    assert f"**{first}**: *{methods_here[best].label}* is best ({100 * pooled[best][0.1].mean:.1f} %" in words
+    words = subset_tables.verdict(run.settings, scores)
+    valid = {id: np.mean(series[0.1].validation) for id, series in pooled.items() if id != FULL.id}
+    best = max(valid, key=valid.get)
+    accuracy = f"{100 * pooled[best][0.1].mean:.1f} % on the test split"
+    assert f"**{first}**: *{methods_here[best].label}* is best on validation ({accuracy}" in words
+    # a picture of the best of each group: again on validation
+    groups = {id: method.group for id, method in methods_here.items() if id != "none"}
+    leading = subset_tables.leaders(run.settings, scores, 0.1)
+    assert leading[0] == "none" and [groups[id] for id in leading[1:]] == list(dict.fromkeys(groups.values()))
+    assert all(valid[id] == max(valid[other] for other in groups if groups[other] == groups[id]) for id in leading[1:])
     assert f"All the data, no augmentation: {pooled[FULL.id][1.0]}." in words
     assert "with n = 2 repetitions nothing is said about significance" in words and "significantly" not in words
     perfect = {("identity", 0.1, k): Accuracy([1.0, 1.0], [1.0, 1.0]) for k in (0, 1)}
-    words = subset_tables.verdict(scores | perfect, run.settings)
-    assert "*identity* is best" in words and "*identity* compared" not in words  # it has learned nothing
+    words = subset_tables.verdict(run.settings, scores | perfect)
+    assert "*identity* is best on validation" in words and "*identity* compared" not in words  # it has learned nothing
     both = subset_tables.side_by_side(run.settings, scores, scores, "until it stops")
     assert both[1]["10 %"] == "; ".join(2 * [str(pooled["none"][0.1])]) and both[4]["100 %"]
 
@@ -470,7 +487,7 @@ def test_a_method_is_added_in_one_place(world, monkeypatch):
     table = subset_tables.subset_table(settings, scores, 0.1)
     here = [row["10 % (12 to 13 images a class)"] for row in table]
     assert here.index("**learned on the subset**") < here.index("my method") == here.index("quiet") - 1
-    assert "*my method* is best" in subset_tables.verdict(scores, settings)
+    assert "*my method* is best on validation" in subset_tables.verdict(settings, scores)
     series, rows = subset_tables.by_method(scores), subset_tables.shown_rows(settings)
     full = series.pop(FULL.id)[1.0]
     panels = subset_tables.panels(settings, series)
