@@ -31,8 +31,9 @@ from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset, Task
+from augdistill_report.work.own_code import file_source, own_source
 from augdistill_report.work.pool import WorkConfig, make_jobs
-from augdistill_report.work.provenance import SOURCES, environment, own_source
+from augdistill_report.work.provenance import SOURCES, environment
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
 from augdistill_report.work.statistics import Accuracy, brief, markdown_table
@@ -46,7 +47,7 @@ def configuration(settings: Settings) -> str:
     """
     content = {"dataset": settings.load(whiten=False).fingerprint, "data": None}
     content |= {"expert_files": [file.content for file in given_experts(settings.select(Setup))]}
-    content |= {"phis": [path.read_text(encoding="utf-8") for path in settings.phi_files]}
+    content |= {"phis": [file_source(path) for path in settings.phi_files]}
     content |= dict.fromkeys([*WorkConfig.names(), "track"])
     return digest({"settings": settings.to_dict() | content, "source": SOURCES.digest()})
 
@@ -289,7 +290,7 @@ def made_by(folder: Path, settings: Settings) -> dict:
     before, now = resolve(preset, {count: getattr(settings, count)}).public(), settings.public()
     before[count] = getattr(resolve(preset), count)
     changes = {key: now[key] for key in now if now[key] != before[key] and key not in UNIMPORTANT}
-    own = {path.name: digest(path.read_text(encoding="utf-8")) for path in settings.phi_files}
+    own = {path.name: digest(file_source(path)) for path in settings.phi_files}
     return {"preset": Path(preset).stem, "changes": changes, "phi_files": own}
 
 

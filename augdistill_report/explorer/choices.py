@@ -17,7 +17,7 @@ from augdistill_report.run import Run
 from augdistill_report.settings import resolve
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
-from augdistill_report.work.provenance import own_source
+from augdistill_report.work.own_code import own_source
 from augdistill_report.work.setup import Setup
 from augdistill_report.work.statistics import stop_mark
 

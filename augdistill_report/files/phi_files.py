@@ -25,8 +25,8 @@ from augdistill_report.files.store import (
 )
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
+from augdistill_report.work.own_code import own_source
 from augdistill_report.work.phi_layer import Augment, Use
-from augdistill_report.work.provenance import own_source
 from augdistill_report.work.setup import public_name
 
 KIND = "phi"

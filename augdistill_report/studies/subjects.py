@@ -29,9 +29,9 @@ from augdistill_report.work.normalisation import (
     distance_to_real,
     of_card,
 )
+from augdistill_report.work.own_code import own_source
 from augdistill_report.work.pool import run_jobs
 from augdistill_report.work.progress import Progress
-from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.set_scoring import GivenSet, SetEvaluation, keep_phi, keep_set
 from augdistill_report.work.setup import Setup

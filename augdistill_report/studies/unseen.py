@@ -16,8 +16,8 @@ from augdistill_report.data.datasets import Dataset
 from augdistill_report.settings import Settings
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.jobs import Subset
+from augdistill_report.work.own_code import own_source
 from augdistill_report.work.probes import Probe
-from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import Evaluation
 from augdistill_report.work.setup import Setup
 

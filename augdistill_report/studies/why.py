@@ -16,9 +16,10 @@ from augdistill_report.studies.grid import Grid, run_grid
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import missing_experts
 from augdistill_report.work.jobs import Subset, Task
+from augdistill_report.work.own_code import own_source
 from augdistill_report.work.probes import Probe
 from augdistill_report.work.progress import Progress
-from augdistill_report.work.provenance import SOURCES, own_source
+from augdistill_report.work.provenance import SOURCES
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup
 from augdistill_report.work.statistics import Accuracy, level, mean_and_std, over_seeds, row_label, summary, tenths

@@ -8,10 +8,8 @@ import ast
 import contextlib
 import functools
 import hashlib
-import inspect
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,21 +98,6 @@ SOURCES = Sources(ROOT)  # read at import, so that it is the code that this proc
 def phi_modules(phi: str) -> list[str]:
     """The project's modules that define a phi (or each phi of a chain)."""
     return sorted({origin(build)[0] for build in builders(phi) if is_ours(build)})
-
-
-def own_source(phi: str) -> str:
-    """The source (whole files) of a user's own phi; "" for a phi of this project."""
-    return "".join(source_of(build) for build in builders(phi) if not is_ours(build))
-
-
-def source_of(build) -> str:
-    module = origin(build)[0]
-    try:
-        if module != "__main__" and (file := getattr(sys.modules.get(module), "__file__", None)):
-            return Path(file).read_text(encoding="utf-8")
-        return inspect.getsource(build)
-    except (OSError, TypeError):
-        return repr(build)  # holds a memory address: valid in this process only, never equal to another phi's
 
 
 # --- versions and the commit ------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ from augdistill_report.work import cluster
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import expert_jobs
 from augdistill_report.work.jobs import Subset, Task
+from augdistill_report.work.own_code import own_source
 from augdistill_report.work.pool import Pool, run_jobs
 from augdistill_report.work.probes import Probe
-from augdistill_report.work.provenance import own_source
 from augdistill_report.work.scoring import EvalConfig, Evaluation, Score
 from augdistill_report.work.setup import Setup
 
