@@ -128,14 +128,26 @@ def in_folder(folder: Path | str) -> list[Path]:
     return sorted(Path(folder).glob(f"{EXPERT}-*.safetensors"))
 
 
-def experts_of_setup(folder: str, count: int, key: dict, device: str) -> list[ExpertFile]:
-    """The first `count` experts of a folder by number; a `ValueError` names a file whose setup differs from `key`."""
+def experts_of_setup(folder: str, count: int, key: dict, training: dict, device: str) -> list[ExpertFile]:
+    """The first `count` experts of a folder by number.
+
+    A `ValueError` names a file whose setup differs from `key`, or from `training` where the file says how it was
+    trained (imported ones do not), and two files of one expert.
+    """
     files = sorted((ExpertFile(path, device) for path in in_folder(folder)), key=lambda f: (f.about["expert"], f.path))
+    known: dict[tuple, Path] = {}
     for file in files:
-        for name, right in key.items():
-            if (own := file.spec["setup"][name]) != right:
+        its = file.spec["setup"]
+        for name, right in (key | training).items():
+            own = its.get(name)
+            if own != right and (name in key or own is not None):
                 what = "the data's fingerprint" if name == "dataset" else name
                 raise ValueError(f"expert_files: {file.path} was made with {what} {own}, this run has {right}")
+        number = file.about["expert"], its.get("seed")
+        if None not in number and number in known:
+            both = f"{known[number].name} and {file.path.name} are both expert {number[0]} of seed {number[1]}"
+            raise ValueError(f"expert_files={folder!r}: {both}; keep one")
+        known[number] = file.path
     if len(files) < count:
         raise ValueError(f"expert_files={folder!r}: has {len(files)} files expert-*.safetensors, but experts={count}")
     return files[:count]

@@ -9,6 +9,10 @@ from augdistill_report.data.augmentations import AUGMENTATIONS, DIFFERENTIABLE, 
 from augdistill_report.data.datasets import Dataset, check_name, load_data
 from augdistill_report.files.expert_files import FLOATS, SETUP_KEYS, ExpertFile, experts_of_setup
 
+# what experts from a folder must share with the settings, since results are published with these; not the number of
+# epochs, which the file itself has
+TRAINING_KEYS = ["expert_augment", "expert_lr", "expert_batch", "expert_momentum", "expert_decay", "snapshot_steps"]
+
 
 def absolute(path: str) -> str:
     """The absolute form of a path, valid in every working directory; "" stays ""."""
@@ -92,4 +96,5 @@ def given_experts(setup: Setup) -> list[ExpertFile]:
     """The experts in the folder `expert_files`, opened once in each process; [] if this run trains its own."""
     if not setup.expert_files:
         return []
-    return experts_of_setup(setup.expert_files, setup.experts, setup.expert_key(), setup.device)
+    training = {key: getattr(setup, key) for key in TRAINING_KEYS}
+    return experts_of_setup(setup.expert_files, setup.experts, setup.expert_key(), training, setup.device)

@@ -730,12 +730,19 @@ def test_a_folder_of_experts_that_do_not_fit_is_refused_by_name(folder, tmp_path
         r"made with width 4, this run has 5": dict(width=5),
         r"made with depth 1, this run has 2": dict(depth=2),
         "made with the data's fingerprint .*, this run has": dict(size=16),
+        "made with expert_augment none, this run has affine": dict(expert_augment="affine"),
+        "made with expert_lr .*, this run has 0.5": dict(expert_lr=0.5),
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=f"expert-.*{message}"):
             load_trajectories(given(folder, **changes), Store(tmp_path))
     with pytest.raises(ValueError, match=r"has 2 files .* but experts=3"):
         load_trajectories(given(folder, experts=3), Store(tmp_path))
+    make(folder, dataclasses.replace(SETUP, epochs=SETUP.epochs + 1))  # the same experts, trained for longer
+    with pytest.raises(
+        ValueError, match=r"expert-\w+.safetensors and expert-\w+.safetensors are both expert 0 of seed 0"
+    ):
+        load_trajectories(given(folder, threads=2), Store(tmp_path))
     with pytest.raises(ValueError, match="has 0 files"):
         load_trajectories(given(tmp_path), Store(tmp_path))
     break_file(folder / some, "truncated")
@@ -744,11 +751,12 @@ def test_a_folder_of_experts_that_do_not_fit_is_refused_by_name(folder, tmp_path
 
 
 def test_settings_with_a_folder_of_experts(folder):
-    settings = resolve("smoke", SMALL | dict(expert_files=str(folder), max_start_epoch=2, policy_max_start_epoch=0))
+    own = SMALL | dict(expert_files=str(folder), expert_batch=SETUP.expert_batch)
+    settings = resolve("smoke", own | dict(max_start_epoch=2, policy_max_start_epoch=0))
     preflight(settings)
     assert settings.snapshots() == 3 and str(folder) not in json.dumps(settings.public())
     assert settings.public()["expert_files"] == folder.name
-    short = resolve("smoke", SMALL | dict(expert_files=str(folder), epochs=30, max_start_epoch=9))
+    short = resolve("smoke", own | dict(epochs=30, max_start_epoch=9))
     with pytest.raises(ValueError, match="max_start_epoch=9: the experts' 3 snapshots"):
         preflight(short)
     assert Settings.from_dict({}).public()["expert_files"] == ""
