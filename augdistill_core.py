@@ -16,6 +16,7 @@ Shapes: images `[B, C, H, W]` (standardised), labels `[B]` (int64), a student's 
 trajectories `[experts, snapshots, P]`. Randomness is always an argument: a seed, or a CPU `torch.Generator`.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -58,6 +59,7 @@ from augdistill_method.phi import (
     make_phi,
     origin,
     register_phi,
+    same_buffers,
 )
 from augdistill_method.precision import PRECISIONS, arithmetic
 from augdistill_method.random import draw_base, minibatches, randn, seeded, to_device
@@ -338,7 +340,8 @@ def next_scale(run: DistillState, images: Tensor, labels: Tensor, config: Distil
     generator, noise = run.generator.clone_state(), run.noise.clone_state()
     base = draw_base(labels, config.episode, generator)
     batches = draw_steps(base, config, generator)[:1]
-    sizes = draw_batches(run.phi, None, images, labels, base, batches, config, "graph", noise)[1]
+    with same_buffers(run.phi):
+        sizes = draw_batches(run.phi, None, images, labels, base, batches, config, "graph", noise)[1]
     return largest_scale(at_once(*sizes))
 
 
@@ -394,7 +397,9 @@ def draw_batches(
         return augmented(augment, x, y, index, torch.Generator().manual_seed(seed_augment))
 
     if memory != "graph":
-        draw = functools.partial(checkpoint, draw, use_reentrant=False, preserve_rng_state=False)  # draws by seeds
+        # it draws by seeds; the second call of phi must not change its buffers again
+        contexts = lambda: (contextlib.nullcontext(), same_buffers(phi))  # noqa: E731
+        draw = functools.partial(checkpoint, draw, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
     return fed, sizes
 

@@ -5,10 +5,12 @@ networks and ours are rows of one table. To add a phi: write a file in `augdisti
 its `forward`, and the decorator `register_phi("name")`.
 """
 
+import contextlib
+import copy
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -149,12 +151,14 @@ def make_phi(name: str, images: Tensor, classes: int, seed: int) -> Phi:
 
 
 def augmented(augment, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
-    """`augment` applied to a batch (None: no change); a `ValueError` if it changes the shape."""
+    """`augment` applied to a batch (None: no change); a `ValueError` if it changes the shape or the number type."""
     if augment is None:
         return images
     out = augment(images, labels=labels, index=index, generator=generator)
     if out.shape != images.shape:
         raise ValueError(f"{type(augment).__name__} turned {tuple(images.shape)} into {tuple(out.shape)}: must keep it")
+    if out.dtype != images.dtype:
+        raise ValueError(f"{type(augment).__name__} turned {images.dtype} into {out.dtype}: must keep it")
     return out
 
 
@@ -229,21 +233,41 @@ def line_of(phi: nn.Module, error: Exception) -> str:
     return f", {Path(file).name}:{lines[-1]}" if lines else ""
 
 
+@contextlib.contextmanager
+def same_buffers(phi) -> Iterator[None]:
+    """Within it, calls of phi change copies of its buffers only (a mean that a norm keeps, for example)."""
+    modules = phi.modules() if isinstance(phi, nn.Module) else ()
+    own = [(m, name, value) for m in modules for name, value in m._buffers.items() if value is not None]
+    for module, name, value in own:
+        module._buffers[name] = value.clone()
+    try:
+        yield
+    finally:
+        for module, name, value in own:
+            module._buffers[name] = value
+
+
 def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
-    """A `ValueError` for a phi that cannot be trained, found by calls on a few base images.
+    """A `ValueError` for a phi that cannot be trained, found by calls of a copy on a few base images.
 
     It raises an exception, changes the shape, returns values that are not finite, samples from another source than
-    `generator`, draws noise although it says that it is not `stochastic`, or has only frozen parameters.
+    `generator`, returns labels that are none, has only frozen parameters, or is not what its class says: it draws noise
+    without being `stochastic`, or reads labels or index without being `conditional` or `bound`.
     """
     name, few = type(phi).__name__, slice(0, 8)
     index = torch.arange(len(labels))[few]
+    copied = copied_phi(phi)
+
+    def out(phi: nn.Module, look: str, labels: Tensor = labels[few], index: Tensor = index) -> Tensor:
+        return augmented(phi, images[few], labels, index, seeded(0, look))
+
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            looks = [augmented(phi, images[few], labels[few], index, seeded(0, look)) for look in ("one", "one", "two")]
+            one, again, other = (out(copied, look) for look in ("one", "one", "two"))
+            check_labels(labels_under(copied, labels[few], index), labels[few], images)
         except Exception as error:  # anything that a user's code can raise
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"phi ({name}{line_of(phi, error)}): {what}") from error
-    one, again, other = looks
     if not one.isfinite().all():
         raise ValueError(f"phi ({name}): returns values that are not finite before training")
     if not torch.equal(one, again):
@@ -255,3 +279,54 @@ def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
     parameters = list(phi.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         raise ValueError(f"phi ({name}): every parameter is frozen (requires_grad=False); there is nothing to learn")
+    if copied is not phi:
+        check_claims(name, copied, out, labels, few)
+
+
+def copied_phi(phi: nn.Module) -> nn.Module:
+    """A copy of phi whose calls leave phi's buffers as they are; phi itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(phi)
+    except Exception:  # a user's class may hold what cannot be copied
+        return phi
+
+
+@torch.no_grad()
+def check_claims(name: str, copied: nn.Module, out: Callable, labels: Tensor, few: slice) -> None:
+    """A `ValueError` for a phi that reads labels or index, and does not say so.
+
+    A phi may ignore both before it learns, so the parameters of the copy are moved first.
+    """
+    generator = seeded(0, "moved")
+    for p in copied.parameters():
+        if p.requires_grad and p.is_floating_point():
+            p.add_(to_device(0.1 * torch.randn(p.shape, generator=generator), p.device).to(p))
+    index, classes = torch.arange(len(labels))[few], int(labels.max()) + 1
+    others = {
+        "conditional": ("labels", dict(labels=(labels[few] + 1) % classes)),
+        "bound": ("index", dict(index=(index + 1) % len(labels))),
+    }
+    with torch.random.fork_rng(devices=[]):
+        try:
+            one = out(copied, "one")
+            changed = {claim: (what, out(copied, "one", **other)) for claim, (what, other) in others.items()}
+        except Exception:  # moved by chance to where it is not defined: nothing can be said
+            return
+    try:
+        check_labels(labels_under(copied, labels[few], index), labels[few], one)
+    except ValueError as error:
+        raise ValueError(f"phi ({name}), after a small change of its parameters: {error}") from None
+    for claim, (what, other) in changed.items():
+        if not getattr(copied, claim, getattr(Phi, claim)) and not torch.allclose(one, other, equal_nan=True):
+            raise ValueError(f"phi ({name}): reads `{what}`, but its class has {claim} = False; it must be True")
+
+
+def check_labels(given: Tensor, labels: Tensor, images: Tensor) -> None:
+    """A `ValueError` unless labels `given` for hard `labels` `[B]` are classes `[B]` or probabilities `[B, K]`."""
+    hard = given.dtype == labels.dtype and given.shape == labels.shape
+    soft = given.dtype == images.dtype and given.ndim == 2 and len(given) == len(labels)
+    sums = given.sum(1) if soft else None
+    if hard or (soft and given.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)):
+        return
+    found = f"{given.dtype} of shape {tuple(given.shape)}" + (f" with sums from {sums.min():.3g}" if soft else "")
+    raise ValueError(f"relabel returned {found}: must be classes [B], or probabilities [B, K] that sum to 1")

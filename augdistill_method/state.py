@@ -57,7 +57,7 @@ class DistillState:
         self.optimizers = [make_optimizer(kind, own, lr, momentum) for own, (_, kind, lr, momentum) in learned if own]
         # two streams: for one seed, every phi gets the same segments and batches, however much noise it samples
         self.generator, self.noise = seeded(seed, "distill"), seeded(seed, "distill", "noise")
-        self.good = [p.detach().clone() for p in self.learned]  # of the last iteration with a finite loss and alpha > 0
+        self.good = self.copy_kept()  # of the last iteration with a finite loss and alpha > 0
         self.history: list[dict] = []
         self.memory = memory  # of the unroll; kept, because each mode rounds differently
         self.budget, self.begun = 60 * config.minutes or math.inf, time.monotonic()
@@ -65,6 +65,14 @@ class DistillState:
     @property
     def learned(self) -> list[Tensor]:
         return self.of_phi + self.of_alpha
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What a run that diverges gets back: what it learns, and phi's buffers."""
+        return [*self.learned, *self.phi.buffers()]
+
+    def copy_kept(self) -> list[Tensor]:
+        return [value.detach().clone() for value in self.kept]
 
     @property
     def seconds(self) -> float:
@@ -82,7 +90,7 @@ class DistillState:
     def step(self, hold_alpha: bool) -> None:
         """Line 15: one step of phi's and of alpha's optimiser, after the record of an iteration with a finite loss."""
         if self.history[-1]["alpha"] > 0:
-            self.good = [p.detach().clone() for p in self.learned]
+            self.good = self.copy_kept()
         for p in self.of_alpha if hold_alpha else []:
             p.grad = None  # its optimiser skips a parameter without gradient
         for optimizer in self.optimizers:
@@ -91,7 +99,7 @@ class DistillState:
     @torch.no_grad()
     def step_back(self) -> None:
         """Restore phi and alpha of the last iteration with a finite loss and alpha > 0."""
-        for p, value in zip(self.learned, self.good, strict=True):
+        for p, value in zip(self.kept, self.good, strict=True):
             p.copy_(value)
 
     def state_dict(self) -> dict:
@@ -116,7 +124,7 @@ class DistillState:
             self.step_size.load_state_dict(state["step_size"])
             for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
                 load_optimizer_state(optimizer, own)
-            self.good = [v.to(p) for v, p in zip(state["good"], self.learned, strict=True)]
+            self.good = [v.to(p) for v, p in zip(state["good"], self.kept, strict=True)]
             for generator, value in zip((self.generator, self.noise), state["generators"], strict=True):
                 generator.set_state(value)
             self.history, self.memory = state["history"], state["memory"]

@@ -113,11 +113,10 @@ class Run:
     # --- jobs: run on all cores; finished results are reused ----------------------------------------------------------
 
     def make(self, jobs: list[Task], what: str) -> None:
-        """Run the jobs whose results the store lacks, after the experts that they need; `what` names them in the
-        progress bar."""
-        make_jobs(self.store, self.settings.pool, jobs, what)
+        """Run the jobs whose results the store lacks, after what they need; `what` names them in the progress bar."""
+        before = make_jobs(self.store, self.settings.pool, jobs, what)
         if what != "experts":  # they are made once for many runs
-            self.count(jobs)
+            self.count([*before, *jobs])
 
     def count(self, jobs: list[Task]) -> None:
         """Add the CPU seconds of finished jobs to those of this notebook (`finish`); each job counts once."""

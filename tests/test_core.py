@@ -103,6 +103,7 @@ class Spy(Phi):
     def __init__(self, phi):
         super().__init__()
         self.phi, self.seen = phi, []
+        self.conditional, self.bound = phi.conditional, phi.bound
 
     def forward(self, images, *, labels, index, generator):
         out = self.phi(images, labels=labels, index=index, generator=generator)
@@ -620,6 +621,53 @@ class Stray(Frozen):
         return images + torch.randn_like(images)
 
 
+class Doubling(Frozen):
+    """It changes the number type."""
+
+    def forward(self, images, **_):
+        return images.float()
+
+
+class Learned(Phi):
+    """One number for each class, of which none is seen before it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+
+
+class OfLabels(Learned):
+    def forward(self, images, *, labels, **_):
+        return images + self.shift[labels].view(-1, 1, 1, 1)
+
+
+class OfIndex(Learned):
+    def forward(self, images, *, index, **_):
+        return images + self.shift[index].view(-1, 1, 1, 1)
+
+
+class Logits(Learned):
+    """Its labels are no probabilities."""
+
+    def forward(self, images, **_):
+        return images + self.shift.sum()
+
+    def relabel(self, labels, index):
+        return F.one_hot(labels, 3).double() * 4 - 1
+
+
+class Counts(Logits):
+    def relabel(self, labels, index):
+        return F.one_hot(labels, 3)
+
+
+class Raw(Logits):
+    """They are probabilities as long as nothing is learned."""
+
+    def relabel(self, labels, index):
+        return F.one_hot(labels, 3) + self.shift[:3]
+
+
 LINE = 1 + next(i for i, line in enumerate(Path(__file__).read_text().splitlines()) if "that the error names" in line)
 
 
@@ -635,6 +683,15 @@ LINE = 1 + next(i for i, line in enumerate(Path(__file__).read_text().splitlines
         (Squeezing, r"phi \(Squeezing\): Squeezing turned .* into .*: must keep it"),
         (Shaking, r"phi \(Shaking\): draws noise, but its class has stochastic = False; it must be True"),
         (Stray, r"phi \(Stray\): gives two results for one seed; sample its noise from `generator`"),
+        (Doubling, r"phi \(Doubling\): Doubling turned torch.float64 into torch.float32: must keep it"),
+        (OfLabels, r"phi \(OfLabels\): reads `labels`, but its class has conditional = False; it must be True"),
+        (OfIndex, r"phi \(OfIndex\): reads `index`, but its class has bound = False; it must be True"),
+        (
+            Logits,
+            r"phi \(Logits\): relabel returned torch.float64 of shape \(6, 3\) with sums from 1: must be",
+        ),
+        (Counts, r"phi \(Counts.*\): relabel returned torch.int64 of shape \(6, 3\): must be .* that sum to 1"),
+        (Raw, r"phi \(Raw\), after a small change of its parameters: relabel returned .* must be classes"),
     ],
 )
 def test_a_phi_that_cannot_be_trained_is_refused_by_name(experts, kind, says):
@@ -642,6 +699,45 @@ def test_a_phi_that_cannot_be_trained_is_refused_by_name(experts, kind, says):
     with pytest.raises(ValueError, match=says):
         distill(kind(), *toy(6), experts, config(), seed=0)
     assert torch.equal(torch.get_rng_state(), state)  # the look leaves the global state alone
+
+
+class Counting(Phi):
+    """Its buffer counts its calls."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1, dtype=images.dtype))
+        self.register_buffer("calls", torch.zeros((), dtype=images.dtype))
+
+    def forward(self, images, **_):
+        self.calls += 1
+        return images + self.scale * images.square()
+
+
+def test_a_phi_s_buffers_are_the_same_in_every_memory_mode(experts):
+    """`replay` calls phi twice a step, and a look at phi is no training."""
+    images, labels = toy(6)
+    found = {}
+    for memory in ("graph", "replay"):
+        phi = Counting(images)
+        distill(phi, images, labels, experts, config(iterations=3, syn_steps=2, memory=memory), seed=0)
+        found[memory] = phi
+        assert phi.calls == 6
+    torch.testing.assert_close(found["replay"].scale, found["graph"].scale)
+
+
+def test_a_phi_that_diverges_gets_its_buffers_back(experts):
+    class Running(Counting):
+        def forward(self, images, **_):
+            self.calls.fill_(float(self.scale.detach()))  # what was learned, as a running mean does
+            return images + self.scale * images
+
+    images, labels = toy(6)
+    phi = Running(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = distill(phi, images, labels, experts, config(iterations=5, phi_lr=1e9), seed=0)
+    assert result.stopped.kind == "diverged" and phi.scale == phi.calls == 0.1
 
 
 class Detached(Phi):

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import importlib.metadata
 import shutil
 
 import pytest
@@ -118,6 +119,15 @@ def test_a_phi_s_own_file_is_part_of_its_digest_and_of_no_other_s(edited):
     changed = edited("augdistill_method.zoo.unet", "\nanother = 1\n")
     unet, mlp = ((DISTILLATION, f"augdistill_method.zoo.{name}") for name in ("unet", "mlp"))
     assert changed.digest(*unet) != SOURCES.digest(*unet) and changed.digest(*mlp) == SOURCES.digest(*mlp)
+
+
+def test_the_version_of_a_package_counts_where_it_computes(monkeypatch):
+    """After an upgrade of kornia what it computes is made again, and nothing else."""
+    kornia, plain = "augdistill_report.data.policies_by_kornia", "augdistill_method.student"
+    before = [Sources(ROOT).digest(module) for module in (kornia, SCORING, plain)]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99")
+    now = [Sources(ROOT).digest(module) for module in (kornia, SCORING, plain)]
+    assert [a == b for a, b in zip(before, now, strict=True)] == [False, False, True]
 
 
 def test_a_late_import_counts_and_one_for_type_checkers_does_not(edited):

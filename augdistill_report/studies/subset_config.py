@@ -14,7 +14,9 @@ class SubsetConfig(Config):
     fractions: str = knob("0.01, 0.1, 0.5", "subsets of the training data in notebook 05: fractions in (0, 1]")
     subset_batch: int = knob(48, "images per student step when phi learns on a subset", low=1)
     subset_iterations: int = knob(25, "outer steps when phi or pixels learn on a subset", low=1)
-    subset_repeats: int = knob(1, "repetitions in notebook 05: subsets of each size, each with its own phis", low=1)
+    subset_repeats: int = knob(
+        1, "repetitions in notebook 05: subsets of the seeds seed, seed + 1 ..., each with its own phis", low=1
+    )
     subset_lrs: str = knob("0.02", "step sizes of the students; one per method is selected on the validation split")
     subset_rows: str = knob("", "methods to compare with no augmentation, separated by commas; empty = the usual ones")
     subset_by: str = knob(
@@ -22,7 +24,7 @@ class SubsetConfig(Config):
         "images of a subset: random, or a window of difficulty whose place validation selects for no augmentation",
         choices=("random", "window"),
     )
-    subset_patience: int = knob(0, "eval_patience of the second training budget in notebook 05; 0 = none", low=0)
+    subset_patience: int = knob(0, "eval_patience of the second budget in notebook 05; 0 = none", low=0, high=19)
     subset_epochs: int = knob(0, "epochs of the third training budget in notebook 05 (DC-Bench: 1000); 0 = none", low=0)
     subset_students: str = knob("", "other student architectures in notebook 05, separated by commas")
     subset_eval_steps: int = knob(100, "SGD steps of each scored student in notebooks 05 and 07", low=2)

@@ -41,16 +41,21 @@ def sized(settings: Settings, fraction: float) -> str:
 
 
 def at(scores: dict[Key, Accuracy], fraction: float) -> dict[tuple[str, int], Accuracy]:
-    """The scores at one fraction, by method and trial."""
-    return {(id, k): score for (id, f, k), score in scores.items() if f == fraction}
+    """The scores at one fraction, by method and trial, without those of all the data."""
+    return {(id, k): score for (id, f, k), score in scores.items() if f == fraction and id != FULL.id}
+
+
+def of_all(scores: dict[Key, Accuracy]) -> Accuracy:
+    """The students with all the data and no augmentation."""
+    return pooled({(id, k): score for (id, _, k), score in scores.items() if id == FULL.id})[FULL.id]
 
 
 def by_method(scores: dict[Key, Accuracy]) -> dict[str, dict[float, Accuracy]]:
     """The scores pooled over all trials, by method and fraction."""
     series: dict[str, dict[float, Accuracy]] = {}
-    for f in dict.fromkeys(f for _, f, _ in scores):
-        for id, score in pooled(at(scores, f)).items():
-            series.setdefault(id, {})[f] = score
+    for one, f in dict.fromkeys((id, f) for id, f, _ in scores):
+        own = {(id, k): score for (id, fraction, k), score in scores.items() if (id, fraction) == (one, f)}
+        series.setdefault(one, {})[f] = pooled(own)[one]
     return series
 
 
@@ -212,14 +217,14 @@ def best(here: dict[tuple[str, int], Accuracy], ids: Iterable[str] = ()) -> str:
 def leaders(settings: Settings, scores: dict[Key, Accuracy], fraction: float) -> list[str]:
     """No augmentation, and the method of each group that is best on validation at a fraction, in order."""
     here, rows = at(scores, fraction), shown_rows(settings)
-    ids = [id for id in pooled(here) if id not in (NONE, FULL.id)]
+    ids = [id for id in pooled(here) if id != NONE]
     groups = ([id for id in ids if rows[id].group == group] for group in GROUPS)
     return [NONE, *(best(here, members) for members in groups if members)]
 
 
 def headline(settings: Settings, scores: dict[Key, Accuracy], fraction: float) -> str:
     """The sentence that sums up a fraction: the method that is best on validation, with its test accuracy."""
-    here, rows, full = at(scores, fraction), shown_rows(settings), pooled(at(scores, 1.0))[FULL.id]
+    here, rows, full = at(scores, fraction), shown_rows(settings), of_all(scores)
     means, id = pooled(here), best(here)
     plain = f"no augmentation has {means[NONE]}, " if id != NONE else ""
     name = f"With {sized(settings, fraction)} of the data “{rows[id].label}” is best on validation"
@@ -232,25 +237,25 @@ def verdict(settings: Settings, scores: dict[Key, Accuracy]) -> str:
     Methods are picked by validation accuracy. Two methods differ significantly if the 95 % interval of their mean
     difference over trials (over students, if there is one trial) excludes 0.
     """
-    said, full, rows = [], pooled(at(scores, 1.0))[FULL.id], shown_rows(settings)
+    said, full, rows = [], of_all(scores), shown_rows(settings)
     for f in dict.fromkeys(f for id, f, _ in scores if id != FULL.id):
-        here = {key: score for key, score in at(scores, f).items() if key[0] != FULL.id}
+        here = at(scores, f)
         means, first = {id: score.mean for id, score in pooled(here).items()}, best(here)
         over = {id: difference(here, first, id) for id in means if id != first}
         near = [id for id, its in over.items() if not its.significant]
-        unlike = "significantly different from all others (95 % interval excludes 0)"
+        unlike = ", significantly different from all others (95 % interval excludes 0)" if over else ""
         if near:
-            unlike = "not significantly different from " + ", ".join(f"*{rows[id].label}*" for id in near)
+            unlike = ", not significantly different from " + ", ".join(f"*{rows[id].label}*" for id in near)
         if len(near) > MOST_NAMED:
             baseline = f", *{rows[NONE].label}* among them" if NONE in near else ""
-            unlike = f"not significantly different from {len(near)} of {len(means) - 1} others{baseline}"
-        if near and over[near[0]].half is None:
-            unlike = f"with n = {over[near[0]].over} nothing is said about significance"
+            unlike = f", not significantly different from {len(near)} of {len(means) - 1} others{baseline}"
+        if near and all(over[id].half is None for id in near):
+            unlike = f"; with n = {over[near[0]].over} nothing is said about significance"
         its = unpaired([score.test for (id, _), score in here.items() if id == first], full.test)
         said.append(
             f"**{sized(settings, f)}**: *{rows[first].label}* is best on validation ({100 * means[first]:.1f} % on the "
             + (f"test split; {rows[NONE].label} {100 * means[NONE]:.1f} %" if first != NONE else "test split")
-            + f"), {unlike}. Compared with all the data: {its.words}."
+            + f"){unlike}. Compared with all the data: {its.words}."
         )
         learned = [id for id in means if rows[id].group in (LEARNED, IMAGES)]
         designed = [id for id in means if rows[id].group == HAND]

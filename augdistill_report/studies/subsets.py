@@ -26,7 +26,7 @@ from augdistill_report.studies.subset_methods import (
     methods,
 )
 from augdistill_report.studies.unseen import Repetition
-from augdistill_report.work.difficulty import Difficulty, subset_index
+from augdistill_report.work.difficulty import subset_index
 from augdistill_report.work.distillation import Distillation
 from augdistill_report.work.experts import load_trajectories
 from augdistill_report.work.jobs import Subset
@@ -107,16 +107,8 @@ def choose(run, fractions: list[float]) -> dict[tuple[str, float], dict]:
             for (id, f), several in options.items()
             for number, option in enumerate(several)
         }
-        make_needed(run, list(jobs.values()))
         found |= {key: options[key][number] for key, number in run.choose(jobs).items()}
     return {key: found[key] for key in rows}
-
-
-def make_needed(run, jobs: list[Evaluation]) -> None:
-    """Make what evaluations need, kind by kind: else several workers would wait for one that makes it."""
-    needed = dict.fromkeys(need for job in jobs for need in job.needs())
-    for kind in (Difficulty, Distillation):
-        run.make([need for need in needed if isinstance(need, kind)], kind.kind)
 
 
 def evaluations(run, chosen: dict[tuple[str, float], dict], **changes) -> dict[Key, Evaluation]:

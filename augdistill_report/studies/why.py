@@ -32,6 +32,7 @@ class Case(Task):
     settings: Settings
 
     kind = "case"
+    whole = True
 
     @property
     def setup(self) -> Setup:

@@ -25,6 +25,8 @@ class Task:
 
     kind = "task"
     form: dict | None = None  # the form of the result's JSON values: see `check_form`
+    ahead = True  # it is made before the jobs that need it, in a process of its own, and counts its own time
+    whole = False  # True: it makes what it needs by itself, but for experts, since their errors are its result
     cost = 0.0  # relative work among tasks of its kind: the longest should start first
 
     def spec(self) -> dict:

@@ -23,8 +23,8 @@ from augdistill_core import Config, knob
 from augdistill_report.files.store import Store, write
 from augdistill_report.work.crew import Crew, own_phis, run_with
 from augdistill_report.work.experts import Expert, missing_experts
+from augdistill_report.work.jobs import Task
 from augdistill_report.work.progress import REFRESH, Progress
-from augdistill_report.work.setup import Setup
 from augdistill_report.work.worker import start_worker
 
 
@@ -174,20 +174,31 @@ def run_jobs(
             show(finished + partly if waiting else count, count, "; ".join(notes))
 
 
-def make_jobs(store: Store, pool: Pool, jobs: list, what: str) -> None:
-    """Run the jobs whose results the store lacks, with a progress bar called `what`, after the experts they need.
+def make_jobs(store: Store, pool: Pool, jobs: list, what: str) -> list:
+    """Run the jobs whose results the store lacks, with a progress bar called `what`, after those that they need.
 
-    Else several workers would wait for one that trains an expert, whose time would count as that of its job.
+    Else several workers would wait for one that makes what they all need, and its time would count as theirs. Returns
+    what was made before, without the experts.
     """
-
-    def setups(job) -> Iterator[Setup]:
-        if not store.has(job.kind, job.spec()):
-            for need in job.needs():
-                yield from [need.setup] if need.kind == Expert.kind else setups(need)
-
-    needed = dict.fromkeys(setup for job in jobs for setup in setups(job))
-    run_jobs([expert for setup in needed for expert in missing_experts(setup)], store, pool, Progress("experts"))
+    needed = dict.fromkeys(need for job in jobs for need in missing_needs(job, store))
+    setups = dict.fromkeys(need.setup for need in needed if need.kind == Expert.kind)
+    run_jobs([expert for setup in setups for expert in missing_experts(setup)], store, pool, Progress("experts"))
+    others = [need for need in needed if need.kind != Expert.kind]
+    for kind in dict.fromkeys(need.kind for need in others):
+        run_jobs([need for need in others if need.kind == kind], store, pool, Progress(kind))
     run_jobs(jobs, store, pool, Progress(what))
+    return others
+
+
+def missing_needs(job: Task, store: Store) -> Iterator[Task]:
+    """What the store lacks of all that a job needs, directly or not, the first to be made first."""
+    if store.has(job.kind, job.spec()):
+        return
+    for need in job.needs():
+        for task in (*missing_needs(need, store), need):
+            there = store.has(task.kind, task.spec())
+            if task.ahead and not there and (task.kind == Expert.kind or not job.whole):
+                yield task
 
 
 @contextlib.contextmanager

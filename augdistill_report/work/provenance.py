@@ -8,6 +8,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from augdistill_core import builders, is_ours, origin
 from augdistill_report.files.store import digest
 from augdistill_report.places import ROOT
+
+NUMERIC = ("torchvision", "kornia")  # besides torch: packages whose version can change a number
 
 PACKAGES = ("augdistill_core.py", "augdistill_method", "augdistill_report")
 CODE = [*PACKAGES, "notebooks", "pyproject.toml"]
@@ -83,10 +86,23 @@ class Sources:
         return frozenset(found)
 
     def _digest(self, *modules: str) -> str:
-        """A digest of the source of these modules and all that they import (no modules: of all), and of torch."""
+        """A digest of the source of these modules and all that they import (no modules: of all), and of the versions of
+        the installed packages among these that compute numbers."""
         names = sorted(frozenset().union(*map(self.imported, modules)) if modules else self.text)
         content = {name: hashlib.sha256(ast.dump(self.tree(name)).encode()).hexdigest() for name in names}
-        return digest({"torch": torch.__version__, "modules": content})
+        used = {name for module in names for name in self.packages(module)}
+        known = {name: importlib.metadata.version(name) for name in NUMERIC if name in used}
+        return digest({"torch": torch.__version__, "packages": known, "modules": content})
+
+    def packages(self, module: str) -> set[str]:
+        """The first names of all that a module imports."""
+        found = set()
+        for node in ast.walk(self.tree(module)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+        return found
 
 
 SOURCES = Sources(ROOT)  # read at import, so that it is the code that this process runs

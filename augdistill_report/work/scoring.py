@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # an argument: its own digest holds what it depends on
     from augdistill_report.work.distillation import Distillation
 
 
+MAX_LOOKS = 20  # rounds of eval_steps, at most, of a student with patience
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Config):
     """How a method is scored: fresh students trained on its images by SGD, with the step size x0.1 halfway (MTT).
@@ -62,6 +65,7 @@ class EvalConfig(Config):
         "early stopping: rounds of eval_steps without a better validation accuracy until the step size falls to a "
         "tenth, and as many again until training ends, with the best student; 0 = off",
         low=0,
+        high=MAX_LOOKS - 1,
     )
     eval_student: str = knob(
         "convnet", "the students' architecture: the experts' ConvNet, or another", choices=("convnet", *STUDENTS)
@@ -93,6 +97,14 @@ class EvalConfig(Config):
         1.0, "fraction of the images that phi is applied to, redrawn each step", low=0, high=1
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_patience and self.eval_epochs:
+            raise ValueError(
+                f"eval_patience={self.eval_patience}: counts rounds of eval_steps, so eval_epochs must be 0, and is "
+                f"{self.eval_epochs}"
+            )
+
     def steps(self, images: int) -> int:
         """The number of a student's SGD steps on a subset of so many images."""
         return self.eval_epochs * -(-images // self.eval_batch) or self.eval_steps
@@ -118,6 +130,7 @@ class Evaluation(Job):
     only: str = ""
 
     kind = "students"
+    ahead = False  # the `Score` that needs them trains them, and does not store them: they are large
     form = {"validation": [a_fraction]}  # noqa: RUF012
 
     @property
@@ -157,6 +170,12 @@ class Evaluation(Job):
         if self.distilled is None:
             return None
         phi = self.distilled.stored_phi(store).phi
+        if phi.bound and self.subset != self.distilled.subset:
+            its, ours = (subset.about(self.data) for subset in (self.distilled.subset, self.subset))
+            raise ValueError(
+                f"phi {self.distilled.phi!r} holds something for each of the {its} images that it was trained on "
+                f"({self.distilled.subset}): it cannot change {ours} others ({self.subset})"
+            )
         phi = CONTROLS[self.only](phi) if self.only else phi
         return Applied(phi, self.config.phi_strength, self.config.phi_probability)
 
@@ -239,9 +258,6 @@ class Score(Job):
         test = self.evaluation.data.test.opened().made()
         accuracies = {"validation": validation, "test": [accuracy_of(model, test) for model in models]}
         return {}, accuracies | {"stopped": self.evaluation.stopped(store)}
-
-
-MAX_LOOKS = 20  # rounds of eval_steps, at most, of a student with patience
 
 
 class Patience:
@@ -416,7 +432,7 @@ def evaluate(
         models = train_students(*arguments, seeds, augment=augment, teacher=teacher, on_student=on_student)
     else:
         for k, own_seed in enumerate(seeds):
-            own = learner(train.images, k) if learner else augment
+            own = learner(train.images, seeded(*own_seed, "learner").initial_seed()) if learner else augment
             options = dict(augment=own, teacher=teacher, validation=validation)
             models.append(train_student(*arguments, *own_seed, **options))
             if on_student is not None:

@@ -161,6 +161,8 @@ def pooled(scores: dict[tuple, Accuracy]) -> dict[str, Accuracy]:
 
 FEWEST = 3  # values that an interval needs: that of two is 9 times their standard deviation, or 0 where they agree
 
+ROUNDING = 1e-9  # of an accuracy
+
 EQUIVALENCE = 0.005  # accuracies are equivalent if the whole interval of their difference is at most so far from 0
 
 
@@ -217,10 +219,18 @@ def difference(scores: dict[tuple, Accuracy], method: str, other: str) -> Differ
     """
     found = [(score - scores[other, k])["values"] for (name, k), score in scores.items() if name == method]
     values, over = independent(found)
-    n, half = len(values), None
+    n, mean, half = len(values), float(np.mean(values)), None
     if n >= FEWEST:
         half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / n**0.5
-    return Difference(float(np.mean(values)), half, over)
+    return Difference(mean, None if no_spread(mean, half) else half, over)
+
+
+def no_spread(mean: float, half: float | None) -> bool:
+    """Whether an interval says nothing because all differences happen to be equal, and not 0.
+
+    Accuracies on few test images often are; methods that are the same differ by 0.
+    """
+    return half is not None and half < ROUNDING < abs(mean)
 
 
 def independent(repetitions: list[list[float]]) -> tuple[list[float], str]:
@@ -251,7 +261,8 @@ def unpaired(repetitions: list[list[float]], reference: list[float]) -> Differen
         variance = sum(part for part, _ in parts)
         freedom = variance**2 / sum(part**2 / n for part, n in parts) if variance else 1.0
         half = t_quantile(freedom) * variance**0.5
-    return Difference(float(np.mean(values) - np.mean(reference)), half, f"{over} and {len(reference)} students")
+    mean = float(np.mean(values) - np.mean(reference))
+    return Difference(mean, None if no_spread(mean, half) else half, f"{over} and {len(reference)} students")
 
 
 GAIN = f"gain over {BASELINE} (points, 95 % CI)"  # the title of a table's column

@@ -50,12 +50,20 @@ def lenet(channels: int, classes: int, size: int) -> nn.Module:
 
 
 def resnet18(channels: int, classes: int, size: int) -> nn.Module:
-    """torchvision's ResNet-18 with the stem for small images: one 3x3 convolution, stride 1, no pooling."""
+    """torchvision's ResNet-18 with the stem for small images: one 3x3 convolution, stride 1, no pooling.
+
+    A stage that would leave a single pixel keeps the size: batch norm of one image needs more than one.
+    """
     from torchvision.models import resnet18 as build
 
     model = build(num_classes=classes)
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
+    for stage in (model.layer2, model.layer3, model.layer4):
+        if size >= 4:
+            size //= 2
+        else:
+            stage[0].conv1.stride = stage[0].downsample[0].stride = (1, 1)
     return model
 
 

@@ -145,11 +145,10 @@ def test_a_window_for_all_rows_needs_experts_of_one_kind():
     assert "pixels_augmented" in methods(resolve("smoke", rows | {"subset_rows": "dsa, pixels_augmented"}), 0.1)
 
 
-def test_what_is_chosen_is_kept_along_rows_that_are_left_out(monkeypatch):
+def test_what_is_chosen_is_kept_along_rows_that_are_left_out():
     """Each row by itself would choose its last option."""
     settings = resolve("smoke", {"subset_rows": "window, window_mixed", "fractions": "0.1", "taught_augment": "dsa"})
     run = types.SimpleNamespace(settings=settings, choose=lambda jobs: dict(list(jobs)))
-    monkeypatch.setattr(subsets, "make_needed", lambda *_: None)
     chosen = subsets.choose(run, [0.1])
     assert chosen["window_mixed", 0.1]["window"] == chosen["window", 0.1]["window"] == PLACES[-1]
 

@@ -330,8 +330,8 @@ def made_up():
 def test_differences_and_words_are_those_of_the_numbers():
     here, rows = subset_tables.at(made_up(), 0.1), methods(resolve("smoke"), 0.1)
     its = difference(here, "phi", "none")
-    assert (its.mean, its.half, its.over) == (pytest.approx(0.3), pytest.approx(0, abs=1e-12), "3 repetitions")
-    assert its.significant and its.verdict == "significantly better"
+    assert (its.mean, its.half, its.over) == (pytest.approx(0.3), None, "3 repetitions")
+    assert not its.significant and its.verdict == "too few to say (n = 3 repetitions)"  # all equal: no spread
     # .0333, -.0067 and .01 on average: Student's t with two degrees of freedom is 4.30
     its = difference(here, "randaugment", "none")
     assert its.mean == pytest.approx(0.11 / 9) and its.half == pytest.approx(4.3027 * 0.020092 / 3**0.5, rel=1e-3)
@@ -339,10 +339,27 @@ def test_differences_and_words_are_those_of_the_numbers():
     assert subset_tables.compared(here, "randaugment", "none", rows) == (
         "*RandAugment* compared with *no augmentation*: +1.2 ± 5.0 points, not significantly different"
     )
-    assert subset_tables.compared(here, "none", "phi", rows).endswith("-30.0 ± 0.0 points, significantly worse")
+    # all differences are the same, as on few test images: that is no interval of width 0
+    assert subset_tables.compared(here, "none", "phi", rows).endswith(": -30.0 (n = 3 repetitions) points")
     assert (
         subset_tables.by_method(made_up())["randaugment"][0.1].test == [0.50, 0.62, 0.51, 0.50, 0.49, 0.50] + [0.51] * 3
     )
+
+
+def test_words_about_one_method_alone_and_about_all_the_data_as_a_subset():
+    """Nothing is different from no others; and all the data, with more students, are no row of their own subset."""
+    settings = resolve("smoke", {"subset_rows": "dsa", "fractions": "0.5,1"})
+    values = [0.5, 0.6, 0.55]
+    scores = {("none", 0.5, 0): Accuracy(values, values), ("all", 1.0, 0): Accuracy(values * 2, values * 2)}
+    words = subset_tables.verdict(settings, scores)
+    assert (
+        "55.0 % on the test split). Compared with all the data: " in words
+        and "significantly different from" not in words
+    )
+    scores |= {(id, 1.0, k): Accuracy(values, values) for id in ("none", "dsa") for k in (0, 1)}
+    table = subset_tables.subset_table(settings, scores, 1.0)
+    assert [next(iter(row.values())) for row in table if GAIN in row] == ["no augmentation", "DSA"]
+    assert "“all the data" not in subset_tables.headline(settings, scores, 1.0)
 
 
 def test_equivalence_is_an_interval_within_half_a_point():
@@ -362,6 +379,7 @@ def test_equivalence_is_an_interval_within_half_a_point():
     assert unpaired(few[:1], full).over == "3 students and 5 students"
     for too_few in (unpaired(few[:2], full), unpaired(few, full[:2])):
         assert too_few.half is None and not too_few.equivalent and too_few.verdict.startswith("too few to say")
+    assert unpaired([[0.6]] * 3, [0.5] * 3).half is None  # no spread: nothing can be said
     assert unpaired([[0.5]] * 3, [0.5] * 3) == Difference(0.0, 0.0, "3 repetitions and 3 students")
     scores = {("phi", 0.1, k): Accuracy(v, v) for k, v in enumerate(few)} | {("all", 1.0, 0): Accuracy(full, full)}
     scores |= {("none", 0.1, k): Accuracy(v, v) for k, v in enumerate(further)}

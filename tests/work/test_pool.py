@@ -4,8 +4,10 @@ import concurrent.futures
 import dataclasses
 
 from augdistill_core import DistillConfig
+from augdistill_report import open_run
 from augdistill_report.files.store import Store
 from augdistill_report.settings import resolve
+from augdistill_report.studies.why import Case
 from augdistill_report.work import pool
 from augdistill_report.work.crew import Crew
 from augdistill_report.work.distillation import Distillation
@@ -69,8 +71,8 @@ def test_experts_are_made_first_and_alone(tmp_path, monkeypatch):
     def asked_for(config: EvalConfig, distilled=None) -> list[str]:
         asked.clear()
         make_jobs(store, Pool(), [Score(setup, Evaluation(setup, subset, config, distilled))], "evaluation")
-        experts, rest = asked
-        assert rest == ["accuracy"]
+        experts, *between, rest = asked
+        assert rest == ["accuracy"] and between == ([["distilled"]] if distilled else [])
         return experts
 
     hard, soft = (settings.select(EvalConfig, eval_labels=labels, eval_steps=2) for labels in ("hard", "soft"))
@@ -79,6 +81,24 @@ def test_experts_are_made_first_and_alone(tmp_path, monkeypatch):
     score = Score(setup, Evaluation(setup, subset, soft))
     store.save(score.kind, score.spec(), {}, {"validation": [0.5], "test": [0.5], "stopped": ""}, 1.0)
     assert asked_for(soft) == []
+
+
+def test_a_phi_is_made_before_its_score_and_counts_its_own_time(tmp_path):
+    """Else its seconds would be counted with the score's, too."""
+    run = open_run("mine", dict(preset="smoke", out=str(tmp_path), width=4, iterations=40))
+    job = run.distillation("unet", run.base)
+    evaluation = run.evaluation(run.base, job)
+    run.evaluate({"unet": evaluation})
+    learning, scoring = run.seconds(job), run.seconds(evaluation)
+    assert 0 < scoring < learning and len(run.jobs) == 2
+
+
+def test_a_case_makes_what_it_needs_by_itself_but_for_experts(tmp_path, monkeypatch):
+    """What fails in a case is its result."""
+    asked = []
+    monkeypatch.setattr(pool, "run_jobs", lambda jobs, *_: asked.append([job.kind for job in jobs]))
+    make_jobs(Store(tmp_path), Pool(), [Case(resolve("smoke", {"width": 4}))], "cases")
+    assert asked == [["expert"] * 2, ["case"]]
 
 
 def test_cost_follows_what_a_distillation_does():

@@ -10,8 +10,9 @@ from augdistill_report.run import Run
 from augdistill_report.settings import resolve
 from augdistill_report.show import plots
 from augdistill_report.work import scoring
+from augdistill_report.work.jobs import Subset
 from augdistill_report.work.statistics import Accuracy, markdown_table, pooled
-from augdistill_report.work.students import accuracy_of
+from augdistill_report.work.students import STUDENTS, accuracy_of
 
 
 @pytest.fixture
@@ -52,6 +53,37 @@ def test_a_row_whose_run_stopped_is_marked_and_scored_with_the_alpha_that_it_sho
         scoring.Evaluation(job.setup, run.base, dataclasses.replace(evaluation.config, eval_lr=0.1)).stopped(run.store)
         == ""
     )
+
+
+def test_free_images_are_not_used_on_other_images(tmp_path):
+    """They are looked up by position, so other images would get them with the wrong labels."""
+    run = Run("mine", resolve("smoke", dict(iterations=2, width=4)), tmp_path)
+    job = run.distillation("pixels", Subset(0, per_class=2), run.settings.pixel_config)
+    for other in (Subset(0, per_class=1), Subset(7, per_class=2)):
+        with pytest.raises(ValueError, match=r"phi 'pixels' holds something for each of the 20 images that it was"):
+            run.evaluate({"pixels": run.evaluation(other, job)})
+    assert len(run.evaluate({"pixels": run.evaluation(Subset(0, per_class=2), job)})) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(eval_patience=20), r"eval_patience=20: must be in \[0, 19\]"),
+        (
+            dict(eval_patience=2, eval_epochs=5),
+            "eval_patience=2: counts rounds of eval_steps, so eval_epochs must be 0",
+        ),
+    ],
+)
+def test_a_patience_that_never_ends_training_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        scoring.EvalConfig(**changes)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_a_resnet_18_takes_a_batch_of_one_small_image(size):
+    """The last batch of an epoch may hold one; its batch norm needs more than one pixel."""
+    assert STUDENTS["resnet18"](1, 10, size).train()(torch.zeros(1, 1, size, size)).shape == (1, 10)
 
 
 def test_a_row_that_ran_to_its_end_is_not_marked():
