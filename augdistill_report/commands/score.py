@@ -17,7 +17,7 @@ from augdistill_report.files.distilled_sets import PAIR, read_set
 from augdistill_report.files.phi_files import open_phi
 from augdistill_report.files.sealed_json import write_json
 from augdistill_report.files.store import Store, write
-from augdistill_report.run import file_name, folder_config, made_by, row_file, run_folder, stored_row
+from augdistill_report.run import file_name, row_file, run_folder, stored_row
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.studies.set_scores import BESIDE, score_subject, table_of, training_by
 from augdistill_report.studies.subjects import Subject, from_phi, from_row, from_set
@@ -71,8 +71,11 @@ def is_phi(path: Path) -> bool:
 
 def subject_named(
     what: str, on: str, preset: str, size: int, out: str, changes: dict, labels: str, normalisation: str, name: str
-) -> tuple[Subject, Settings, Path]:
-    """What is scored, the settings to score it by, and the folder that keeps the results."""
+) -> tuple[Subject, Settings, Path, dict]:
+    """What is scored, the settings to score it by, the folder that keeps the results, and `made_by` of a row's run.
+
+    `made_by` is {} for what is no row of a run.
+    """
     path = Path(what).expanduser()
 
     def settings_of(size: int) -> Settings:
@@ -80,37 +83,36 @@ def subject_named(
 
     if not path.exists() and row_file(path).parent.is_dir():
         folder = Path(out or path.parent.parent).resolve()
-        config = folder_config(path.parent.parent)
-        settings = Settings.from_dict(config["settings"] | ({"dataset": on} if on else {}) | changes)
-        settings.load_phis()
-        job, made = stored_row(path)
-        return from_row(job, name or path.name, settings, made, Store(folder / "artefacts")), settings, folder
+        row = stored_row(path, ({"dataset": on} if on else {}) | changes)
+        subject = from_row(row.job, name or path.name, row.settings, row.store, Store(folder / "artefacts"))
+        return subject, row.settings, folder, row.made_by
     if path.exists() and not on:
         raise ValueError(f"{what}: name the data set that students are tested on (--on)")
     folder = run_folder(preset, out)
     store = Store(folder / "artefacts")
     if path.is_file() and path.suffix == ".safetensors" and is_phi(path):
         settings = settings_of(open_phi(path).about["setup"]["size"])
-        return from_phi(path, name or path.stem, settings, store), settings, folder
+        return from_phi(path, name or path.stem, settings, store), settings, folder, {}
     found = read_set(path, labels)
     settings = settings_of(size if found.images is None else found.images.shape[2])
     named_by = path if path.name != PAIR else path.absolute().parent
     own = name or (named_by.name if named_by.is_dir() else path.stem)
-    return from_set(found, own, settings, store, normalisation), settings, folder
+    return from_set(found, own, settings, store, normalisation), settings, folder, {}
 
 
-def command_of(what: str, arguments: dict, changes: dict) -> str:
-    """The command that makes a score again, without the paths of this machine: after a report, for a row of it."""
+def command_of(what: str, made: dict, arguments: dict, changes: dict) -> str:
+    """The command that makes a score again, without the paths of this machine.
+
+    For a row of a run (`made`: what repeats that run; else {}) it stands after the report that makes the row.
+    """
     path, before = Path(what).expanduser(), ""
-    if is_row := row_file(path).is_file():
-        folder = path.parent.parent
-        made = made_by(folder, Settings.from_dict(folder_config(folder)["settings"]))
+    if made:
         sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in made["changes"].items())
         before = f"augdistill report --preset {made['preset']} --only {path.parent.name[:2]}{sets} && "
         path = Path("runs", made["preset"], path.parent.name, path.name)
     options = "".join(f" --{k} {shlex.quote(str(v))}" for k, v in arguments.items() if v)
     sets = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in changes.items() if k not in WorkConfig.names())
-    return f"{before}augdistill score {shlex.quote(str(path) if is_row else path.name)}{options}{sets}"
+    return f"{before}augdistill score {shlex.quote(str(path) if made else path.name)}{options}{sets}"
 
 
 def score(
@@ -154,7 +156,7 @@ def score(
     changes = dict(changes or {})
     own = {k: v for k, v in changes.items() if k in EvalConfig.names()}  # of the protocol
     others = {k: v for k, v in changes.items() if k not in own}
-    subject, settings, folder = subject_named(what, on, preset, size, out, others, labels, normalisation, name)
+    subject, settings, folder, made = subject_named(what, on, preset, size, out, others, labels, normalisation, name)
     torch.set_num_threads(settings.threads)
     if lr:
         subject = dataclasses.replace(subject, lr=lr)
@@ -170,8 +172,8 @@ def score(
     make = functools.partial(make_jobs, store, settings.pool)
     result = score_subject(subject, training, store, make, rows)
     asked = dict(on=on, protocol=protocol, student=student, students=students, labels=labels, lr=lr, beside=beside)
-    asked |= {} if row_file(Path(what)).is_file() else {"preset": preset, "normalisation": normalisation, "size": size}
-    result |= {"command": command_of(what, asked, changes), "environment": around}
+    asked |= {} if made else {"preset": preset, "normalisation": normalisation, "size": size}
+    result |= {"command": command_of(what, made, asked, changes), "environment": around}
     result |= {"seconds": sum(row["seconds"] for row in result["rows"].values())}
     file = file_name(f"{subject.name}-{protocol}-{training.config.eval_student}") + ".json"
     write_json(folder / "scores" / file, "score", result)

@@ -13,11 +13,12 @@ from torch import nn
 from augdistill_core import Applied, seeded
 from augdistill_report import score
 from augdistill_report.commands.cli import main
+from augdistill_report.commands.export import export
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import load, whitened
 from augdistill_report.files.distilled_sets import read_set
 from augdistill_report.files.sealed_json import read_json, write_json
-from augdistill_report.run import Run, start_folder
+from augdistill_report.run import Run, made_by, row_file, start_folder
 from augdistill_report.settings import resolve
 from augdistill_report.show.budget_plot import accuracy_by_bytes, colours_of
 from augdistill_report.studies import scoreboard
@@ -39,6 +40,7 @@ def run(tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("scored") / "run", resolve("smoke", CHANGES)
     start_folder(folder, "smoke", settings)
     run = Run("02_baseline_mtt", settings, folder)
+    run.made_by = made_by(folder, settings)
     run.rows = {
         "pixels (MTT)": run.distillation("pixels", run.base, settings.pixel_config),
         "unet_noise": run.distillation("unet_noise", run.base),
@@ -106,6 +108,35 @@ def test_a_row_and_its_exports_have_one_score_which_plain_torch_confirms(run, tm
     ours, theirs = torch.tensor(mine.accuracies["the set"]).double(), by_plain_torch(tmp_path / "mtt")
     half = 3 * math.hypot(ours.std() / len(ours) ** 0.5, theirs.std() / len(theirs) ** 0.5)
     assert abs(ours.mean() - theirs.mean()) < half + 0.02 and theirs.mean() > 0.3
+
+
+def test_a_row_is_scored_and_exported_by_the_settings_of_its_own_run(run, tmp_path):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    before = score(row, beside="").result
+    config = (run.folder / "config.json").read_bytes()
+    start_folder(run.folder, "smoke", resolve("smoke", CHANGES | {"width": 8, "eval_steps": 40, "seed": 5}))  # another
+    try:
+        after = score(row, beside="").result
+        assert main(["export", row, "--format", "npz", "--out", str(tmp_path / "set")]) == 0
+    finally:
+        (run.folder / "config.json").write_bytes(config)
+    assert after["protocol"] == before["protocol"] and after["protocol"]["steps"] == 100
+    assert after["rows"]["the set"]["accuracy"] == before["rows"]["the set"]["accuracy"]
+    assert read_set(tmp_path / "set.npz").card["protocol"]["eval_steps"] == 100
+    assert after["command"] == before["command"]
+    assert after["command"].startswith("augdistill report --preset smoke --only 02 --set ")
+    assert "--set eval_steps=100" in after["command"] and "seed" not in after["command"]
+
+
+@pytest.mark.parametrize("key", ["settings", "made_by"])
+def test_a_row_of_an_earlier_version_is_refused_by_name(key, run, tmp_path):
+    row = run.folder / "02_baseline_mtt" / "pixels (MTT)"
+    other = tmp_path / "02_baseline_mtt" / "old"
+    content = read_json(row_file(row), "row")
+    write_json(row_file(other), "row", {k: v for k, v in content.items() if k != key})
+    for use in (score, lambda what: export(what, "npz", str(tmp_path / "set"))):
+        with pytest.raises(ValueError, match=rf"old\.json: has no '{key}' .*; run 02_baseline_mtt again"):
+            use(str(other))
 
 
 def test_learned_labels_are_exported_and_scored_as_they_are(run, tmp_path, capsys):
