@@ -20,6 +20,14 @@ from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.setup import Setup, public_name
 
 
+def refuse_others(row: str, changes: dict, used: tuple[str, ...]) -> None:
+    """A `ValueError` that names the first setting in `changes` that does not exist, or that no such export uses."""
+    Settings.refuse_unknown(changes)
+    for key, value in changes.items():
+        if key not in used:
+            raise ValueError(f"{key}={value!r}: does not apply to an export of {row}: must be {' or '.join(used)}")
+
+
 @torch.no_grad()
 def drawn_images(phi, base: Split, seed: int, draws: int) -> torch.Tensor:
     """`draws` samples of phi(x) for all images of its base set, `[draws * n, C, H, W]`."""
@@ -30,6 +38,7 @@ def drawn_images(phi, base: Split, seed: int, draws: int) -> torch.Tensor:
 
 def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, dict]:
     """The phi of a run's row, its data, the positions of its base images, and what a card says of how it was made."""
+    refuse_others(f"a row ({row.name})", changes, ("phis", "data"))
     found = stored_row(row, changes)
     job, store = found.job, found.store
     result = job.stored_phi(store)
@@ -48,6 +57,7 @@ def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, di
 
 def of_phi_file(path: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, dict]:
     """The same of a saved phi, which is found with its data set by name (a folder: `--set dataset=folder:PATH`)."""
+    refuse_others(f"a saved phi ({path.name})", changes, ("phis", "data", "dataset"))
     Settings(**{k: v for k, v in changes.items() if k == "phis"}).load_phis()
     layer = load_phi(path)
     about = layer.about

@@ -19,14 +19,17 @@ from augdistill_report.files.sealed_json import write_json
 from augdistill_report.files.store import Store, write
 from augdistill_report.run import file_name, row_file, run_folder, stored_row
 from augdistill_report.settings import Settings, resolve
-from augdistill_report.studies.set_scores import BESIDE, score_subject, table_of, training_by
+from augdistill_report.studies.set_scores import BESIDE, StudentTraining, score_subject, table_of, training_by
 from augdistill_report.studies.subjects import Subject, from_phi, from_row, from_set
 from augdistill_report.work.pool import WorkConfig, make_jobs
 from augdistill_report.work.provenance import environment
 from augdistill_report.work.scoring import EvalConfig
+from augdistill_report.work.setup import Setup
 from augdistill_report.work.statistics import markdown_table, shown
 
 SCOREBOARD = FIGURES / "scoreboard"
+
+USUAL_PRESET = "digits"  # of what is no row of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,57 @@ class SetScore:
         return "\n".join(lines)
 
 
+ROW, PHI, SELECTION, SET = "a row of a run", "a saved phi", "a selection", "a distilled set"
+
+OWN_LABELS = "only 'experts' can replace its own labels"
+
+INAPPLICABLE = {  # options by what is scored, with the reason: there they would change nothing
+    ROW: {
+        "preset": "the settings of its run are used; change single ones by --set",
+        "size": "it has the size of its run",
+        "normalisation": "it has that of its run",
+        "labels": f"{OWN_LABELS}; to read them otherwise, export the row and score the file",
+    },
+    PHI: {
+        "size": "it has the size that it was trained at",
+        "normalisation": "it has that of its training",
+        "labels": OWN_LABELS,
+    },
+    SELECTION: {"normalisation": "its images are those of the data set", "labels": OWN_LABELS},
+    SET: {"size": "its images have their own size"},
+}
+
+USED_SETTINGS = {*Setup.names(), *EvalConfig.names(), *WorkConfig.names(), "phis", "images_per_class"}
+
+
+def refuse_inapplicable(kind: str, given: dict) -> None:
+    """A `ValueError` that names the first option in `given` (by name) that changes nothing for this kind of thing."""
+    for option, reason in INAPPLICABLE[kind].items():
+        if given[option] and not (option == "labels" and given[option] == "experts"):
+            raise ValueError(f"{option}={given[option]!r}: does not apply to {kind}: {reason}; leave it out")
+
+
+def refuse_unused(changes: dict) -> None:
+    """A `ValueError` that names the first setting in `changes` that does not exist, or that no score depends on."""
+    Settings.refuse_unknown(changes)
+    for key, value in changes.items():
+        if key == "zca":
+            raise ValueError(f"zca={value!r}: a set's normalisation says whether it is whitened: use --normalisation")
+        if key not in USED_SETTINGS:
+            raise ValueError(f"{key}={value!r}: does not apply to a score, which depends on no such setting")
+
+
+def check_lr(lr: float, training: StudentTraining) -> None:
+    """A `ValueError` if a given step size is not the one that students are trained with."""
+    rates = training.lrs or (training.config.eval_lr,)
+    if lr and rates != (lr,):
+        its = " or ".join(f"{rate:g}" for rate in rates)
+        raise ValueError(
+            f"lr={lr:g}: does not apply here, where students are trained at step size {its}: use --protocol mtt, or "
+            f"--set eval_lr={lr:g}"
+        )
+
+
 def is_phi(path: Path) -> bool:
     """Whether a file is a saved phi."""
     try:
@@ -77,11 +131,15 @@ def subject_named(
     `made_by` is {} for what is no row of a run.
     """
     path = Path(what).expanduser()
+    given = dict(preset=preset, size=size, labels=labels, normalisation=normalisation)
+    refuse_unused(changes)
+    preset = preset or USUAL_PRESET
 
     def settings_of(size: int) -> Settings:
         return resolve(preset, {"dataset": on, **({"size": size} if size else {}), **changes})
 
     if not path.exists() and row_file(path).parent.is_dir():
+        refuse_inapplicable(ROW, given)
         folder = Path(out or path.parent.parent).resolve()
         row = stored_row(path, ({"dataset": on} if on else {}) | changes)
         subject = from_row(row.job, name or path.name, row.settings, row.store, Store(folder / "artefacts"))
@@ -91,9 +149,11 @@ def subject_named(
     folder = run_folder(preset, out)
     store = Store(folder / "artefacts")
     if path.is_file() and path.suffix == ".safetensors" and is_phi(path):
+        refuse_inapplicable(PHI, given)
         settings = settings_of(open_phi(path).about["setup"]["size"])
         return from_phi(path, name or path.stem, settings, store), settings, folder, {}
     found = read_set(path, labels)
+    refuse_inapplicable(SELECTION if found.images is None else SET, given)
     settings = settings_of(size if found.images is None else found.images.shape[2])
     named_by = path if path.name != PAIR else path.absolute().parent
     own = name or (named_by.name if named_by.is_dir() else path.stem)
@@ -120,7 +180,7 @@ def score(
     on: str = "",
     *,
     protocol: str = "ours",
-    preset: str = "digits",
+    preset: str = "",
     student: str = "",
     students: int = 0,
     labels: str = "",
@@ -140,18 +200,19 @@ def score(
             positions in the training set (.npy, .txt), a saved phi, or a run's row (RUN/NOTEBOOK/ROW).
         on: the data set whose test images students are tested on (a row has its own).
         protocol: a name in `PROTOCOLS`.
-        preset: where all other settings are from: the students' ConvNet, the experts (for the window of difficulty).
+        preset: where all other settings are from: the students' ConvNet, the experts (for the window of difficulty);
+            "" is digits, or for a row the settings of its run.
         student, students: another architecture (`eval_student`), another number of students.
         labels: what the labels are: hard, probabilities, logits, or experts (they label each augmented image).
         normalisation: how the images are normalised, a name in `NORMALISATIONS`; "" finds it.
-        lr: the step size that was learned with the images, for the protocol of MTT.
+        lr: the step size that was learned with the images, where the protocol takes that (mtt).
         size: of a selection's images in pixels (a set has its own).
         beside: the rows beside it, of random, bytes, window, all.
         name: how the result is called; out: the folder (runs/<preset>), whose finished jobs are used.
         publish: also write it to figures/scoreboard, for notebook 08; committed code only.
         changes: settings by name, as `--set`; those of eval_* change the protocol, and the result says so.
 
-    A `ValueError` says what is wrong with a file or an argument.
+    A `ValueError` says what is wrong with a file or an argument, or which argument would change nothing.
     """
     changes = dict(changes or {})
     own = {k: v for k, v in changes.items() if k in EvalConfig.names()}  # of the protocol
@@ -164,6 +225,7 @@ def score(
     own |= {"eval_students": students} if students else {}
     own |= {"eval_labels": "soft"} if labels == "experts" else {}
     training = training_by(protocol, subject, settings, own)
+    check_lr(lr, training)
     around = environment(settings.device)
     if publish and not is_committed({"environment": around}):
         raise ValueError("publish: the code has uncommitted changes, so nobody could repeat the score; commit first")
@@ -172,7 +234,7 @@ def score(
     make = functools.partial(make_jobs, store, settings.pool)
     result = score_subject(subject, training, store, make, rows)
     asked = dict(on=on, protocol=protocol, student=student, students=students, labels=labels, lr=lr, beside=beside)
-    asked |= {} if made else {"preset": preset, "normalisation": normalisation, "size": size}
+    asked |= {} if made else {"preset": preset or USUAL_PRESET, "normalisation": normalisation, "size": size}
     result |= {"command": command_of(what, made, asked, changes), "environment": around}
     result |= {"seconds": sum(row["seconds"] for row in result["rows"].values())}
     file = file_name(f"{subject.name}-{protocol}-{training.config.eval_student}") + ".json"

@@ -78,6 +78,8 @@ def read_set(path: Path | str, labels: str = "") -> DistilledSet:
     if path.is_dir() and (path / PAIR).is_file():
         path = path / PAIR
     if path.is_dir():
+        if labels in ("probabilities", "logits"):
+            raise ValueError(f"labels={labels!r}: {path} is a folder, whose sub-folders are classes: must be hard")
         found = from_folder(path)
     elif not path.is_file():
         raise ValueError(f"{path}: no such file or folder; must be a distilled set, a selection, a saved phi or a row")

@@ -76,6 +76,11 @@ def test_a_folder_comes_back_with_its_bytes_in_order_of_class(tmp_path):
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(found.images, given.images[[2, 3, 1, 4, 0, 5]])
     assert found.bytes == sum(path.stat().st_size for path in (tmp_path / "set").glob("*/*.png"))
+    assert torch.equal(read_set(tmp_path / "set", "hard").labels, found.labels)
+    with pytest.raises(
+        ValueError, match=r"labels='logits': .* is a folder, whose sub-folders are classes: must be hard"
+    ):
+        read_set(tmp_path / "set", "logits")
     (tmp_path / "set" / "a" / "9.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"9\.png is not a readable image"):
         read_set(tmp_path / "set")

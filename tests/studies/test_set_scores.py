@@ -31,7 +31,8 @@ from augdistill_report.work.scoring import EvalConfig, evaluate
 from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation
 from augdistill_report.work.students import accuracy_of
 
-CHANGES = dict(width=16, syn_steps=5, iterations=30, eval_steps=100, eval_students=3)
+STUDENTS = dict(width=16, eval_steps=100, eval_students=3)
+CHANGES = dict(syn_steps=5, iterations=30) | STUDENTS
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def run(tmp_path_factory):
 
 
 def scored(run, what, on="digits", **options):
-    options = dict(preset="smoke", out=str(run.folder), beside="", changes=CHANGES) | options
+    options = dict(preset="smoke", out=str(run.folder), beside="", changes=STUDENTS) | options
     return score(str(what), on, **options)
 
 
@@ -359,6 +360,56 @@ def test_wrong_arguments_are_refused_by_name(options, error, run, real, tmp_path
         scored(run, pair(tmp_path / "set", real[0]["own"], real[1]), **dict(normalisation="own") | options)
 
 
+@pytest.mark.parametrize(
+    "what, options, error",
+    [
+        ("row", dict(labels="hard"), "labels='hard': does not apply to a row of a run: .*export the row"),
+        ("row", dict(labels="probabilities"), "labels='probabilities': does not apply to a row of a run"),
+        ("row", dict(normalisation="zca"), "normalisation='zca': does not apply to a row"),
+        ("row", dict(preset="smoke"), "preset='smoke': does not apply to a row .* change single ones by --set"),
+        ("row", dict(size=8), "size=8: does not apply to a row"),
+        ("row", dict(lr=0.5), "lr=0.5: does not apply here, where students are trained at step size 0.02"),
+        (
+            "row",
+            dict(lr=0.5, protocol="dd-ranking"),
+            "at step size 0.001 or 0.005 .*--protocol mtt, or --set eval_lr=0.5",
+        ),
+        ("row", dict(changes={"zca": "true"}), "zca='true': a set's normalisation says"),
+        ("row", dict(changes={"iterations": "3"}), "iterations='3': does not apply to a score"),
+        ("phi", dict(size=8), "size=8: does not apply to a saved phi: it has the size that it was trained at"),
+        ("phi", dict(labels="hard"), "labels='hard': does not apply to a saved phi: only 'experts'"),
+        ("phi", dict(normalisation="own"), "normalisation='own': does not apply to a saved phi"),
+        ("selection", dict(labels="logits"), "labels='logits': does not apply to a selection"),
+        ("selection", dict(normalisation="own"), "normalisation='own': does not apply to a selection"),
+        ("pair", dict(size=8), "size=8: does not apply to a distilled set: its images have their own size"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused_by_name(what, options, error, run, real, tmp_path):
+    if what == "row":
+        path, options = f"{run.folder}/02_baseline_mtt/pixels (MTT)", dict(beside="") | options
+        with pytest.raises(ValueError, match=error):
+            score(path, **options)
+        return
+    (tmp_path / "chosen.txt").write_text("0 1 2")
+    made = {"phi": lambda: run.save("unet", run.rows["unet_noise"]), "selection": lambda: tmp_path / "chosen.txt"}
+    path = made.get(what, lambda: pair(tmp_path / "set", real[0]["own"], real[1]))()
+    with pytest.raises(ValueError, match=error):
+        scored(run, path, **options)
+
+
+def test_an_export_refuses_a_setting_that_it_does_not_use(run, tmp_path):
+    row, phi = f"{run.folder}/02_baseline_mtt/pixels (MTT)", str(run.save("unet", run.rows["unet_noise"]))
+    for what, changes, error in (
+        (row, {"eval_steps": "77"}, r"eval_steps='77': does not apply to an export of a row .*must be phis or data"),
+        (row, {"iteratons": "3"}, "unknown key 'iteratons'"),
+        (phi, {"iteratons": "3"}, "unknown key 'iteratons'"),
+        (phi, {"eval_steps": "77"}, r"does not apply to an export of a saved phi \(unet.safetensors\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            export(what, "npz", str(tmp_path / "set"), changes=changes)
+    assert not (tmp_path / "set.npz").exists()
+
+
 def test_a_set_that_does_not_fit_the_data_is_refused_by_name(run, real, tmp_path):
     images, labels = real
     for x, y, error in (
@@ -376,7 +427,8 @@ def test_a_set_that_does_not_fit_the_data_is_refused_by_name(run, real, tmp_path
 
 def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
     results = [
-        scored(run, f"{run.folder}/02_baseline_mtt/{row}", on="", beside="random,bytes") for row in list(run.rows)[:2]
+        score(f"{run.folder}/02_baseline_mtt/{row}", beside="random,bytes", changes=STUDENTS)
+        for row in list(run.rows)[:2]
     ]
     for result in results:
         write_json(tmp_path / f"{result.path.name}", "score", result.result)
