@@ -15,8 +15,8 @@ import torch
 from augdistill_report.commands.publish import FIGURES, gallery_page, is_committed
 from augdistill_report.files.distilled_sets import PAIR, read_set
 from augdistill_report.files.phi_files import open_phi
-from augdistill_report.files.sealed_json import write_json
-from augdistill_report.files.store import Store, write
+from augdistill_report.files.sealed_json import read_json, strict_json, write_json
+from augdistill_report.files.store import Store, as_json, digest, write
 from augdistill_report.run import file_name, row_file, run_folder, stored_row
 from augdistill_report.settings import Settings, resolve
 from augdistill_report.studies.set_scores import BESIDE, StudentTraining, score_subject, table_of, training_by
@@ -175,6 +175,44 @@ def command_of(what: str, made: dict, arguments: dict, changes: dict) -> str:
     return f"{before}augdistill score {shlex.quote(str(path) if made else path.name)}{options}{sets}"
 
 
+def named_score(result: dict) -> str:
+    """A score's name in files: data, size, the set, the protocol, the students."""
+    how = result["protocol"]
+    return file_name(f"{result['data']}-{result['size']}-{result['name']}-{how['name']}-{how['eval_student']}")
+
+
+def students_of(result: dict) -> dict:
+    """All that determines how the students of a score are trained and tested, but not what they are trained on.
+
+    Published scores of earlier versions do not say `setup`.
+    """
+    return {key: result.get(key) for key in ("fingerprint", "size", "whitened", "protocol", "setup")}
+
+
+def digest_of_score(result: dict) -> str:
+    """A digest of all that a score depends on: what was scored, on which data, by which students, beside which rows."""
+    its = {"content": result["content"], "rows": list(result["rows"]), **students_of(result)}
+    return digest(strict_json(as_json(its)))
+
+
+def place_on_board(result: dict, board: Path = SCOREBOARD) -> Path:
+    """The file of a published score. Tables name it, so it has a digest only beside a score by other students.
+
+    A score of the same name by the same students is replaced: the set was made or scored again.
+    """
+    path = board / f"{named_score(result)}.json"
+    now = strict_json(as_json(result))  # as a file has it
+    if path.exists() and not same_students(read_json(path, "score"), now):
+        return path.with_name(f"{path.stem}-{digest(students_of(now))}.json")
+    return path
+
+
+def same_students(one: dict, other: dict) -> bool:
+    """Whether two scores are by the same students on the same data, as far as both say."""
+    its, theirs = students_of(one), students_of(other)
+    return all(None in (its[key], theirs[key]) or its[key] == theirs[key] for key in its)
+
+
 def score(
     what: str,
     on: str = "",
@@ -237,9 +275,9 @@ def score(
     asked |= {} if made else {"preset": preset or USUAL_PRESET, "normalisation": normalisation, "size": size}
     result |= {"command": command_of(what, made, asked, changes), "environment": around}
     result |= {"seconds": sum(row["seconds"] for row in result["rows"].values())}
-    file = file_name(f"{subject.name}-{protocol}-{training.config.eval_student}") + ".json"
-    write_json(folder / "scores" / file, "score", result)
+    path = folder / "scores" / f"{named_score(result)}-{digest_of_score(result)}.json"
+    write_json(path, "score", result)
     if publish:
-        write_json(SCOREBOARD / f"{file_name(result['data'])}-{result['size']}-{file}", "score", result)
+        write_json(place_on_board(result), "score", result)
         write(FIGURES / "README.md", gallery_page())
-    return SetScore(result, folder / "scores" / file)
+    return SetScore(result, path)

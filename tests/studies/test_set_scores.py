@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from helpers import make_folder
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,6 +15,7 @@ from augdistill_core import Applied, seeded
 from augdistill_report import score
 from augdistill_report.commands.cli import main
 from augdistill_report.commands.export import export
+from augdistill_report.commands.score import place_on_board
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import load, whitened
 from augdistill_report.files.distilled_sets import read_set
@@ -166,7 +168,8 @@ def test_what_stands_beside_a_score(run, capsys):
     arguments += ["--protocol", "dd-ranking", "--set", "eval_epochs=4", "--student", "convnet", "--set", "width=16"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    result = read_json(run.folder / "scores" / "unet-dd-ranking-convnet.json", "score")
+    (path,) = (run.folder / "scores").glob("digits-8-unet-dd-ranking-convnet-*.json")
+    result = read_json(path, "score")
     rows = result["rows"]
     assert list(rows) == [
         *("the set", "random", "random, same bytes", "best window", "all the data"),
@@ -423,6 +426,54 @@ def test_a_set_that_does_not_fit_the_data_is_refused_by_name(run, real, tmp_path
         ValueError, match="no such row; finished rows of 02_baseline_mtt: pixels__MTT_, unet_noise, with_labels"
     ):
         score(f"{run.folder}/02_baseline_mtt/others")
+
+
+@pytest.fixture(scope="module")
+def other_digits(tmp_path_factory):
+    """Another data set with the classes of digits, and one with other classes."""
+    root = tmp_path_factory.mktemp("others")
+    for name, classes in (("same", map(str, range(10))), ("letters", "abcdefghij")):
+        make_folder(root / name, tuple(classes), 20, mode="L", size=(8, 8))
+    return {name: f"folder:{root / name}" for name in ("same", "letters")}
+
+
+def test_each_data_set_and_each_way_of_scoring_has_its_own_file(run, real, other_digits, tmp_path):
+    path, out = pair(tmp_path / "pixels", real[0]["pixels"], real[1]), str(tmp_path / "out")
+    options = dict(out=out, normalisation="pixels")
+    found = [scored(run, path, **options), scored(run, path, other_digits["same"], **options)]
+    found += [scored(run, path, out=out, normalisation="own")]
+    found += [scored(run, path, changes=STUDENTS | {"width": 8}, **options)]
+    found += [scored(run, pair(path, real[0]["pixels"].flip(0), real[1]), **options)]
+    assert len({one.path for one in found}) == 5 == len(list((tmp_path / "out" / "scores").iterdir()))
+    assert all(read_json(one.path, "score")["data"] == one.result["data"] for one in found)
+    assert found[0].path.name.startswith("digits-8-pixels-ours-convnet-")
+    assert found[1].path.name.startswith("folder_same-8-pixels-ours-convnet-")
+    assert scored(run, path, **options).path == found[4].path  # the same score again
+
+
+def test_a_published_score_is_replaced_only_by_one_of_the_same_students(run, tmp_path):
+    result = score(f"{run.folder}/02_baseline_mtt/unet_noise", beside="").result
+    first = place_on_board(result, tmp_path)
+    assert first.name == "digits-8-unet_noise-ours-convnet.json"
+    older = {key: value for key, value in result.items() if key not in ("setup", "content")}
+    for published in (result, older):  # an older file does not say of which setup it is
+        write_json(first, "score", published)
+        assert place_on_board(result | {"content": "made again"}, tmp_path) == first
+        shorter = result | {"protocol": result["protocol"] | {"eval_steps": 7, "steps": 7}}
+        beside = place_on_board(shorter, tmp_path)
+        assert beside != first and beside.name.startswith("digits-8-unet_noise-ours-convnet-")
+
+
+def test_a_card_of_other_data_is_said_and_one_of_other_classes_refused(run, other_digits, tmp_path):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    assert main(["export", row, "--format", "npz", "--out", str(tmp_path / "set")]) == 0
+    assert "other data" not in scored(run, tmp_path / "set.npz").result["normalisation"]
+    said = str(scored(run, tmp_path / "set.npz", other_digits["same"]))
+    assert re.search(r"its card says that it was made from other data \(digits, \w+\) than it is scored on", said)
+    with pytest.raises(
+        ValueError, match=r"made from digits, with the classes 0, 1, 2, 3, 4, \.\.\.; .* has a, b, c, d"
+    ):
+        scored(run, tmp_path / "set.npz", other_digits["letters"])
 
 
 def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
