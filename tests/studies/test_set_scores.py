@@ -485,6 +485,8 @@ def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
         write_json(tmp_path / f"{result.path.name}", "score", result.result)
     entries = [entry for result in scoreboard.read_board(tmp_path) for entry in scoreboard.entries_of(result)]
     assert [entry.method for entry in entries].count("random real images") == 4
+    training = "ours: convnet of width 16 and depth 2, 100 steps, 3 students, step size 0.02, no augmentation"
+    assert {entry.training for entry in entries} == {training}
     short = [dataclasses.replace(entry, training="ours: convnet, 7 steps", accuracy=0.1) for entry in entries]
     assert len(scoreboard.distinct(entries + short)) == 2 * len(scoreboard.distinct(entries))  # never for one another
     entries = scoreboard.distinct(entries)  # ten random images stand beside both rows
@@ -502,6 +504,54 @@ def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
         "published, not measured: Cazenavette"
     )
     assert scoreboard.read_board(tmp_path / "nowhere") == []
+
+
+def test_scores_by_different_students_stay_apart_on_the_scoreboard(run):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    base = score(row, beside="random").result
+    others = [
+        ("setup", {"width": 64}, "convnet of width 64 and depth"),
+        ("setup", {"depth": 3}, "of width 16 and depth 3"),
+        ("protocol", {"eval_augment": "dsa"}, "step size 0.02, augmentation dsa"),
+        ("protocol", {"eval_lr": 0.01}, "step size 0.01, no augmentation"),
+        ("protocol", {"eval_batch": 7}, "batches of 7"),
+        ("protocol", {"eval_decay": 0.25}, "eval_decay 0.25"),
+        ("protocol", {"eval_students": 9}, "9 students"),
+    ]
+    results = [base, *(base | {part: base[part] | change} for part, change, _ in others), base | {"whitened": True}]
+    entries = [entry for result in results for entry in scoreboard.entries_of(result)]
+    assert scoreboard.distinct(entries) == entries and len(entries) == 2 * len(results)
+    for result, (*_, said) in zip(results[1:], others, strict=False):
+        assert all(said in entry.training for entry in scoreboard.entries_of(result)), said
+    assert scoreboard.entries_of(results[-1])[0].training.endswith("no augmentation, whitened")
+    assert len(scoreboard.distinct(entries + entries)) == len(entries)
+    learned = [base | {"protocol": base["protocol"] | {"name": "mtt", "eval_lr": lr}} for lr in (0.01, 0.02)]
+    both = [scoreboard.entries_of(result)[0] for result in learned]
+    assert both[0].training == both[1].training and "step size" not in both[0].training
+    assert len(scoreboard.distinct(both)) == 2  # the digest knows the step sizes that were learned
+    older = {key: value for key, value in base.items() if key != "setup"}
+    assert scoreboard.entries_of(older)[0].training.startswith("ours: convnet, 100 steps, 3 students")
+
+    figure = accuracy_by_bytes(scoreboard.by_data(entries))
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len(set(names)) == 2 * len(results) and sum("augmentation dsa" in name for name in names) == 2
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() not in ("", "None", "|", "_")]
+    assert max(len(line.get_xdata()) for line in drawn) == 1  # no line joins different students
+
+
+def test_random_images_with_soft_labels_say_whose_labels_they_are(run):
+    row = f"{run.folder}/02_baseline_mtt/with labels"
+    found = score(row, beside="random").result
+    entries = [e for name in ("one", "two") for e in scoreboard.entries_of(found | {"name": name})]
+    assert [entry.method for entry in scoreboard.distinct(entries)] == [
+        *("one", "random real images, soft labels of one", "two", "random real images, soft labels of two")
+    ]
+    by_experts = score(row, beside="random,bytes", labels="experts").result
+    entries = [e for name in ("one", "two") for e in scoreboard.entries_of(by_experts | {"name": name})]
+    methods = {entry.method: entry.training for entry in scoreboard.distinct(entries)}
+    taught = {method: "labels by experts" in training for method, training in methods.items()}
+    expected = {"one": True, "two": True, "random real images, labels by experts": True, "random real images": False}
+    assert taught == expected  # as many real images as the bytes hold have hard labels
 
 
 def test_methods_of_one_panel_of_the_scoreboard_have_different_colours():
