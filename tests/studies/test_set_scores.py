@@ -20,7 +20,7 @@ from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import load, whitened
 from augdistill_report.files.distilled_sets import read_set
 from augdistill_report.files.sealed_json import read_json, write_json
-from augdistill_report.run import Run, made_by, row_file, start_folder
+from augdistill_report.run import Run, made_by, row_file, start_folder, stored_row
 from augdistill_report.settings import resolve
 from augdistill_report.show.budget_plot import accuracy_by_bytes, colours_of
 from augdistill_report.studies import scoreboard
@@ -129,6 +129,11 @@ def test_a_row_is_scored_and_exported_by_the_settings_of_its_own_run(run, tmp_pa
     assert after["command"] == before["command"]
     assert after["command"].startswith("augdistill report --preset smoke --only 02 --set ")
     assert "--set eval_steps=100" in after["command"] and "seed" not in after["command"]
+
+
+def test_another_place_of_the_data_is_also_that_of_the_row_s_job(run, tmp_path):
+    found = stored_row(run.folder / "02_baseline_mtt" / "unet_noise", {"data": str(tmp_path)})
+    assert found.job.setup.data == found.settings.data == str(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["settings", "made_by"])
