@@ -153,8 +153,12 @@ class Run:
         return results
 
     def remember(self, name, job: Distillation) -> None:
-        """Write what a row is to rows/<notebook>/, so that `augdistill score` and `export` find it by its name."""
+        """Write what a row is to rows/<notebook>/, so that `augdistill score` and `export` find it by its name.
+
+        With this run's own settings: another run in the folder writes another config.json.
+        """
         row = {"row": file_name(name), "store": str(self.store.folder), **dataclasses.asdict(job)}
+        row |= {"settings": self.settings.to_dict(), "made_by": self.made_by}
         write_json(row_file(self.folder / self.notebook / file_name(name)), "row", row)
 
     def evaluation(self, subset: Subset, distilled: Distillation | None = None, **changes) -> Evaluation:
@@ -313,22 +317,44 @@ def row_file(row: Path) -> Path:
     return row.parent.parent / "rows" / row.parent.name / f"{file_name(row.name)}.json"
 
 
-def stored_row(row: Path) -> tuple[Distillation, Store]:
-    """The job of a finished row, by its name RUN/NOTEBOOK/ROW, and the store that holds its result.
+@dataclasses.dataclass(frozen=True)
+class StoredRow:
+    """A finished row of a run: the job that trained its phi, the store that holds its result, and what made the run.
 
-    A `ValueError` if there is no such row (it lists those there are), or its result is gone.
+    `settings` are those of the run that made the row; `made_by` is what repeats that run (see `made_by`).
     """
-    path = row_file(row)
+
+    job: Distillation
+    store: Store
+    settings: Settings
+    made_by: dict
+
+
+def stored_row(row: Path, changes: dict | None = None) -> StoredRow:
+    """A finished row by its name RUN/NOTEBOOK/ROW, with `changes` of its run's settings; registers the phis they name.
+
+    Another place of the data (`data`) is also that of the row's job. A `ValueError` if there is no such row (it lists
+    those there are), if an earlier version wrote its file, or if its result is gone.
+    """
+    path, changes = row_file(row), changes or {}
     if not path.is_file():
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
         raise ValueError(f"{row}: no such row; finished rows of {row.parent.name}: {there}")
     found = read_json(path, "row")
-    setup, subset = Setup.from_dict(found["setup"]), Subset(**found["subset"])
+    if missing := [key for key in ("settings", "made_by") if key not in found]:
+        raise ValueError(
+            f"{path}: has no {missing[0]!r} (an earlier version wrote it), so how its run was made is not known; run "
+            f"{row.parent.name} again"
+        )
+    settings = Settings.from_dict(found["settings"] | changes)
+    settings.load_phis()
+    place = {"data": settings.data} if "data" in changes else {}
+    setup, subset = Setup.from_dict(found["setup"] | place), Subset(**found["subset"])
     job = Distillation(setup, found["phi"], subset, DistillConfig.from_dict(found["config"]), own_source(found["phi"]))
     store = Store(found["store"])
     if not store.has(job.kind, job.spec()):
         raise ValueError(f"{row}: {store.folder} has no result of this code for it; run {row.parent.name} again")
-    return job, store
+    return StoredRow(job, store, settings, found["made_by"])
 
 
 def open_run(notebook: str, parameters: dict) -> Run:

@@ -11,13 +11,21 @@ from augdistill_core import Applied, augmented, labels_under, seeded
 from augdistill_report.data.datasets import Dataset, Split
 from augdistill_report.files.distilled_sets import DistilledSet, write_set
 from augdistill_report.files.phi_files import load_phi
-from augdistill_report.run import folder_config, row_file, stored_row
+from augdistill_report.run import row_file, stored_row
 from augdistill_report.settings import Settings
 from augdistill_report.studies.subjects import label_bytes
 from augdistill_report.work.jobs import Subset
 from augdistill_report.work.provenance import environment
 from augdistill_report.work.scoring import EvalConfig
 from augdistill_report.work.setup import Setup, public_name
+
+
+def refuse_others(row: str, changes: dict, used: tuple[str, ...]) -> None:
+    """A `ValueError` that names the first setting in `changes` that does not exist, or that no such export uses."""
+    Settings.refuse_unknown(changes)
+    for key, value in changes.items():
+        if key not in used:
+            raise ValueError(f"{key}={value!r}: does not apply to an export of {row}: must be {' or '.join(used)}")
 
 
 @torch.no_grad()
@@ -30,10 +38,9 @@ def drawn_images(phi, base: Split, seed: int, draws: int) -> torch.Tensor:
 
 def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, dict]:
     """The phi of a run's row, its data, the positions of its base images, and what a card says of how it was made."""
-    config = folder_config(row.parent.parent)
-    settings = Settings.from_dict(config["settings"] | changes)
-    settings.load_phis()
-    job, store = stored_row(row)
+    refuse_others(f"a row ({row.name})", changes, ("phis", "data"))
+    found = stored_row(row, changes)
+    job, store = found.job, found.store
     result = job.stored_phi(store)
     made = {
         "row": f"{row.parent.name}/{row.name}",
@@ -41,7 +48,7 @@ def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, di
         "distillation": job.config.to_dict(),
         "stopped": str(result.stopped or ""),
         "seconds": round(store.seconds(job.kind, job.spec()), 1),
-        "protocol": settings.select(EvalConfig).to_dict(),
+        "protocol": found.settings.select(EvalConfig).to_dict(),
         "setup": job.setup.public(),
         "lr": max(result.alpha, 0.0),
     }
@@ -50,6 +57,7 @@ def of_row(row: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, di
 
 def of_phi_file(path: Path, changes: dict) -> tuple[Applied, Dataset, torch.Tensor, dict]:
     """The same of a saved phi, which is found with its data set by name (a folder: `--set dataset=folder:PATH`)."""
+    refuse_others(f"a saved phi ({path.name})", changes, ("phis", "data", "dataset"))
     Settings(**{k: v for k, v in changes.items() if k == "phis"}).load_phis()
     layer = load_phi(path)
     about = layer.about

@@ -228,12 +228,13 @@ def add_score(command: Parser) -> Action:
     command.add_argument("what", metavar="WHAT", help=what)
     command.add_argument("--on", default="", metavar="DATA", help="the data set to test on (a row has its own)")
     command.add_argument("--protocol", default="ours", metavar="NAME", help="ours, mtt, dc-bench, dd-ranking ...")
-    command.add_argument("--preset", default="digits", help="of all other settings: the ConvNet, the experts (digits)")
+    of = "of all other settings: the ConvNet, the experts (digits; a row has those of its run)"
+    command.add_argument("--preset", default="", help=of)
     command.add_argument("--student", default="", metavar="NAME", help="convnet3, resnet18, vgg11, alexnet ...")
     command.add_argument("--students", type=int, default=0, metavar="N", help="students of each row")
     command.add_argument("--labels", default="", metavar="KIND", help="hard, probabilities, logits, or experts")
     command.add_argument("--normalisation", default="", metavar="NAME", help="pixels, own, zca, cifar10 ...")
-    command.add_argument("--lr", type=float, default=0.0, help="the step size learned with the images, for mtt")
+    command.add_argument("--lr", type=float, default=0.0, help="the step size learned with the images (mtt)")
     command.add_argument("--size", type=int, default=0, help="image size in pixels, for positions")
     command.add_argument("--beside", default="random,bytes,window,all", metavar="ROWS", help="what else is scored")
     command.add_argument("--name", default="", help="what the result is called")
@@ -259,7 +260,7 @@ def add_export(command: Parser) -> Action:
     command.add_argument("--format", required=True, metavar="FORM", help="mtt, folder, npz or safetensors")
     command.add_argument("--out", required=True, metavar="PATH", help="the file or folder to write")
     command.add_argument("--draws", type=int, default=1, metavar="K", help="draws of a stochastic phi (1)")
-    add_set(command, what="change a setting (phis, data)")
+    add_set(command, what="phis, data; for a saved phi also dataset")
 
     def run(options: Options) -> None:
         from augdistill_report.commands.export import export

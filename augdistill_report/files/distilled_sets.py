@@ -38,7 +38,8 @@ class DistilledSet:
     `positions` `[n]` in the source's training images instead. `labels`: int64 `[n]`, or probabilities `[n, classes]`;
     None for a selection. `classes`: the class names that a folder gives to the labels. `lr`: the step size that was
     learned with the images (0: none is known). `card`: what `write_set` said of it ({} for a file of another code).
-    `bytes`: of the images as they are stored.
+    `bytes`: of the images as they are stored. `stored_labels`: as the file holds them, before they were read as a kind
+    that was named (None: as `labels`).
     """
 
     images: Tensor | None
@@ -49,6 +50,7 @@ class DistilledSet:
     classes: tuple[str, ...] = ()
     lr: float = 0.0
     card: dict = dataclasses.field(default_factory=dict)
+    stored_labels: Tensor | None = None
 
     def __len__(self):
         return len(self.positions if self.images is None else self.images)
@@ -76,6 +78,8 @@ def read_set(path: Path | str, labels: str = "") -> DistilledSet:
     if path.is_dir() and (path / PAIR).is_file():
         path = path / PAIR
     if path.is_dir():
+        if labels in ("probabilities", "logits"):
+            raise ValueError(f"labels={labels!r}: {path} is a folder, whose sub-folders are classes: must be hard")
         found = from_folder(path)
     elif not path.is_file():
         raise ValueError(f"{path}: no such file or folder; must be a distilled set, a selection, a saved phi or a row")
@@ -111,7 +115,9 @@ def check_content(found: DistilledSet, path: Path) -> None:
         raise ValueError(f"{path}: {len(images)} images but {len(found.labels)} labels")
     if found.card:
         check_json(found.card, JSON_KINDS["card"].shape, f"{path}: its card")
-    if found.card and found.card["content"] != found.content:
+    # a card is of what the file holds: `--labels hard` may have made classes of its probabilities
+    stored = found.labels if found.stored_labels is None else found.stored_labels
+    if found.card and found.card["content"] != content_of_set(images, stored, found.lr):
         raise ValueError(
             f"{path}: its card is of other images, labels or step size: export it again, or remove the card"
         )
@@ -159,9 +165,9 @@ def from_pair(path: Path, kind: str) -> DistilledSet:
     values = a_tensor(labels, f"the labels of {path.name}")
     rate = float(a_tensor(lr, "a step size").reshape(-1)[0]) if lr.is_file() else 0.0
     card = read_json(path.with_name(CARD), "card") if path.with_name(CARD).is_file() else {}
-    return DistilledSet(
-        images, read_labels(values, kind, labels), "mtt", images.numel() * images.element_size(), lr=rate, card=card
-    )
+    size = images.numel() * images.element_size()
+    about = dict(lr=rate, card=card, stored_labels=values)
+    return DistilledSet(images, read_labels(values, kind, labels), "mtt", size, **about)
 
 
 def from_named(tensors: dict[str, Tensor], kind: str, path: Path, card: dict) -> DistilledSet:
@@ -177,7 +183,8 @@ def from_named(tensors: dict[str, Tensor], kind: str, path: Path, card: dict) ->
     images, lr = tensors["images"], tensors.get("lr")
     size = images.numel() * images.element_size()
     rate = 0.0 if lr is None else float(lr.reshape(-1)[0])
-    return DistilledSet(images, read_labels(tensors[name], own, path), path.suffix[1:], size, lr=rate, card=card)
+    about = dict(lr=rate, card=card, stored_labels=tensors[name])
+    return DistilledSet(images, read_labels(tensors[name], own, path), path.suffix[1:], size, **about)
 
 
 def from_npz(path: Path, kind: str) -> DistilledSet:

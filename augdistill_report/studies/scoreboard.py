@@ -9,18 +9,22 @@ import operator
 from pathlib import Path
 
 from augdistill_report.files.sealed_json import read_json
+from augdistill_report.files.store import digest
 from augdistill_report.places import ROOT
 from augdistill_report.run import Run
+from augdistill_report.studies.protocols import PROTOCOLS
 from augdistill_report.studies.set_scores import (
     ALL_ROW,
     BESIDE,
     BYTES_ROW,
     RANDOM_ROW,
     THE_SET,
+    WINDOW_ROW,
     score_subject,
     training_by,
 )
 from augdistill_report.studies.subjects import from_row
+from augdistill_report.work.scoring import EvalConfig
 
 BOARD = ROOT / "figures" / "scoreboard"
 
@@ -33,7 +37,8 @@ PIXELS = 3 * 32 * 32
 class Entry:
     """A marker of the scoreboard: accuracies in [0, 1], `spread` a standard deviation (None: it is not known).
 
-    `training` says how students were trained: only accuracies with the same can be compared.
+    `training` says how students were trained: only accuracies with the same can be compared. `key` is a digest of all
+    that a measured accuracy depends on besides the fields before it ("" for a published one).
     """
 
     method: str
@@ -45,6 +50,7 @@ class Entry:
     spread: float | None = None
     training: str = "that of the paper"
     source: str = "measured"
+    key: str = ""
 
     @property
     def shown(self) -> str:
@@ -82,29 +88,81 @@ PUBLISHED_SCORES = [
     *published_rows("all the data", "Cazenavette et al., CVPR 2022", {5000: 84.8}, PIXELS),
 ]
 
+SAID_ALREADY = ("eval_student", "eval_steps", "eval_epochs")  # by the first words of `training_text`
+
+
+def setting_in_words(key: str, value) -> str:
+    """A setting of students for a table: "step size 0.02"; one that has no words of its own by its name and value."""
+    words = {
+        "eval_lr": f"step size {value}",
+        "eval_augment": "no augmentation" if value == "none" else f"augmentation {value}",
+        "eval_labels": "labels by experts",  # said only where it is not "hard"
+        "eval_students": f"{value} students",
+        "eval_batch": f"batches of {value}",
+    }
+    return words.get(key, f"{key} {value}")
+
+
+def training_text(result: dict, labels: str) -> str:
+    """How students of a score were trained, in short: the protocol, the students, and all that is not as in it.
+
+    `labels` is the `eval_labels` of the row. For the protocol "ours" the augmentation and the step size are always
+    said: it leaves them to the preset. Step sizes that a protocol selects, or takes from the set, are not said.
+    """
+    how, setup = result["protocol"] | {"eval_labels": labels}, result.get("setup", {})  # older files have no setup
+    name, student = how["name"], how["eval_student"]
+    if student == "convnet" and setup:
+        student += f" of width {setup['width']} and depth {setup['depth']}"
+    usual = EvalConfig().to_dict() | PROTOCOLS[name].changes
+    if name == "ours":
+        usual |= {"eval_lr": None, "eval_augment": None}
+    elif "eval_lr" not in how["changed"]:
+        usual["eval_lr"] = how["eval_lr"]
+    others = {k: v for k, v in how.items() if k in usual and k not in SAID_ALREADY and v != usual[k]}
+    said = [f"{name}: {student}", f"{how['steps']:,} steps", *(setting_in_words(k, v) for k, v in others.items())]
+    return ", ".join([*said, "whitened"] if result.get("whitened") else said)
+
+
+def key_of_training(result: dict, labels: str) -> str:
+    """A digest of how students of a score were trained: all settings of the protocol, their size, and whitening."""
+    how, setup = result["protocol"], result.get("setup", {})
+    settings = {k: v for k, v in how.items() if k not in ("source", "changed")} | {"eval_labels": labels}
+    size = [setup.get(k) for k in ("width", "depth")] if how["eval_student"] == "convnet" else []
+    selected = bool(PROTOCOLS[how["name"]].lrs) and "eval_lr" not in how["changed"]
+    return digest(
+        {"settings": settings | {"eval_lr": None} if selected else settings, "size": size}
+        | {"whitened": result.get("whitened", False)}
+    )
+
 
 def entries_of(result: dict) -> list[Entry]:
-    """The rows of a score as entries: the set by its own name, the rows beside it by theirs."""
-    found, how = [], result["protocol"]
-    changed = "".join(f", {key} {value}" for key, value in how["changed"].items() if key != "eval_student")
-    training = f"{how['name']}: {how['eval_student']}, {how['steps']:,} steps{changed}"
+    """The rows of a score as entries: the set by its own name, the rows beside it by theirs.
+
+    Real images with soft labels also name whose labels they are: those of experts, or those learned with the set.
+    """
+    found = []
     for name, row in result["rows"].items():
         if name not in (THE_SET, *BESIDE.values()):
             continue
         method = result["name"] if name == THE_SET else name
         if name in (RANDOM_ROW, BYTES_ROW):
-            # it has the labels of the set, or those of experts
-            soft = row["bytes"]["labels"] >= 4 * row["images"] or "decoder" in row["bytes"]
-            method = f"random real images{', soft labels' if soft else ''}"
+            method = "random real images"
+        taught = "decoder" in row["bytes"]  # random images of as many bytes, and all the data, have hard labels
+        if taught and name != THE_SET:
+            method += ", labels by experts"
+        elif name in (RANDOM_ROW, WINDOW_ROW) and row["bytes"]["labels"] >= 4 * row["images"]:
+            method += f", soft labels of {result['name']}"
+        labels = "soft" if taught else "hard"
+        how = dict(training=training_text(result, labels), key=key_of_training(result, labels))
         accuracy, size = row["accuracy"], sum(row["bytes"].values())
         where = (result["data"], result["size"], row["images"], size)
-        found.append(Entry(method, *where, accuracy["mean"], accuracy["std"], training))
+        found.append(Entry(method, *where, accuracy["mean"], accuracy["std"], **how))
     return found
 
 
 def distinct(entries: list[Entry]) -> list[Entry]:
     """Entries without those that stand beside several scores (all the data, as many random images): the first stays."""
-    key = operator.attrgetter("method", "data", "size", "images", "bytes", "training")
+    key = operator.attrgetter("method", "data", "size", "images", "bytes", "training", "key")
     return list({key(entry): entry for entry in reversed(entries)}.values())[::-1]
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augdistill_core import seeded
+from augdistill_core import ExpertConfig, seeded
 from augdistill_report.data.datasets import window_of
-from augdistill_report.files.store import Store
+from augdistill_report.files.store import Store, digest
 from augdistill_report.settings import Settings
 from augdistill_report.studies.protocols import PROTOCOLS, Protocol, augmentation_robust_score, label_robust_score
 from augdistill_report.studies.subjects import Subject, experts_bytes, label_bytes
@@ -263,6 +263,10 @@ def ranking_scores(found: dict[str, Measured]) -> dict[str, dict]:
     }
 
 
+# what a score says of its setup: the students, and the experts that rank images and give labels
+STUDENTS_SETUP = ("width", "depth", "precision", "seed", "expert_augment", "expert_files", *ExpertConfig.names())
+
+
 def result_of(subject: Subject, training: StudentTraining, found: dict[str, Measured]) -> dict:
     """A score as plain JSON values, for its file and the scoreboard."""
     return {
@@ -272,6 +276,8 @@ def result_of(subject: Subject, training: StudentTraining, found: dict[str, Meas
         "fingerprint": subject.data.fingerprint,
         "normalisation": subject.how,
         "whitened": subject.given.normalisation.name in WHITE,
+        "content": digest(dataclasses.asdict(subject.given)),
+        "setup": {key: subject.setup.public()[key] for key in STUDENTS_SETUP},
         "protocol": {
             "name": training.name,
             "source": training.protocol.source,

@@ -149,6 +149,7 @@ def from_set(found: DistilledSet, name: str, settings: Settings, store: Store, n
     if found.positions is not None:
         return from_positions_in(found, name, settings, store, data)
     found = fitted_to(found, data, name)
+    other = other_data(found.card, data, name)
     if found.images.dtype == torch.uint8 and normalisation not in ("", "pixels"):
         raise ValueError(f"{name}: its images are bytes, so they are pixels: not --normalisation {normalisation}")
     if normalisation:
@@ -167,7 +168,28 @@ def from_set(found: DistilledSet, name: str, settings: Settings, store: Store, n
         chosen, how = found_normalisation(found, name, settings, store)
     given = keep_images(found, chosen, settings, store)
     size = {"images": found.bytes, "labels": label_bytes(found.labels, len(data.classes))}
-    return Subject(name, setup_for(settings, chosen), given, found.labels, size, found.lr, how)
+    return Subject(name, setup_for(settings, chosen), given, found.labels, size, found.lr, how + other)
+
+
+def other_data(card: dict, data: Dataset, name: str) -> str:
+    """What a score must say of a set that was made from other data; "" for the same data, or if no card says it.
+
+    A `ValueError` if its classes are others: then label 3 means something else.
+    """
+    if not card:
+        return ""
+    if list(data.classes) != card["classes"]:
+        ours, its = (
+            ", ".join(classes[:5]) + ", ..." * (len(classes) > 5) for classes in (data.classes, card["classes"])
+        )
+        raise ValueError(
+            f"{name}: its card says that it was made from {card['data']}, with the classes {its}; {data.name} has "
+            f"{ours}: score it on {card['data']} (--on)"
+        )
+    if card.get("fingerprint", data.fingerprint) != data.fingerprint:
+        where = f"({card['data']}, {card['fingerprint']}) than it is scored on ({data.name}, {data.fingerprint})"
+        return f"; its card says that it was made from other data {where}"
+    return ""
 
 
 def keep_images(found: DistilledSet, normalisation: Normalisation, settings: Settings, store: Store) -> GivenSet:

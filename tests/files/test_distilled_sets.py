@@ -54,6 +54,21 @@ def test_what_is_written_comes_back_with_the_same_bits_and_the_same_file(form, s
         assert path.read_bytes() == (again / path.name if again.is_dir() else again).read_bytes()
 
 
+@pytest.mark.parametrize("form", ["mtt", "npz", "safetensors"])
+def test_the_soft_labels_of_a_card_may_be_read_as_classes(form, tmp_path):
+    soft = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
+    written = write_set(DistilledSet(images(), soft, form, 0, card=CARD), tmp_path / "soft", form)
+    for kind in ("hard", "experts"):
+        found = read_set(written, kind)
+        assert torch.equal(found.labels, soft.argmax(1)) and found.card["content"] != found.content
+    assert torch.equal(read_set(written, "probabilities").labels, soft)
+    if form == "mtt":
+        torch.save(soft.flip(0), written / "labels_best.pt")
+        for kind in ("", "hard"):
+            with pytest.raises(ValueError, match="its card is of other images, labels or step size"):
+                read_set(written, kind)
+
+
 def test_a_folder_comes_back_with_its_bytes_in_order_of_class(tmp_path):
     given = DistilledSet(images(kind=torch.uint8), LABELS, "folder", 0, classes=("b/x", "a", "c"), lr=0.25, card=CARD)
     found = read_set(write_set(given, tmp_path / "set", "folder"))
@@ -61,6 +76,11 @@ def test_a_folder_comes_back_with_its_bytes_in_order_of_class(tmp_path):
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(found.images, given.images[[2, 3, 1, 4, 0, 5]])
     assert found.bytes == sum(path.stat().st_size for path in (tmp_path / "set").glob("*/*.png"))
+    assert torch.equal(read_set(tmp_path / "set", "hard").labels, found.labels)
+    with pytest.raises(
+        ValueError, match=r"labels='logits': .* is a folder, whose sub-folders are classes: must be hard"
+    ):
+        read_set(tmp_path / "set", "logits")
     (tmp_path / "set" / "a" / "9.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"9\.png is not a readable image"):
         read_set(tmp_path / "set")

@@ -7,17 +7,20 @@ import types
 
 import pytest
 import torch
+from helpers import make_folder
 from safetensors.torch import load_file
 from torch import nn
 
 from augdistill_core import Applied, seeded
 from augdistill_report import score
 from augdistill_report.commands.cli import main
+from augdistill_report.commands.export import export
+from augdistill_report.commands.score import place_on_board
 from augdistill_report.data.augmentations import augmentation
 from augdistill_report.data.datasets import load, whitened
 from augdistill_report.files.distilled_sets import read_set
 from augdistill_report.files.sealed_json import read_json, write_json
-from augdistill_report.run import Run, start_folder
+from augdistill_report.run import Run, made_by, row_file, start_folder, stored_row
 from augdistill_report.settings import resolve
 from augdistill_report.show.budget_plot import accuracy_by_bytes, colours_of
 from augdistill_report.studies import scoreboard
@@ -30,7 +33,8 @@ from augdistill_report.work.scoring import EvalConfig, evaluate
 from augdistill_report.work.set_scoring import STORED_SET, SetEvaluation
 from augdistill_report.work.students import accuracy_of
 
-CHANGES = dict(width=16, syn_steps=5, iterations=30, eval_steps=100, eval_students=3)
+STUDENTS = dict(width=16, eval_steps=100, eval_students=3)
+CHANGES = dict(syn_steps=5, iterations=30) | STUDENTS
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,7 @@ def run(tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("scored") / "run", resolve("smoke", CHANGES)
     start_folder(folder, "smoke", settings)
     run = Run("02_baseline_mtt", settings, folder)
+    run.made_by = made_by(folder, settings)
     run.rows = {
         "pixels (MTT)": run.distillation("pixels", run.base, settings.pixel_config),
         "unet_noise": run.distillation("unet_noise", run.base),
@@ -49,7 +54,7 @@ def run(tmp_path_factory):
 
 
 def scored(run, what, on="digits", **options):
-    options = dict(preset="smoke", out=str(run.folder), beside="", changes=CHANGES) | options
+    options = dict(preset="smoke", out=str(run.folder), beside="", changes=STUDENTS) | options
     return score(str(what), on, **options)
 
 
@@ -108,6 +113,40 @@ def test_a_row_and_its_exports_have_one_score_which_plain_torch_confirms(run, tm
     assert abs(ours.mean() - theirs.mean()) < half + 0.02 and theirs.mean() > 0.3
 
 
+def test_a_row_is_scored_and_exported_by_the_settings_of_its_own_run(run, tmp_path):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    before = score(row, beside="").result
+    config = (run.folder / "config.json").read_bytes()
+    start_folder(run.folder, "smoke", resolve("smoke", CHANGES | {"width": 8, "eval_steps": 40, "seed": 5}))  # another
+    try:
+        after = score(row, beside="").result
+        assert main(["export", row, "--format", "npz", "--out", str(tmp_path / "set")]) == 0
+    finally:
+        (run.folder / "config.json").write_bytes(config)
+    assert after["protocol"] == before["protocol"] and after["protocol"]["steps"] == 100
+    assert after["rows"]["the set"]["accuracy"] == before["rows"]["the set"]["accuracy"]
+    assert read_set(tmp_path / "set.npz").card["protocol"]["eval_steps"] == 100
+    assert after["command"] == before["command"]
+    assert after["command"].startswith("augdistill report --preset smoke --only 02 --set ")
+    assert "--set eval_steps=100" in after["command"] and "seed" not in after["command"]
+
+
+def test_another_place_of_the_data_is_also_that_of_the_row_s_job(run, tmp_path):
+    found = stored_row(run.folder / "02_baseline_mtt" / "unet_noise", {"data": str(tmp_path)})
+    assert found.job.setup.data == found.settings.data == str(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["settings", "made_by"])
+def test_a_row_of_an_earlier_version_is_refused_by_name(key, run, tmp_path):
+    row = run.folder / "02_baseline_mtt" / "pixels (MTT)"
+    other = tmp_path / "02_baseline_mtt" / "old"
+    content = read_json(row_file(row), "row")
+    write_json(row_file(other), "row", {k: v for k, v in content.items() if k != key})
+    for use in (score, lambda what: export(what, "npz", str(tmp_path / "set"))):
+        with pytest.raises(ValueError, match=rf"old\.json: has no '{key}' .*; run 02_baseline_mtt again"):
+            use(str(other))
+
+
 def test_learned_labels_are_exported_and_scored_as_they_are(run, tmp_path, capsys):
     row = f"{run.folder}/02_baseline_mtt/with labels"
     mine = score(row, beside="random")
@@ -134,7 +173,8 @@ def test_what_stands_beside_a_score(run, capsys):
     arguments += ["--protocol", "dd-ranking", "--set", "eval_epochs=4", "--student", "convnet", "--set", "width=16"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    result = read_json(run.folder / "scores" / "unet-dd-ranking-convnet.json", "score")
+    (path,) = (run.folder / "scores").glob("digits-8-unet-dd-ranking-convnet-*.json")
+    result = read_json(path, "score")
     rows = result["rows"]
     assert list(rows) == [
         *("the set", "random", "random, same bytes", "best window", "all the data"),
@@ -328,6 +368,56 @@ def test_wrong_arguments_are_refused_by_name(options, error, run, real, tmp_path
         scored(run, pair(tmp_path / "set", real[0]["own"], real[1]), **dict(normalisation="own") | options)
 
 
+@pytest.mark.parametrize(
+    "what, options, error",
+    [
+        ("row", dict(labels="hard"), "labels='hard': does not apply to a row of a run: .*export the row"),
+        ("row", dict(labels="probabilities"), "labels='probabilities': does not apply to a row of a run"),
+        ("row", dict(normalisation="zca"), "normalisation='zca': does not apply to a row"),
+        ("row", dict(preset="smoke"), "preset='smoke': does not apply to a row .* change single ones by --set"),
+        ("row", dict(size=8), "size=8: does not apply to a row"),
+        ("row", dict(lr=0.5), "lr=0.5: does not apply here, where students are trained at step size 0.02"),
+        (
+            "row",
+            dict(lr=0.5, protocol="dd-ranking"),
+            "at step size 0.001 or 0.005 .*--protocol mtt, or --set eval_lr=0.5",
+        ),
+        ("row", dict(changes={"zca": "true"}), "zca='true': a set's normalisation says"),
+        ("row", dict(changes={"iterations": "3"}), "iterations='3': does not apply to a score"),
+        ("phi", dict(size=8), "size=8: does not apply to a saved phi: it has the size that it was trained at"),
+        ("phi", dict(labels="hard"), "labels='hard': does not apply to a saved phi: only 'experts'"),
+        ("phi", dict(normalisation="own"), "normalisation='own': does not apply to a saved phi"),
+        ("selection", dict(labels="logits"), "labels='logits': does not apply to a selection"),
+        ("selection", dict(normalisation="own"), "normalisation='own': does not apply to a selection"),
+        ("pair", dict(size=8), "size=8: does not apply to a distilled set: its images have their own size"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused_by_name(what, options, error, run, real, tmp_path):
+    if what == "row":
+        path, options = f"{run.folder}/02_baseline_mtt/pixels (MTT)", dict(beside="") | options
+        with pytest.raises(ValueError, match=error):
+            score(path, **options)
+        return
+    (tmp_path / "chosen.txt").write_text("0 1 2")
+    made = {"phi": lambda: run.save("unet", run.rows["unet_noise"]), "selection": lambda: tmp_path / "chosen.txt"}
+    path = made.get(what, lambda: pair(tmp_path / "set", real[0]["own"], real[1]))()
+    with pytest.raises(ValueError, match=error):
+        scored(run, path, **options)
+
+
+def test_an_export_refuses_a_setting_that_it_does_not_use(run, tmp_path):
+    row, phi = f"{run.folder}/02_baseline_mtt/pixels (MTT)", str(run.save("unet", run.rows["unet_noise"]))
+    for what, changes, error in (
+        (row, {"eval_steps": "77"}, r"eval_steps='77': does not apply to an export of a row .*must be phis or data"),
+        (row, {"iteratons": "3"}, "unknown key 'iteratons'"),
+        (phi, {"iteratons": "3"}, "unknown key 'iteratons'"),
+        (phi, {"eval_steps": "77"}, r"does not apply to an export of a saved phi \(unet.safetensors\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            export(what, "npz", str(tmp_path / "set"), changes=changes)
+    assert not (tmp_path / "set.npz").exists()
+
+
 def test_a_set_that_does_not_fit_the_data_is_refused_by_name(run, real, tmp_path):
     images, labels = real
     for x, y, error in (
@@ -343,14 +433,65 @@ def test_a_set_that_does_not_fit_the_data_is_refused_by_name(run, real, tmp_path
         score(f"{run.folder}/02_baseline_mtt/others")
 
 
+@pytest.fixture(scope="module")
+def other_digits(tmp_path_factory):
+    """Another data set with the classes of digits, and one with other classes."""
+    root = tmp_path_factory.mktemp("others")
+    for name, classes in (("same", map(str, range(10))), ("letters", "abcdefghij")):
+        make_folder(root / name, tuple(classes), 20, mode="L", size=(8, 8))
+    return {name: f"folder:{root / name}" for name in ("same", "letters")}
+
+
+def test_each_data_set_and_each_way_of_scoring_has_its_own_file(run, real, other_digits, tmp_path):
+    path, out = pair(tmp_path / "pixels", real[0]["pixels"], real[1]), str(tmp_path / "out")
+    options = dict(out=out, normalisation="pixels")
+    found = [scored(run, path, **options), scored(run, path, other_digits["same"], **options)]
+    found += [scored(run, path, out=out, normalisation="own")]
+    found += [scored(run, path, changes=STUDENTS | {"width": 8}, **options)]
+    found += [scored(run, pair(path, real[0]["pixels"].flip(0), real[1]), **options)]
+    assert len({one.path for one in found}) == 5 == len(list((tmp_path / "out" / "scores").iterdir()))
+    assert all(read_json(one.path, "score")["data"] == one.result["data"] for one in found)
+    assert found[0].path.name.startswith("digits-8-pixels-ours-convnet-")
+    assert found[1].path.name.startswith("folder_same-8-pixels-ours-convnet-")
+    assert scored(run, path, **options).path == found[4].path  # the same score again
+
+
+def test_a_published_score_is_replaced_only_by_one_of_the_same_students(run, tmp_path):
+    result = score(f"{run.folder}/02_baseline_mtt/unet_noise", beside="").result
+    first = place_on_board(result, tmp_path)
+    assert first.name == "digits-8-unet_noise-ours-convnet.json"
+    older = {key: value for key, value in result.items() if key not in ("setup", "content")}
+    for published in (result, older):  # an older file does not say of which setup it is
+        write_json(first, "score", published)
+        assert place_on_board(result | {"content": "made again"}, tmp_path) == first
+        shorter = result | {"protocol": result["protocol"] | {"eval_steps": 7, "steps": 7}}
+        beside = place_on_board(shorter, tmp_path)
+        assert beside != first and beside.name.startswith("digits-8-unet_noise-ours-convnet-")
+
+
+def test_a_card_of_other_data_is_said_and_one_of_other_classes_refused(run, other_digits, tmp_path):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    assert main(["export", row, "--format", "npz", "--out", str(tmp_path / "set")]) == 0
+    assert "other data" not in scored(run, tmp_path / "set.npz").result["normalisation"]
+    said = str(scored(run, tmp_path / "set.npz", other_digits["same"]))
+    assert re.search(r"its card says that it was made from other data \(digits, \w+\) than it is scored on", said)
+    with pytest.raises(
+        ValueError, match=r"made from digits, with the classes 0, 1, 2, 3, 4, \.\.\.; .* has a, b, c, d"
+    ):
+        scored(run, tmp_path / "set.npz", other_digits["letters"])
+
+
 def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
     results = [
-        scored(run, f"{run.folder}/02_baseline_mtt/{row}", on="", beside="random,bytes") for row in list(run.rows)[:2]
+        score(f"{run.folder}/02_baseline_mtt/{row}", beside="random,bytes", changes=STUDENTS)
+        for row in list(run.rows)[:2]
     ]
     for result in results:
         write_json(tmp_path / f"{result.path.name}", "score", result.result)
     entries = [entry for result in scoreboard.read_board(tmp_path) for entry in scoreboard.entries_of(result)]
     assert [entry.method for entry in entries].count("random real images") == 4
+    training = "ours: convnet of width 16 and depth 2, 100 steps, 3 students, step size 0.02, no augmentation"
+    assert {entry.training for entry in entries} == {training}
     short = [dataclasses.replace(entry, training="ours: convnet, 7 steps", accuracy=0.1) for entry in entries]
     assert len(scoreboard.distinct(entries + short)) == 2 * len(scoreboard.distinct(entries))  # never for one another
     entries = scoreboard.distinct(entries)  # ten random images stand beside both rows
@@ -368,6 +509,54 @@ def test_a_scoreboard_marks_what_was_not_measured(run, tmp_path):
         "published, not measured: Cazenavette"
     )
     assert scoreboard.read_board(tmp_path / "nowhere") == []
+
+
+def test_scores_by_different_students_stay_apart_on_the_scoreboard(run):
+    row = f"{run.folder}/02_baseline_mtt/pixels (MTT)"
+    base = score(row, beside="random").result
+    others = [
+        ("setup", {"width": 64}, "convnet of width 64 and depth"),
+        ("setup", {"depth": 3}, "of width 16 and depth 3"),
+        ("protocol", {"eval_augment": "dsa"}, "step size 0.02, augmentation dsa"),
+        ("protocol", {"eval_lr": 0.01}, "step size 0.01, no augmentation"),
+        ("protocol", {"eval_batch": 7}, "batches of 7"),
+        ("protocol", {"eval_decay": 0.25}, "eval_decay 0.25"),
+        ("protocol", {"eval_students": 9}, "9 students"),
+    ]
+    results = [base, *(base | {part: base[part] | change} for part, change, _ in others), base | {"whitened": True}]
+    entries = [entry for result in results for entry in scoreboard.entries_of(result)]
+    assert scoreboard.distinct(entries) == entries and len(entries) == 2 * len(results)
+    for result, (*_, said) in zip(results[1:], others, strict=False):
+        assert all(said in entry.training for entry in scoreboard.entries_of(result)), said
+    assert scoreboard.entries_of(results[-1])[0].training.endswith("no augmentation, whitened")
+    assert len(scoreboard.distinct(entries + entries)) == len(entries)
+    learned = [base | {"protocol": base["protocol"] | {"name": "mtt", "eval_lr": lr}} for lr in (0.01, 0.02)]
+    both = [scoreboard.entries_of(result)[0] for result in learned]
+    assert both[0].training == both[1].training and "step size" not in both[0].training
+    assert len(scoreboard.distinct(both)) == 2  # the digest knows the step sizes that were learned
+    older = {key: value for key, value in base.items() if key != "setup"}
+    assert scoreboard.entries_of(older)[0].training.startswith("ours: convnet, 100 steps, 3 students")
+
+    figure = accuracy_by_bytes(scoreboard.by_data(entries))
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len(set(names)) == 2 * len(results) and sum("augmentation dsa" in name for name in names) == 2
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() not in ("", "None", "|", "_")]
+    assert max(len(line.get_xdata()) for line in drawn) == 1  # no line joins different students
+
+
+def test_random_images_with_soft_labels_say_whose_labels_they_are(run):
+    row = f"{run.folder}/02_baseline_mtt/with labels"
+    found = score(row, beside="random").result
+    entries = [e for name in ("one", "two") for e in scoreboard.entries_of(found | {"name": name})]
+    assert [entry.method for entry in scoreboard.distinct(entries)] == [
+        *("one", "random real images, soft labels of one", "two", "random real images, soft labels of two")
+    ]
+    by_experts = score(row, beside="random,bytes", labels="experts").result
+    entries = [e for name in ("one", "two") for e in scoreboard.entries_of(by_experts | {"name": name})]
+    methods = {entry.method: entry.training for entry in scoreboard.distinct(entries)}
+    taught = {method: "labels by experts" in training for method, training in methods.items()}
+    expected = {"one": True, "two": True, "random real images, labels by experts": True, "random real images": False}
+    assert taught == expected  # as many real images as the bytes hold have hard labels
 
 
 def test_methods_of_one_panel_of_the_scoreboard_have_different_colours():
