@@ -120,7 +120,11 @@ BAD = {
     "alpha": (["--set", "alpha=0"], "alpha='0'"),
     "nan": (["--set", "phi_lr=nan"], "phi_lr='nan'"),
     "phi": (["--set", "phi=unett"], "unknown phi 'unett'.*unet_noise"),
-    "bound phi": (["--set", "phi=pixels"], "phi='pixels'"),
+    "bound phi": (["--set", "phi=pixels"], "phi='pixels': 'pixels' has parameters for each of its base images"),
+    "bound part": (
+        ["--only", "05", "--set", "phi=unet+labels"],
+        "phi='unet.labels': 'labels' has .* notebook 05 applies",
+    ),
     "augmentation": (["--set", "augment=dsaa"], "augment='dsaa': must be one of none, affine, flip_affine, dsa"),
     "data set": (["--set", "dataset=cats"], "dataset='cats'.*digits.*folder:PATH"),
     "data folder": (["--set", "dataset=folder:/nowhere"], "dataset='folder:/nowhere'.*no such folder"),
@@ -149,6 +153,13 @@ def test_bad_input_is_refused_by_name_before_anything_runs(case, capsys, tmp_pat
     assert main(["report", *preset, *out, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_learned_labels_are_refused_only_for_the_notebook_that_applies_phi_to_other_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    notebook_of(tmp_path / "notebooks" / "03_phi_distillation.ipynb", "preset = ''; out = ''; phi = ''")
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["report", "--preset", "smoke", *out, "--only", "03", "--set", "phi=labels+unet_noise"]) == 0
 
 
 def test_a_preset_file_of_ones_own(capsys, tmp_path):
