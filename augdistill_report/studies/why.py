@@ -202,7 +202,7 @@ def learns(gains: list[float]) -> bool:
     return bool(gains) and min(gains) > 0.01
 
 
-UNCHANGED = 0.05  # a relative change of x that is almost none: an untrained phi changes x by .01 to .02
+ALMOST_UNCHANGED = 0.05  # a relative change of x that is almost none: an untrained phi changes x by .01 to .02
 
 
 def gain_points(gains: list[float]) -> str:
@@ -256,7 +256,7 @@ def verdicts(cells: list[dict], grid: Grid) -> list[dict]:
 
     def unchanged(row: tuple[str, ...]) -> bool:
         changes = [cell["numbers"]["change of x"] for cell in groups[row] if "numbers" in cell]
-        return all(change is not None and change <= UNCHANGED for change in changes)  # None: not finite
+        return all(change is not None and change <= ALMOST_UNCHANGED for change in changes)  # None: not finite
 
     def explosive(row: tuple[str, ...]) -> str:
         exploded = explosions(row)
