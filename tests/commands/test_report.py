@@ -9,12 +9,13 @@ import pytest
 from helpers import NAMES, make_folder, notebook_of, results
 from PIL import Image
 
-from augdistill_report import settings
+from augdistill_report import open_run, settings
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands import report as runner
 from augdistill_report.commands.cli import main
 from augdistill_report.explorer.page import STATIC_NOTE
 from augdistill_report.places import ROOT
+from augdistill_report.run import Run
 from augdistill_report.settings import Settings
 
 
@@ -108,6 +109,44 @@ def test_results_of_another_configuration_are_not_reused(tmp_path):
     assert len(curve) == 2
     with pytest.raises(ValueError, match=r"01_expert_trajectories.* not finished"):
         gallery.publish("smoke", str(tmp_path), gallery=tmp_path / "gallery")
+
+
+def test_the_page_shows_no_picture_and_no_copy_of_another_run(tmp_path, monkeypatch):
+    """The settings of a run are in its picture, its headline and its output."""
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    start = """from PIL import Image
+from augdistill_report import open_run
+run = open_run({!r}, globals())
+run.figure(Image.new("RGB", (4, 4), (run.settings.eval_steps, 0, 0)), {!r})
+print("ran with", run.settings.eval_steps)"""
+    for name in ("01_first", "02_second"):
+        end = f'run.finish(headline=f"{name}: {{run.settings.eval_steps}} steps", figure="{name}")'
+        notebook_of(tmp_path / "notebooks" / f"{name}.ipynb", "preset = ''; out = ''", start.format(name, name), end)
+    out = tmp_path / "out"
+
+    def page(only: str, steps: int) -> str:
+        arguments = ["--out", str(out), "--only", only, "--set", f"eval_steps={steps}"]
+        assert main(["report", "--preset", "smoke", *arguments]) == 0
+        return (out / "report.html").read_text()
+
+    def by_papermill(steps: int) -> Run:
+        run = open_run("02_second", {"preset": "smoke", "out": str(out), "eval_steps": steps})
+        run.figure(Image.new("RGB", (4, 4), (steps, 0, 0)), "02_second")
+        return run
+
+    page("02", 20)
+    by_papermill(30)  # stopped before its last cell: the results are still those of 20 steps
+    shown = page("01", 20)
+    assert "02_second: 20 steps" in shown and "ran with 20" in shown
+    assert 'alt="01 first"' in shown and shown.count('alt="02 second"') == 1  # the one that the copy itself holds
+    assert "another run has replaced them in figures/: 02_second.png." in shown and "--only 02</code>" in shown
+    shown = page("02", 20)
+    assert shown.count('alt="02 second"') > 1 and "has replaced" not in shown
+
+    by_papermill(30).finish(headline="02_second: 30 steps", figure="02_second")
+    shown = page("01", 30)  # the results of 02 are those of 30 steps, the copy is that of 20
+    assert "01_first: 30 steps" in shown and "ran with 20" not in shown and "02_second: 30 steps" not in shown
+    assert "run with other settings or other code: 02_second." in shown
 
 
 BAD = {
