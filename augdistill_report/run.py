@@ -11,6 +11,7 @@ A run's folder holds config.json, results/, curves/, rows/, figures/, notebooks/
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -37,6 +38,8 @@ from augdistill_report.work.provenance import SOURCES, environment
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
 from augdistill_report.work.statistics import Accuracy, brief, markdown_table
+
+CONFIGURATION = "augdistill_configuration"  # a key of the metadata of an output in an executed notebook
 
 
 def configuration(settings: Settings) -> str:
@@ -89,6 +92,7 @@ class Run:
         self.numbers: dict = {}
         self.figures: list[str] = []
         self.films: list[str] = []
+        self.digests: dict[str, str] = {}  # of the files of figures and films: SHA-256 by name
         self.made_by: dict = {"preset": "", "changes": {}, "phi_files": {}}
         self.jobs: dict[Path, Task] = {}  # that this notebook's numbers come from, by file
 
@@ -220,9 +224,10 @@ class Run:
         """Display a figure, and save it as figures/<name>.png (the same bytes for the same picture)."""
         from IPython import display
 
-        write(self.folder / "figures" / f"{name}.png", picture(figure))
+        content = picture(figure)
+        self.write_picture(f"{name}.png", content)
         self.figures.append(name)
-        display.display(display.Image(picture(figure), alt=name.replace("_", " ")))
+        display.display(display.Image(content, alt=name.replace("_", " ")))
 
     def grid(self, rows: dict[str, torch.Tensor], split: Split, name: str) -> None:
         """Display and save rows of images `[n, C, H, W]`, standardised and in the order of `split`, by row name.
@@ -238,16 +243,24 @@ class Run:
         from IPython import display
 
         content = film(frames)
-        write(self.folder / "figures" / f"{name}.gif", content)
+        self.write_picture(f"{name}.gif", content)
         self.films.append(name)
         source = f"data:image/gif;base64,{base64.b64encode(content).decode()}"
         display.display(display.HTML(f'<img alt="{name.replace("_", " ")}" src="{source}">'))
 
+    def write_picture(self, file: str, content: bytes) -> None:
+        """Write figures/<file>, and keep its digest: a run that stops later has replaced the picture of the one before,
+        but not its results."""
+        write(self.folder / "figures" / file, content)
+        self.digests[file] = hashlib.sha256(content).hexdigest()
+
     def finish(self, *, headline: str = "", figure: str = ""):
-        """Write results/<notebook>.json: the numbers, with settings, versions, commit, and CPU seconds of the jobs.
+        """Write results/<notebook>.json: the numbers, with settings, versions, commit, CPU seconds of the jobs, and
+        digests of the pictures.
 
         `headline` states the notebook's finding in one sentence. `figure` names the figure that shows it, one that
-        `Run.figure` has saved (else a `ValueError`). Returns a folded table of the numbers, for the last cell.
+        `Run.figure` has saved (else a `ValueError`). Returns a folded table of the numbers, for the last cell: its
+        output says which configuration the executed copy is of.
         """
         from IPython.display import Markdown
 
@@ -269,12 +282,14 @@ class Run:
             "numbers": self.numbers,
             "figures": self.figures,
             "films": self.films,
+            "digests": self.digests,
         }
         write_json(self.folder / "results" / f"{self.notebook}.json", "results", results)
         self.tracker.pictures([self.folder / "figures" / f"{name}.png" for name in self.figures])
         rows = [{"name": name, "value": brief(value)} for name, value in self.numbers.items()]
         summary = f"All numbers of this notebook (results/{self.notebook}.json)"
-        return Markdown(fold(markdown_table(rows), summary))
+        about = {CONFIGURATION: results["configuration"]}
+        return Markdown(fold(markdown_table(rows), summary), metadata=about)
 
 
 def fold(markdown: str, summary: str) -> str:

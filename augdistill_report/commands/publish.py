@@ -16,7 +16,7 @@ from augdistill_report.files.store import write
 from augdistill_report.places import NOTEBOOKS, ROOT
 from augdistill_report.run import configuration, folder_config, run_folder
 from augdistill_report.settings import Settings, preset_path
-from augdistill_report.show.page import finished
+from augdistill_report.show.page import finished, picture_files, strange_pictures
 from augdistill_report.studies.grid import read_grid
 from augdistill_report.studies.subset_methods import FULL, NONE
 from augdistill_report.studies.why import gain_points, values
@@ -38,7 +38,7 @@ def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery:
 
     `name` is the preset's by default. `only` lists what to publish: numbers of notebooks ("01,02"), "sweeps", or
     "campaigns". The pages are written if the gallery is figures/. A `ValueError` if results are missing or damaged, or
-    come from other settings, uncommitted code or several commits.
+    come from other settings, uncommitted code or several commits, or if another run has replaced one of their pictures.
     """
     folder, target = run_folder(preset, out), gallery / (name or preset_path(preset).stem)
     if target.parent != gallery:
@@ -53,6 +53,11 @@ def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery:
     for title, result in ours.items():
         files[target / f"{title}.json"] = folder / "results" / f"{title}.json"
         files |= {target / picture: folder / "figures" / picture for picture in picture_files(result)}
+        for strange in strange_pictures(folder, result):
+            raise ValueError(
+                f"{strange}: another run of {title} has replaced the picture of these results; "
+                f"run augdistill report --only {title[:2]} again with the same settings, then publish"
+            )
     files |= {target / file.name: file for path in added for file in (path, path.with_suffix(".png"))}
     now = {f"{target.name}/{title}": result for title, result in ours.items()}
     now |= {f"{target.name}/{path.stem}": result for path, result in added.items()}
@@ -69,11 +74,6 @@ def publish(preset: str, out: str = "", only: str = "", name: str = "", gallery:
     if pages:
         write(FIGURES / "README.md", gallery_page())
     return target
-
-
-def picture_files(result: dict) -> list[str]:
-    """The files of a notebook's figures and films."""
-    return [*(f"{figure}.png" for figure in result["figures"]), *(f"{film}.gif" for film in result["films"])]
 
 
 def run_results(folder: Path, preset: str, only: str) -> dict[str, dict]:

@@ -114,6 +114,16 @@ def notebook_seconds(folder: Path) -> dict[str, float]:
     return read_json(timings, "timings")["seconds"] if timings.exists() else {}
 
 
+def check_unbound(phi: str) -> None:
+    """A `ValueError` if a phi (or a part of a chain) has parameters for each base image: notebook 05 applies phi to
+    other images."""
+    if bound := [name for name in phi.split("+") if any(getattr(build, "bound", False) for build in builders(name))]:
+        raise ValueError(
+            f"phi={phi!r}: {bound[0]!r} has parameters for each of its base images, and notebook 05 applies phi to "
+            "other images; choose another phi, or run other notebooks (--only 03)"
+        )
+
+
 def report(preset: str, out: str = "", only: str = "", changes: dict | None = None, fresh: bool = False) -> Path:
     """Run the notebooks of a preset, with `changes` of its settings; returns the path of the page.
 
@@ -126,8 +136,8 @@ def report(preset: str, out: str = "", only: str = "", changes: dict | None = No
     if SUBSETS in {path.stem for path in chosen}:
         check_fractions(settings)
     print(f"data: {settings.load(whiten=False).where}", file=sys.stderr)
-    if any(getattr(build, "bound", False) for build in builders(settings.phi)):  # notebook 05 applies phi to new images
-        raise ValueError(f"phi={settings.phi!r}: is the baseline, bound to its base images; choose another phi")
+    if SUBSETS in {path.stem for path in chosen}:
+        check_unbound(settings.phi)
     methods(settings, 1.0)  # refuses a subset row that notebook 05 does not have
     folder = run_folder(preset, out)
     start_folder(folder, preset, settings)

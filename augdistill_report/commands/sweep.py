@@ -78,6 +78,8 @@ class Cell(Task):
         start, folder = time.monotonic(), self.folder(store)
         parameters = self.parameters | {"out": str(folder), "store": str(store.folder)}
         start_folder(folder, parameters["preset"], self.choice.settings)
+        # else what another notebook left here, when the cell ran before, would pass for a result of this one
+        shutil.rmtree(folder / "results", ignore_errors=True)
         with tempfile.TemporaryDirectory() as temporary:
             here = {path: at_hand(path, text, Path(temporary)) for path, text in self.texts.items()}
             parameters["preset"] = str(here.get(Path(parameters["preset"]), parameters["preset"]))

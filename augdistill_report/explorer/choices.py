@@ -32,6 +32,7 @@ class Choice:
     alpha: Callable[[], float]  # the student's step size that it learned
     job: Callable[[], tuple[Distillation, Store]] | None = None  # its distillation, and the store with the result
     trained: bool = True
+    strength: float | None = None  # of a saved phi: what it was saved for (the page shows any strength)
 
 
 def presets() -> list[str]:
@@ -98,7 +99,10 @@ def mark_of(about: dict) -> str:
 
 
 def from_file(path: Path, run: Run) -> Choice:
-    """A saved phi of the run's data; a `ValueError` if the file is damaged."""
+    """A saved phi of the run's data, from this run's folder or one beside it; a `ValueError` if the file is damaged.
+
+    The name of one from another run's folder begins with that folder ("file digits-full/mine").
+    """
     augment = load_phi(path)
     about, moments = augment.about, {"last": augment.applied.phi.to(run.settings.device)}
     setup = run.settings.select(Setup, expert_augment=about["setup"].get("expert_augment", "none"))
@@ -109,7 +113,10 @@ def from_file(path: Path, run: Run) -> Choice:
             f"{path.name}: does not hold the alpha that it learned, which eval_lr=0 needs; choose the stored phi"
         )
 
-    return Choice(f"file {path.stem}{mark_of(about)}", like, lambda: moments, alpha)
+    # files of several runs may be called alike
+    folder = path.parent.parent.name
+    name = path.stem if folder == run.folder.name else f"{folder}/{path.stem}"
+    return Choice(f"file {name}{mark_of(about)}", like, lambda: moments, alpha, strength=about["strength"])
 
 
 def fits(about: dict, run: Run) -> bool:

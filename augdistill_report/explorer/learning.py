@@ -186,6 +186,11 @@ class Learning:
             raise ValueError(f"{choice.name}: was not trained here or in a run's store; there is nothing to save")
         if page.explorer.first.values or page.explorer.first.off:
             raise ValueError("the ranges are turned by hand: a file holds learned ones; press Back to learned first")
+        moment, last = page.moment.value, page.explorer.first.last()
+        if moment != last:
+            raise ValueError(f"iteration {moment} is shown: a file holds phi after its training; choose {last} first")
+        if (noise := page.view.noise) != 1 and page.explorer.moments[last].stochastic:
+            raise ValueError(f"noise {noise:g} is shown: a file holds phi with its own noise; set noise to 1 first")
         if not name:
             raise ValueError("name: is empty; give the file a name")
         path = self.run.folder / "phis" / f"{file_name(name)}.safetensors"

@@ -211,8 +211,9 @@ class Page:
         ):
             at = "" if len(chosen.moments) == 1 else f", iteration {moment}"
             by_hand = ", ranges turned by hand" if chosen.values or chosen.off else ""
-            title = html.escape(chosen.choice.name)
-            lines.append(f"<b>{name}{title}</b>{at}{by_hand}: relative change of x {change:.2f}")
+            title, saved_for = html.escape(chosen.choice.name), chosen.choice.strength
+            other = "" if saved_for in (None, self.view.strength) else f", saved for strength {saved_for:g}"
+            lines.append(f"<b>{name}{title}</b>{at}{by_hand}{other}: relative change of x {change:.2f}")
         if any("●" in column for column in look.columns):
             lines[0] += ". ● phi was trained on it"
         self.caption.value = "<br>".join(lines)

@@ -1,6 +1,7 @@
 """The executed notebooks of a run as one HTML page that works offline: with its pictures, code folded."""
 
 import base64
+import hashlib
 import html
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import nbformat
 
 from augdistill_report.files.sealed_json import read_json
 from augdistill_report.files.store import write
+from augdistill_report.run import CONFIGURATION
 
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
@@ -61,9 +63,32 @@ def first_heading(notebook: nbformat.NotebookNode) -> str:
     return notebook.cells[0].source.splitlines()[0].lstrip("# ")
 
 
-def readable(path: Path, result: dict, figures: Path) -> nbformat.NotebookNode:
+def copy_configuration(notebook: nbformat.NotebookNode) -> str:
+    """The configuration that an executed notebook ran with, as `Run.finish` wrote it; "" if it did not finish."""
+    found = ""
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        for about in output.get("metadata", {}).values():  # by kind of data
+            found = about.get(CONFIGURATION, found) if isinstance(about, dict) else found
+    return found
+
+
+def picture_files(result: dict) -> list[str]:
+    """The files of a notebook's figures and films."""
+    return [*(f"{figure}.png" for figure in result["figures"]), *(f"{film}.gif" for film in result["films"])]
+
+
+def strange_pictures(folder: Path, result: dict) -> list[Path]:
+    """The pictures that a result of a run names, but whose files another run of the notebook has replaced.
+
+    Results of older code have no digests: their pictures are taken as they are.
+    """
+    said = result.get("digests", {})
+    found = [folder / "figures" / file for file in picture_files(result) if file in said]
+    return [p for p in found if p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() != said[p.name]]
+
+
+def readable(notebook: nbformat.NotebookNode, result: dict, folder: Path) -> nbformat.NotebookNode:
     """An executed notebook as the page shows it: its headline and key figure first, without what needs a kernel."""
-    notebook = nbformat.read(path, as_version=4)
     # what papermill injected and long-running bars are of no use to a reader
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
@@ -71,15 +96,16 @@ def readable(path: Path, result: dict, figures: Path) -> nbformat.NotebookNode:
     notebook.metadata.pop("widgets", None)
     if result["headline"]:
         headline = html.escape(result["headline"], quote=False)
-        first = f"<p><b>{headline}</b></p>\n\n{inline(figures, result['figure'])}"
+        first = f"<p><b>{headline}</b></p>\n\n{inline(folder, result)}"
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(first))
     return notebook
 
 
-def inline(figures: Path, name: str) -> str:
-    """A figure of the run as an image inside the page; "" if there is none of that name."""
-    path = figures / f"{name}.png"
-    if not name or not path.is_file():
+def inline(folder: Path, result: dict) -> str:
+    """A result's key figure as an image inside the page; "" if it has none, or the file is that of another run."""
+    name = result["figure"]
+    path = folder / "figures" / f"{name}.png"
+    if not name or not path.is_file() or path in strange_pictures(folder, result):
         return ""
     content = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{html.escape(name.replace("_", " "))}" src="data:image/png;base64,{content}">'
@@ -124,10 +150,10 @@ def front(folder: Path, results: dict[str, dict], titles: dict[str, str]) -> str
         took = f"{seconds[name]:.0f} s · " if name in seconds else ""
         cards.append(
             f'<div class="card"><a href="#{name}"><b>{html.escape(titles[name])}</b></a>{said.get(name, "")}'
-            f"{inline(folder / 'figures', result['figure'])}"
+            f"{inline(folder, result)}"
             f'<small>{took}<a href="results/{name}.json">numbers</a></small></div>'
         )
-    picture = inline(folder / "figures", results[key]["figure"]) if key else ""
+    picture = inline(folder, results[key]) if key else ""
     return f'{first}<ul class="answer">{answer}</ul>{picture}<div class="cards">{"".join(cards)}</div>'
 
 
@@ -135,6 +161,7 @@ def build_report(folder: Path, configuration: str) -> Path:
     """Write folder/report.html from the notebooks that were executed with this configuration.
 
     A front page (the question, each notebook's headline, key figure and time), then the notebooks. One file, offline.
+    Results and executed copies of another configuration, and pictures of another run, are left out, and named.
     """
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
@@ -144,15 +171,23 @@ def build_report(folder: Path, configuration: str) -> Path:
     ours, others = finished(folder, configuration)
     executed = {name: folder / "notebooks" / f"{name}.ipynb" for name in ours}
     # one that was run by plain papermill has its copy wherever the user put it
-    figures = folder / "figures"
-    notebooks = {name: readable(path, ours[name], figures) for name, path in executed.items() if path.exists()}
+    copies = {name: nbformat.read(path, as_version=4) for name, path in executed.items() if path.exists()}
+    others += [name for name, copy in copies.items() if copy_configuration(copy) != configuration]
+    notebooks = {name: readable(copy, ours[name], folder) for name, copy in copies.items() if name not in others}
     titles = {name: first_heading(notebook) for name, notebook in notebooks.items()}
     sections = [f'<section id="{name}">{exporter.from_notebook_node(n)[0]}</section>' for name, n in notebooks.items()]
     contents = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title in titles.items())
     note = origin_line(next(iter(ours.values()))) if ours else ""
     if others:
-        left_out = html.escape(", ".join(others))
+        left_out = html.escape(", ".join(sorted(others)))
         note += f'<p class="note">Left out, because they were run with other settings or other code: {left_out}.</p>'
+    for name in notebooks:
+        if strange := ", ".join(path.name for path in strange_pictures(folder, ours[name])):
+            left_out = f"Left out, because another run has replaced them in figures/: {strange}."
+            note += (
+                f'<p class="note">{html.escape(left_out)} <code>augdistill report --only {name[:2]}</code>, with the'
+            )
+            note += " settings of this page, makes them again.</p>"
     facts = read_json(folder / "config.json", "run")
     about = next(iter(ours.values()))["environment"] if ours else {}
     about = {"preset": Path(facts["preset"]).stem, "configuration": configuration, **about}

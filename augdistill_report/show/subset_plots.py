@@ -84,19 +84,22 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
     """What one change adds: the accuracy of a method minus that of the method that it follows, with 95 % intervals.
 
     `found` holds differences by method and fraction, and `sizes` the names of fractions: groups of points from left to
-    right, or, if there is one fraction, one line of text and one point for each method.
+    right, or, if there is one fraction, one line of text and one point for each method. A difference of too few values
+    has no interval, so no error bar either.
     """
     names = {id: textwrap.fill(f"{rows[id].label}, over {rows[rows[id].follows].label}", 44) for id in found}
     fractions = sorted({f for by in found.values() for f in by})
-    over = next(iter(next(iter(found.values())).values())).over
-    what = f"difference in test accuracy\n(points, 95 % interval\nover {over})"
+    every = [change for by in found.values() for change in by.values()]
+    over = next((change.over for change in every if change.half is not None), "")
+    spread = f"95 % interval\nover {over}" if over else f"n = {every[0].over}:\nno interval"
+    what = f"difference in test accuracy\n(points, {spread})"
     zero = dict(color="black", linewidth=0.7, linestyle=":")
     if len(fractions) == 1:
         (f,) = fractions
         figure, (axis,) = new_figure(8.5, 1.1 + 0.5 * len(found))
         for y, (id, by) in enumerate(found.items()):
-            its, half = look(id, rows), 100 * (by[f].half or 0)
-            axis.errorbar(100 * by[f].mean, y, xerr=half, fmt=its.marker, color=its.colour, capsize=3)
+            its = look(id, rows)
+            axis.errorbar(100 * by[f].mean, y, xerr=half_in_points(by[f]), fmt=its.marker, color=its.colour, capsize=3)
         axis.axvline(0, **zero)
         axis.set_yticks(range(len(found)), [f"{name}   {found[id][f]}" for id, name in names.items()], fontsize=8.5)
         axis.set_ylim(len(found) - 0.5, -0.5)
@@ -108,14 +111,19 @@ def changes_by_subset(found: dict[str, dict[float, object]], sizes: dict[float, 
         its = look(id, rows)
         x = [fractions.index(f) + 0.09 * (turn - (len(found) - 1) / 2) for f in by]
         style = dict(marker=its.marker, linestyle=its.line, color=its.colour, capsize=2.5, linewidth=1)
-        halves = [100 * (d.half or 0) for d in by.values()]
-        axis.errorbar(x, [100 * d.mean for d in by.values()], halves, label=names[id], **style)
+        halves = [half_in_points(change) for change in by.values()]
+        axis.errorbar(x, [100 * change.mean for change in by.values()], halves, label=names[id], **style)
     axis.axhline(0, **zero)
     axis.set_xticks(range(len(fractions)), [sizes[f].replace(" (", "\n(") for f in fractions], fontsize=8.5)
     axis.set_xlim(-0.5, len(fractions) - 0.5)
     axis.set(xlabel="subset", ylabel=what)
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def half_in_points(change) -> float:
+    """The half-width of a difference's 95 % interval in points; nan, of which no bar is drawn, if it has none."""
+    return np.nan if change.half is None else 100 * change.half
 
 
 UNITS = {  # of a policy's ranges: standard deviations, but for a flip

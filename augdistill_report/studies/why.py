@@ -203,6 +203,9 @@ def learns(gains: list[float]) -> bool:
     return bool(gains) and min(gains) > 0.01
 
 
+ALMOST_UNCHANGED = 0.05  # a relative change of x that is almost none: an untrained phi changes x by .01 to .02
+
+
 def gain_points(gains: list[float]) -> str:
     """Gains over seeds (mean ± standard deviation), in points of accuracy."""
     return f"{mean_and_std(gains, '+z.1f', unit=100)} points"
@@ -249,9 +252,16 @@ def verdicts(cells: list[dict], grid: Grid) -> list[dict]:
     def fails(row: tuple[str, ...]) -> bool:
         return not learns(gain[row])
 
-    def explosions(row: tuple[str, ...]) -> str:
-        stops = [cell["numbers"]["stopped"] for cell in groups[row] if "numbers" in cell]
-        return f"diverged in {sum(map(diverged, stops))} of {len(stops)} runs"
+    def explosions(row: tuple[str, ...]) -> list[bool]:
+        return [diverged(cell["numbers"]["stopped"]) for cell in groups.get(row, []) if "numbers" in cell]
+
+    def unchanged(row: tuple[str, ...]) -> bool:
+        changes = [cell["numbers"]["change of x"] for cell in groups[row] if "numbers" in cell]
+        return all(change is not None and change <= ALMOST_UNCHANGED for change in changes)  # None: not finite
+
+    def explosive(row: tuple[str, ...]) -> str:
+        exploded = explosions(row)
+        return "it diverges" if all(exploded) else "it diverges or adds nothing" if any(exploded) else "it adds nothing"
 
     own = [row for row in OWN_NETWORK if row in gain]
     unet = next((row for row in U_NET_BY_SGD if row in gain), U_NET_BY_SGD[0])
@@ -259,11 +269,12 @@ def verdicts(cells: list[dict], grid: Grid) -> list[dict]:
     judge(
         "phi does not learn with SGD at 1000",
         [SGD_1000],
-        lambda: "true: it diverges" if fails(SGD_1000) else "not seen",
-        explosions(SGD_1000) if SGD_1000 in gain else "",
+        lambda: f"true: {explosive(SGD_1000)}" if fails(SGD_1000) else "not seen",
+        f"diverged in {sum(exploded)} of {len(exploded)} runs" if (exploded := explosions(SGD_1000)) else "",
     )
     small = [row for row in SMALL_STEPS if row in gain]
-    judge("nor at .01 or .1", small, lambda: "true: it does not change" if all(map(fails, small)) else "not seen")
+    still = "it does not change" if all(map(unchanged, small)) else "it adds nothing"
+    judge("nor at .01 or .1", small, lambda: f"true: {still}" if all(map(fails, small)) else "not seen")
     fixed = [row for row in FIXED_ALPHA if row in gain]
     judge("nor with alpha fixed at .01, .1 or 1", fixed, lambda: "true" if all(map(fails, fixed)) else "not seen")
     report = [cell for row in gain if row[0] == "report" for cell in groups[row] if "numbers" in cell]

@@ -58,6 +58,22 @@ def test_publishing_gives_the_same_bytes_and_refuses_uncommitted_code(smoke, tmp
         gallery.publish("smoke", str(tmp_path / "nowhere"), gallery=tmp_path / "gallery")
 
 
+def test_a_picture_of_another_run_is_not_published(smoke, tmp_path):
+    run, name = tmp_path / "smoke", NAMES[1]
+    shutil.copytree(smoke, run)
+    pretend(run, commit="0" * 40, uncommitted=False)
+    result = results(run)[name]
+    picture = run / "figures" / f"{result['figure']}.png"
+    shutil.copy(run / "figures" / f"{results(run)[NAMES[0]]['figure']}.png", picture)
+    with pytest.raises(ValueError, match=rf"{picture.name}: another run of {name} has replaced .* --only 02 again"):
+        gallery.publish("smoke", str(run), only="02", gallery=tmp_path / "gallery")
+    assert not (tmp_path / "gallery").exists()
+    path = run / "results" / f"{name}.json"  # as older code wrote it: its pictures are taken as they are
+    write_json(path, "results", {k: v for k, v in read_json(path, "results").items() if k != "digests"})
+    target = gallery.publish("smoke", str(run), only="02", gallery=tmp_path / "gallery")
+    assert (target / picture.name).read_bytes() == picture.read_bytes()
+
+
 @pytest.mark.parametrize("page", gallery.PAGES, ids=lambda page: page.name)
 def test_the_tables_are_those_of_the_published_files(page):
     text = page.read_text()

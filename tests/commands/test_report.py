@@ -9,12 +9,13 @@ import pytest
 from helpers import NAMES, make_folder, notebook_of, results
 from PIL import Image
 
-from augdistill_report import settings
+from augdistill_report import open_run, settings
 from augdistill_report.commands import publish as gallery
 from augdistill_report.commands import report as runner
 from augdistill_report.commands.cli import main
 from augdistill_report.explorer.page import STATIC_NOTE
 from augdistill_report.places import ROOT
+from augdistill_report.run import Run
 from augdistill_report.settings import Settings
 
 
@@ -110,6 +111,44 @@ def test_results_of_another_configuration_are_not_reused(tmp_path):
         gallery.publish("smoke", str(tmp_path), gallery=tmp_path / "gallery")
 
 
+def test_the_page_shows_no_picture_and_no_copy_of_another_run(tmp_path, monkeypatch):
+    """The settings of a run are in its picture, its headline and its output."""
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    start = """from PIL import Image
+from augdistill_report import open_run
+run = open_run({!r}, globals())
+run.figure(Image.new("RGB", (4, 4), (run.settings.eval_steps, 0, 0)), {!r})
+print("ran with", run.settings.eval_steps)"""
+    for name in ("01_first", "02_second"):
+        end = f'run.finish(headline=f"{name}: {{run.settings.eval_steps}} steps", figure="{name}")'
+        notebook_of(tmp_path / "notebooks" / f"{name}.ipynb", "preset = ''; out = ''", start.format(name, name), end)
+    out = tmp_path / "out"
+
+    def page(only: str, steps: int) -> str:
+        arguments = ["--out", str(out), "--only", only, "--set", f"eval_steps={steps}"]
+        assert main(["report", "--preset", "smoke", *arguments]) == 0
+        return (out / "report.html").read_text()
+
+    def by_papermill(steps: int) -> Run:
+        run = open_run("02_second", {"preset": "smoke", "out": str(out), "eval_steps": steps})
+        run.figure(Image.new("RGB", (4, 4), (steps, 0, 0)), "02_second")
+        return run
+
+    page("02", 20)
+    by_papermill(30)  # stopped before its last cell: the results are still those of 20 steps
+    shown = page("01", 20)
+    assert "02_second: 20 steps" in shown and "ran with 20" in shown
+    assert 'alt="01 first"' in shown and shown.count('alt="02 second"') == 1  # the one that the copy itself holds
+    assert "another run has replaced them in figures/: 02_second.png." in shown and "--only 02</code>" in shown
+    shown = page("02", 20)
+    assert shown.count('alt="02 second"') > 1 and "has replaced" not in shown
+
+    by_papermill(30).finish(headline="02_second: 30 steps", figure="02_second")
+    shown = page("01", 30)  # the results of 02 are those of 30 steps, the copy is that of 20
+    assert "01_first: 30 steps" in shown and "ran with 20" not in shown and "02_second: 30 steps" not in shown
+    assert "run with other settings or other code: 02_second." in shown
+
+
 BAD = {
     "preset": (["--preset", "digit"], "preset='digit'.*digits.*smoke"),
     "preset file": (["--preset", "nowhere.yaml"], "nowhere.yaml"),
@@ -120,7 +159,11 @@ BAD = {
     "alpha": (["--set", "alpha=0"], "alpha='0'"),
     "nan": (["--set", "phi_lr=nan"], "phi_lr='nan'"),
     "phi": (["--set", "phi=unett"], "unknown phi 'unett'.*unet_noise"),
-    "bound phi": (["--set", "phi=pixels"], "phi='pixels'"),
+    "bound phi": (["--set", "phi=pixels"], "phi='pixels': 'pixels' has parameters for each of its base images"),
+    "bound part": (
+        ["--only", "05", "--set", "phi=unet+labels"],
+        "phi='unet.labels': 'labels' has .* notebook 05 applies",
+    ),
     "augmentation": (["--set", "augment=dsaa"], "augment='dsaa': must be one of none, affine, flip_affine, dsa"),
     "data set": (["--set", "dataset=cats"], "dataset='cats'.*digits.*folder:PATH"),
     "data folder": (["--set", "dataset=folder:/nowhere"], "dataset='folder:/nowhere'.*no such folder"),
@@ -149,6 +192,13 @@ def test_bad_input_is_refused_by_name_before_anything_runs(case, capsys, tmp_pat
     assert main(["report", *preset, *out, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_learned_labels_are_refused_only_for_the_notebook_that_applies_phi_to_other_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    notebook_of(tmp_path / "notebooks" / "03_phi_distillation.ipynb", "preset = ''; out = ''; phi = ''")
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["report", "--preset", "smoke", *out, "--only", "03", "--set", "phi=labels+unet_noise"]) == 0
 
 
 def test_a_preset_file_of_ones_own(capsys, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import nbformat
 import pytest
-from helpers import CUT, TINY, found, grid_file
+from helpers import CUT, TINY, found, grid_file, notebook_of
 
 from augdistill_report import open_run
 from augdistill_report.commands import publish as gallery
@@ -126,6 +126,20 @@ def test_any_notebook_can_be_swept(tmp_path):
     assert [cell["point"] for cell in cells] == [{"expert_lr": 0.01}, {"expert_lr": 0.1}]
     assert [cell["settings"]["expert_lr"] for cell in cells] == [0.01, 0.1]
     assert cells[0]["numbers"] != cells[1]["numbers"]
+
+
+def test_a_changed_notebook_gets_no_results_of_the_one_before(tmp_path):
+    path = grid_file(tmp_path / "grid", notebook="made.ipynb", axes={"seed": [0]}, set={})
+    start = 'from augdistill_report import open_run\nrun = open_run("{}", globals())\nrun.number("n", {})'
+
+    def cell(*cells: str) -> dict:
+        notebook_of(tmp_path / "grid" / "made.ipynb", 'preset = ""', *cells)
+        (made,) = sweep(path, out=str(tmp_path / "run"))[1]
+        return made
+
+    assert cell(start.format("one", 1), "run.finish()")["numbers"] == {"n": 1}
+    assert cell(start.format("two", 2), "run.finish()")["numbers"] == {"n": 2}
+    assert "made.ipynb left 0 files in results/: must be one" in cell(start.format("two", 3))["error"]
 
 
 def test_what_a_sweep_changed_is_in_its_file_its_command_and_the_table_of_studies(tmp_path):

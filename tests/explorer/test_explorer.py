@@ -23,6 +23,7 @@ from augdistill_report.explorer.choices import choice_titles
 from augdistill_report.explorer.page import Page
 from augdistill_report.explorer.state import Explorer, Noised, View, frames
 from augdistill_report.explorer.training import Background, Stopped, Training
+from augdistill_report.files.phi_files import save_phi
 from augdistill_report.files.store import SealedFile, open_stored, write_sealed
 from augdistill_report.settings import REPORT_NETWORK, STUDENT_REPORT
 from augdistill_report.show.image_grids import difference_image, film, image_grid, png
@@ -200,11 +201,28 @@ def test_no_runs_yet_offers_to_train(tmp_path, opened):
 def test_runs_beside_this_one_are_found_and_other_data_are_not(copy, tmp_path, opened):
     page = opened(run_in(tmp_path, "beside"))
     assert any(name.startswith("unet_noise, Adam 0.001") for name in page.phi.options)
-    assert "file mine" in page.phi.options
+    assert "file smoke/mine" in page.phi.options
     bigger = opened(run_in(tmp_path, "bigger", size=16))
     assert not any(choice.trained for choice in bigger.explorer.choices.values())
     assert "5 results of other data, or of another version of the code" in said(bigger)
     assert "1 saved phis of other data" in said(bigger)
+
+
+def test_saved_phis_of_one_name_are_all_there_and_each_opens_itself(finished, copy, opened):
+    _, rows = finished
+    run_in(copy.folder.parent, "beside").folder.joinpath("phis").mkdir(parents=True)
+    save_phi(copy.folder.parent / "beside" / "phis" / "mine.safetensors", rows["other"], copy.store, strength=0.5)
+    page = opened(copy)
+    names = [name for name in page.phi.options if name.startswith("file")]
+    assert [name.partition(" (stopped")[0] for name in names] == ["file beside/mine", "file mine"]
+    for name, row in [(names[1], "unet"), (names[0], "other")]:
+        page.phi.value = name
+        shown = page.explorer.first.learned["last"].state_dict()
+        saved = rows[row].stored_phi(copy.store).phi.state_dict()
+        assert all(torch.equal(shown[key], saved[key]) for key in saved)
+        assert ("saved for strength 0.5" in page.caption.value) == (row == "other")
+    page.strength.value = 0.5
+    assert "saved for strength" not in page.caption.value
 
 
 def test_damaged_files_are_named_and_the_page_lives_on(copy, opened):
@@ -443,6 +461,14 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
         text = f"{100 * np.mean(score):.1f} ± {100 * np.std(score, ddof=1):.1f} % (n = 2)"
         assert text in page.scores.value.split(row)[1].split("</tr>")[0]
     page.learning.name.value = "my phi"
+    page.moment.value = "1"
+    page.learning.save.click()
+    told(page, "iteration 1 is shown: a file holds phi after its training; choose now first")
+    page.moment.value, page.noise.value = "now", 0.5
+    page.learning.save.click()
+    told(page, "noise 0.5 is shown: a file holds phi with its own noise; set noise to 1 first")
+    assert not (run.folder / "phis").exists()
+    page.noise.value = 1.0
     page.learning.save.click()
     path = run.folder / "phis" / "my_phi.safetensors"
     assert f"saved, for strength 0.5: {path}" in said(page)

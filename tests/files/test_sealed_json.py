@@ -1,5 +1,6 @@
 """JSON that our code reads back is what was written, or is refused by its file's name before any work is done."""
 
+import hashlib
 import json
 import random
 import re
@@ -340,6 +341,8 @@ def test_a_notebook_names_its_headline_and_its_figure(tmp_path):
     run.finish(headline="Pixels teach most.", figure="curves")
     said = read_json(tmp_path / "results" / "mine.json", "results")
     assert said["headline"] == "Pixels teach most." and said["figure"] == "curves"
+    content = (tmp_path / "figures" / "curves.png").read_bytes()
+    assert said["digests"] == {"curves.png": hashlib.sha256(content).hexdigest()}
     run.finish()
     said = read_json(tmp_path / "results" / "mine.json", "results")
     assert said["headline"] == said["figure"] == ""

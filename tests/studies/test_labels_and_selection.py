@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from augdistill_report.studies.subjects import stored_bytes
 from augdistill_report.studies.subset_methods import NONE, every_method, methods, random_ranges
 from augdistill_report.work.difficulty import PLACES, Difficulty
 from augdistill_report.work.scoring import EvalConfig, Evaluation, teacher_of, train_student
-from augdistill_report.work.statistics import Accuracy
+from augdistill_report.work.statistics import Accuracy, Difference
 
 ASKED = [method.id for method in every_method(resolve("smoke")) if method.asked]
 
@@ -91,6 +92,21 @@ def test_what_one_change_adds_is_the_difference_from_the_row_that_is_followed():
         f"{rows[id].label}, over {rows[rows[id].follows].label}   {found[id][0.1]}"
         for id in ("learned_labels", "pixels_learned")
     ]
+
+
+@pytest.mark.parametrize("sizes", [{0.1: "10 % (2)"}, {0.1: "10 % (2)", 0.5: "50 % (9)"}])
+@pytest.mark.parametrize("half", [None, 0.02])
+def test_a_difference_of_too_few_values_has_no_error_bar(sizes, half):
+    rows = subset_tables.shown_rows(resolve("smoke", {"subset_rows": "mixed_labels, learned_labels"}))
+    change = Difference(0.1, half, "2 students" if half is None else "3 students")
+    (axis,) = changes_by_subset({"learned_labels": dict.fromkeys(sizes, change)}, sizes, rows).axes
+    label = (axis.get_xlabel() if len(sizes) == 1 else axis.get_ylabel()).replace("\n", " ")
+    said = "95 % interval over 3 students" if half else "n = 2 students: no interval"
+    assert label == f"difference in test accuracy (points, {said})"
+    ((_, caps, (bars,)),) = axis.containers
+    ends = [*bars.get_segments(), *(cap.get_data()[len(sizes) > 1] for cap in caps)]
+    drawn = [np.isfinite(np.array(end, dtype=float)).any() for end in ends]
+    assert all(drawn) if half else not any(drawn)
 
 
 def test_the_best_window_is_the_window_that_is_scored(world):

@@ -213,6 +213,7 @@ GRID = read_grid(ROOT / "notebooks" / "sweeps" / "why_phi_failed.yaml")
 def cell(row: str, seed: int, gain: float, stopped: dict | None = None, **more) -> dict:
     stopped = stopped or {}
     numbers = {"gain": {"mean": gain, "std": 0.0, "n": 2, "values": [gain] * 2}, "stopped": stopped, "states": {}}
+    numbers["change of x"] = 0.015
     panel, name = panel_and_name(row)
     settings = {"alpha_mode": "raw" if panel == "report" else "log", "phi": name}
     return {"panel": panel, "row": name, "point": {"seed": seed}, "settings": settings, "numbers": numbers | more}
@@ -262,6 +263,23 @@ def test_verdicts_follow_the_numbers():
     assert verdict(more, "unable") == "not refuted" and verdict(more, "lies in the architecture").startswith("in part")
     # one seed that does not gain is enough not to speak of learning
     assert not verdict(MEASURED | {"report: Adam for phi": [0.3, 0.3, 0.005]}, "unable").startswith("false")
+
+
+def test_a_verdict_says_diverged_or_unchanged_only_of_runs_that_did_or_were():
+    def said(row: str, claim: str, *gains: float, stops=(None, None), change: float | None = 0.015) -> str:
+        cells = [
+            cell(row, k, gain, stop, **{"change of x": change})
+            for k, (gain, stop) in enumerate(zip(gains, stops, strict=True))
+        ]
+        (found,) = (found["verdict"] for found in study.verdicts(cells, GRID) if claim in found["claim"])
+        return found
+
+    large, small = ("report: SGD 1000", "SGD at 1000"), ("report: SGD .01", "nor at .01")
+    assert said(*large, 0.003, -0.2) == "true: it adds nothing"
+    assert said(*large, 0.003, -0.2, stops=(DIVERGED, None)) == "true: it diverges or adds nothing"
+    assert said(*large, 0.003, -0.2, stops=(DIVERGED, DIVERGED)) == "true: it diverges"
+    assert said(*small, 0.0, 0.001) == "true: it does not change"
+    assert said(*small, 0.0, -0.3, change=0.9) == said(*small, 0.0, 0.0, change=None) == "true: it adds nothing"
 
 
 @pytest.mark.parametrize("row", study.JUDGED, ids=": ".join)
