@@ -187,6 +187,12 @@ def every_method(settings: Settings) -> list[Method]:
             *("pixels_augmented", f"pixels + {EXPERTS}", IMAGES, pink, "h"),
             **dict(choices=of_taught, follows="experts_augmentation") | under | late,
         ),
+        # the run's phi, learned as those images are
+        Method(
+            *("phi_augmented", f"phi ({settings.phi}) + {EXPERTS}", LEARNED, "#4059ad", "P", "--", settings.phi),
+            **dict(choices=(*of_taught, USES), follows="experts_augmentation", under=taught, augment=taught) | late,
+            asked=True,
+        ),
         # the controls of a policy, real images with other labels, images and labels together, images selected
         Method(
             *("random_policy", "policy, random ranges", HAND, "#999933", "d", ":"),
