@@ -34,7 +34,7 @@ from augdistill_report.work.experts import load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset, Task
 from augdistill_report.work.own_code import file_source, own_source
 from augdistill_report.work.pool import WorkConfig, make_jobs
-from augdistill_report.work.provenance import SOURCES, environment
+from augdistill_report.work.provenance import SOURCES, code_state, environment
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
 from augdistill_report.work.statistics import Accuracy, brief, markdown_table
@@ -95,6 +95,7 @@ class Run:
         self.digests: dict[str, str] = {}  # of the files of figures and films: SHA-256 by name
         self.made_by: dict = {"preset": "", "changes": {}, "phi_files": {}}
         self.jobs: dict[Path, Task] = {}  # that this notebook's numbers come from, by file
+        code_state()  # of now, not of the end
 
     # --- data ---------------------------------------------------------------------------------------------------------
 

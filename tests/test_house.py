@@ -2,12 +2,17 @@
 
 import ast
 import collections
+import functools
 import importlib.metadata
+import json
 import shutil
 
 import pytest
 
+from augdistill_report import run
 from augdistill_report.places import ROOT
+from augdistill_report.settings import resolve
+from augdistill_report.work import provenance
 from augdistill_report.work.provenance import PACKAGES, SOURCES, Sources
 
 EXPERT, DISTILLATION = "augdistill_report.work.experts", "augdistill_report.work.distillation"
@@ -128,6 +133,18 @@ def test_the_version_of_a_package_counts_where_it_computes(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99")
     now = [Sources(ROOT).digest(module) for module in (kornia, SCORING, plain)]
     assert [a == b for a, b in zip(before, now, strict=True)] == [False, False, True]
+
+
+def test_a_result_is_of_the_commit_at_its_start(tmp_path, monkeypatch):
+    """Somebody may commit while a notebook runs."""
+    monkeypatch.setattr(provenance, "code_state", functools.cache(provenance.code_state.__wrapped__))
+    monkeypatch.setattr(run, "code_state", provenance.code_state)
+    monkeypatch.setattr(provenance, "git", lambda *arguments: "a" * 40 if "log" in arguments else "")
+    mine = run.Run("mine", resolve("smoke"), tmp_path)
+    monkeypatch.setattr(provenance, "git", lambda *arguments: "b" * 40)
+    mine.finish()
+    found = json.loads((tmp_path / "results" / "mine.json").read_text())["environment"]
+    assert (found["commit"], found["uncommitted"]) == ("a" * 40, False)
 
 
 def test_a_late_import_counts_and_one_for_type_checkers_does_not(edited):

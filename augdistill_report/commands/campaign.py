@@ -26,7 +26,7 @@ from augdistill_report.studies.pieces import Campaign, Piece, read_campaign
 from augdistill_report.work.experts import Expert, Together
 from augdistill_report.work.jobs import Job
 from augdistill_report.work.progress import Line
-from augdistill_report.work.provenance import environment
+from augdistill_report.work.provenance import code_state, environment
 from augdistill_report.work.scoring import Score
 from augdistill_report.work.statistics import Accuracy, gain, markdown_table, pooled, summary
 
@@ -70,6 +70,7 @@ def campaign(
     A piece that fails (its phi diverged, the memory did not suffice) says so in its row, and the next one is made. A
     `ValueError` before any work says what is wrong with the list, the settings or this machine.
     """
+    code_state()  # of now, not of the end
     deadline = time.monotonic() + 60 * minutes - min(RESERVE, 6 * minutes)
     if not 0 < minutes < math.inf:
         raise ValueError(f"--minutes {minutes:g}: must be above 0")

@@ -30,7 +30,7 @@ from augdistill_report.studies.grid import Grid, GridPoint, changed, read_grid, 
 from augdistill_report.work.experts import own_experts
 from augdistill_report.work.jobs import Task
 from augdistill_report.work.progress import Line
-from augdistill_report.work.provenance import environment
+from augdistill_report.work.provenance import code_state, environment
 from augdistill_report.work.setup import Setup
 
 
@@ -122,6 +122,7 @@ def sweep(
     A sweep is kept in its preset's run folder, and shares finished results with the report there. Before anything runs,
     a `ValueError` says what is wrong with the grid or the arguments.
     """
+    code_state()  # of now, not of the end
     grid = read_grid(path)
     preset = preset or grid.preset
     count = {key: value for key, value in (changes or {}).items() if key == "images_per_class"}

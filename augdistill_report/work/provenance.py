@@ -142,12 +142,21 @@ def archived_commit() -> str:
     return ""
 
 
+@functools.cache
+def code_state() -> dict:
+    """The last commit that changed code, and whether there are uncommitted changes: as they were when this process
+    first asked. Whatever takes long asks before it starts, since somebody may commit until it ends."""
+    return {
+        "commit": git("log", "-1", "--format=%H", "--", *CODE) or archived_commit(),
+        "uncommitted": bool(git("status", "--porcelain", "--", *CODE)),
+    }
+
+
 def environment(device: str) -> dict:
     """What a number depends on besides its settings: versions, the machine, and the last commit that changed code."""
     return {
         **versions(device),
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
-        "commit": git("log", "-1", "--format=%H", "--", *CODE) or archived_commit(),
-        "uncommitted": bool(git("status", "--porcelain", "--", *CODE)),
+        **code_state(),
     }
