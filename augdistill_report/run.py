@@ -30,10 +30,10 @@ from augdistill_report.settings import Settings, given_settings, preset_path, re
 from augdistill_report.show.image_grids import film, image_grid, png, readable_choice
 from augdistill_report.show.tracking import Tracker
 from augdistill_report.work.distillation import Distillation
-from augdistill_report.work.experts import load_trajectories, missing_experts
+from augdistill_report.work.experts import Expert, load_trajectories, missing_experts
 from augdistill_report.work.jobs import Subset, Task
 from augdistill_report.work.own_code import file_source, own_source
-from augdistill_report.work.pool import WorkConfig, make_jobs
+from augdistill_report.work.pool import WorkConfig, make_jobs, needs_of
 from augdistill_report.work.provenance import SOURCES, code_state, environment
 from augdistill_report.work.scoring import Evaluation, Score
 from augdistill_report.work.setup import Setup, given_experts, public_name
@@ -119,13 +119,17 @@ class Run:
 
     def make(self, jobs: list[Task], what: str) -> None:
         """Run the jobs whose results the store lacks, after what they need; `what` names them in the progress bar."""
-        before = make_jobs(self.store, self.settings.pool, jobs, what)
+        make_jobs(self.store, self.settings.pool, jobs, what)
         if what != "experts":  # they are made once for many runs
-            self.count([*before, *jobs])
+            self.count(jobs)
 
     def count(self, jobs: list[Task]) -> None:
-        """Add the CPU seconds of finished jobs to those of this notebook (`finish`); each job counts once."""
-        done = [job for job in jobs if self.store.has(job.kind, job.spec())]
+        """Add the CPU seconds of finished jobs and of what they need, but experts, to those of this notebook.
+
+        Each job counts once, whether it was made now or before: a second run gives the same numbers.
+        """
+        every = [one for job in jobs for one in (job, *needs_of(job)) if one.kind != Expert.kind]
+        done = [job for job in every if self.store.has(job.kind, job.spec())]
         self.jobs |= {self.store.path(job.kind, job.spec()): job for job in done}
 
     def experts(self) -> tuple[Trajectories, list[list[float]]]:

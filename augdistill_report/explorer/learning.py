@@ -189,8 +189,6 @@ class Learning:
         moment, last = page.moment.value, page.explorer.first.last()
         if moment != last:
             raise ValueError(f"iteration {moment} is shown: a file holds phi after its training; choose {last} first")
-        if (noise := page.view.noise) != 1 and page.explorer.moments[last].stochastic:
-            raise ValueError(f"noise {noise:g} is shown: a file holds phi with its own noise; set noise to 1 first")
         if not name:
             raise ValueError("name: is empty; give the file a name")
         path = self.run.folder / "phis" / f"{file_name(name)}.safetensors"
@@ -201,4 +199,7 @@ class Learning:
         save_phi(path, job, store, strength)
         page.explorer.refresh()
         page.fill_choices()
-        page.say(f"saved, for strength {strength:g}: {path}. {found_by(job, self.run)}")
+        # a file has no place for another noise
+        noise = page.view.noise if page.explorer.moments[last].stochastic else 1
+        own = f" and noise 1 ({noise:g} is shown)" if noise != 1 else ""
+        page.say(f"saved, for strength {strength:g}{own}: {path}. {found_by(job, self.run)}")

@@ -174,30 +174,32 @@ def run_jobs(
             show(finished + partly if waiting else count, count, "; ".join(notes))
 
 
-def make_jobs(store: Store, pool: Pool, jobs: list, what: str) -> list:
+def make_jobs(store: Store, pool: Pool, jobs: list, what: str) -> None:
     """Run the jobs whose results the store lacks, with a progress bar called `what`, after those that they need.
 
-    Else several workers would wait for one that makes what they all need, and its time would count as theirs. Returns
-    what was made before, without the experts.
+    Else several workers would wait for one that makes what they all need, and its time would count as theirs.
     """
-    needed = dict.fromkeys(need for job in jobs for need in missing_needs(job, store))
+
+    def is_stored(job: Task) -> bool:
+        return store.has(job.kind, job.spec())
+
+    needed = dict.fromkeys(n for job in jobs for n in needs_of(job, is_stored) if not is_stored(n))
     setups = dict.fromkeys(need.setup for need in needed if need.kind == Expert.kind)
     run_jobs([expert for setup in setups for expert in missing_experts(setup)], store, pool, Progress("experts"))
     others = [need for need in needed if need.kind != Expert.kind]
     for kind in dict.fromkeys(need.kind for need in others):
         run_jobs([need for need in others if need.kind == kind], store, pool, Progress(kind))
     run_jobs(jobs, store, pool, Progress(what))
-    return others
 
 
-def missing_needs(job: Task, store: Store) -> Iterator[Task]:
-    """What the store lacks of all that a job needs, directly or not, the first to be made first."""
-    if store.has(job.kind, job.spec()):
-        return
-    for need in job.needs():
-        for task in (*missing_needs(need, store), need):
-            there = store.has(task.kind, task.spec())
-            if task.ahead and not there and (task.kind == Expert.kind or not job.whole):
+def needs_of(job: Task, is_done: Callable[[Task], bool] = lambda job: False) -> Iterator[Task]:
+    """What is made ahead of a job: all that it needs, directly or not, the first to be made first.
+
+    A job that is done needs nothing.
+    """
+    for need in () if is_done(job) else job.needs():
+        for task in (*needs_of(need, is_done), need):
+            if task.ahead and (task.kind == Expert.kind or not job.whole):
                 yield task
 
 

@@ -464,14 +464,12 @@ def test_what_was_trained_is_scored_saved_and_found_by_notebook_03(tmp_path, ope
     page.moment.value = "1"
     page.learning.save.click()
     told(page, "iteration 1 is shown: a file holds phi after its training; choose now first")
+    assert not (run.folder / "phis").exists()
     page.moment.value, page.noise.value = "now", 0.5
     page.learning.save.click()
-    told(page, "noise 0.5 is shown: a file holds phi with its own noise; set noise to 1 first")
-    assert not (run.folder / "phis").exists()
-    page.noise.value = 1.0
-    page.learning.save.click()
     path = run.folder / "phis" / "my_phi.safetensors"
-    assert f"saved, for strength 0.5: {path}" in said(page)
+    assert f"saved, for strength 0.5 and noise 1 (0.5 is shown): {path}" in said(page)
+    page.noise.value = 1.0
     assert load_phi(path).about["strength"] == 0.5 and "file my_phi" in page.phi.options
     changes = said(page).split("with ")[1].split("</div>")[0].replace("-p ", "").split()
     given = dict(zip(changes[::2], changes[1::2], strict=True))

@@ -272,7 +272,7 @@ def test_a_user_explores_trains_stops_scores_and_saves(served, browser, tmp_path
     page.get_by_role("img", name="where students go").wait_for()
     reader.click("Train")
     reader.click("Save")
-    reader.until("saved, for strength .*mine.safetensors")
+    reader.until(r"saved, for strength .* and noise 1 \(0.8 is shown\): .*mine.safetensors")
     assert load_phi(run / "phis" / "mine.safetensors").about["config"]["iterations"] == done
 
     assert page.locator(".augdistill-explorer img").count() == pictures

@@ -223,7 +223,7 @@ def test_of_two_values_nothing_is_said_about_significance(gap, other):
 
 
 def test_no_number_is_shown_as_minus_zero():
-    small = Accuracy([0.4996] * 3, [0.5] * 3), Accuracy([0.5] * 3, [0.5] * 3)
+    small = Accuracy([0.4996, 0.49962, 0.49958], [0.5] * 3), Accuracy([0.5] * 3, [0.5] * 3)
     its = statistics.difference({("a", 0): small[0], ("b", 0): small[1]}, "a", "b")
     assert its.mean < 0 and str(its) == "+0.0 ± 0.0"
     assert statistics.mean_and_std([-0.04, -0.02]) == "0.0 ± 0.0"
