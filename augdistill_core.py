@@ -397,8 +397,10 @@ def draw_batches(
         return augmented(augment, x, y, index, torch.Generator().manual_seed(seed_augment))
 
     if memory != "graph":
-        # it draws by seeds; the second call of phi must not change its buffers again
-        contexts = lambda: (contextlib.nullcontext(), same_buffers(phi))  # noqa: E731
+        # phi draws by seeds; its second call must not change its buffers again
+        def contexts():
+            return contextlib.nullcontext(), same_buffers(phi)
+
         draw = functools.partial(checkpoint, draw, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     fed = [draw(x, labels[b], b, *seed) for x, b, seed in zip(sources, batches, seeds, strict=True)]
     return fed, sizes

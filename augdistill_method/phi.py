@@ -251,8 +251,9 @@ def check_phi(phi: Phi, images: Tensor, labels: Tensor) -> None:
     """A `ValueError` for a phi that cannot be trained, found by calls of a copy on a few base images.
 
     It raises an exception, changes the shape, returns values that are not finite, samples from another source than
-    `generator`, returns labels that are none, has only frozen parameters, or is not what its class says: it draws noise
-    without being `stochastic`, or reads labels or index without being `conditional` or `bound`.
+    `generator`, returns labels that are neither classes nor probabilities, or has only frozen parameters. Or it is not
+    what its class says: it draws noise without being `stochastic`, reads labels without being `conditional`, or the
+    index without being `bound`.
     """
     name, few = type(phi).__name__, slice(0, 8)
     index = torch.arange(len(labels))[few]
